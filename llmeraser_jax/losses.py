@@ -1,0 +1,174 @@
+"""The objective `l(z; theta)` and its sums over data.
+
+`l` is split into network outputs and a convex loss of them, because the Gauss-Newton matrix needs the split;
+the L2 term `(l2 / 2) ||theta - prior||^2` belongs to each example, so that a removal drops its share and an
+edit's share cancels. Losses that are reported leave the L2 term out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from llmeraser_jax import trees
+from llmeraser_jax.types import Batch, ExampleStack, LoraParams, Outputs, PyTree, TokenBatch
+
+
+@flax.struct.dataclass
+class Objective:
+    """Per-example loss as data: the frozen arrays are leaves, so a jitted function takes them as arguments.
+
+    Attributes:
+        frozen: whatever `outputs_fn` needs besides the adapter; for a language model its base parameters.
+        prior: the adapter that the L2 term pulls towards, or None for zero.
+        outputs_fn: `(frozen, params, batch) -> outputs`, leaves beginning with the axis "batch". Hashable.
+        output_loss_fn: `(outputs, batch) -> [batch]`, convex in `outputs`. Hashable.
+        l2: lambda of the method, at least 0.
+    """
+
+    frozen: PyTree
+    prior: LoraParams | None
+    outputs_fn: Callable[[PyTree, LoraParams, Batch], Outputs] = flax.struct.field(pytree_node=False)
+    output_loss_fn: Callable[[Outputs, Batch], Float[Array, " batch"]] = flax.struct.field(pytree_node=False)
+    l2: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    def outputs(self, params: LoraParams, batch: Batch) -> Outputs:
+        """Network outputs, e.g. logits at the response positions."""
+        return self.outputs_fn(self.frozen, params, batch)
+
+    def data_losses(self, params: LoraParams, batch: Batch) -> Float[Array, " batch"]:
+        """Each example's loss without the L2 term: what is reported."""
+        return self.output_loss_fn(self.outputs(params, batch), batch)
+
+    def from_prior(self, params: LoraParams) -> LoraParams:
+        """`theta - prior`, the gradient of the L2 term at `l2 = 1`."""
+        return params if self.prior is None else trees.tree_sub(params, self.prior)
+
+    def l2_loss(self, params: LoraParams) -> Float[Array, ""]:
+        """`(l2 / 2) ||theta - prior||^2`: one example's share."""
+        offset = self.from_prior(params)
+        return 0.5 * self.l2 * trees.tree_vdot(offset, offset)
+
+
+def response_cross_entropy(
+    logits: Float[Array, "batch response vocab"], batch: TokenBatch
+) -> Float[Array, " batch"]:
+    """Cross entropy of each example's response, averaged as `batch.target_weights` states."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * batch.target_weights.astype(logits.dtype), axis=-1)
+
+
+def half_squared_error(outputs: Float[Array, " batch"], batch: Batch) -> Float[Array, " batch"]:
+    """`(output - y)^2 / 2` on batches with a field `targets`: the loss of ridge regression."""
+    return 0.5 * (outputs - batch.targets) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsAtResponse:
+    """`outputs_fn` of a language model: logits at the response positions.
+
+    Attributes:
+        apply: `(base, lora, tokens, attention_mask, positions) -> logits`; hashable.
+    """
+
+    apply: Callable[..., Array]
+
+    def __call__(self, base: PyTree, lora: LoraParams, batch: TokenBatch) -> Array:
+        return self.apply(base, lora, batch.tokens, batch.attention_mask, batch.positions)
+
+
+def lm_objective(
+    apply: Callable[..., Array], base: PyTree, *, l2: float, prior: LoraParams | None = None
+) -> Objective:
+    """The objective of response-masked language modelling.
+
+    Args:
+        apply: `(base, lora, tokens, attention_mask, positions) -> logits [batch, response, vocab]`; hashable.
+        base: frozen parameters.
+        l2: lambda, at least 0.
+        prior: adapter the L2 term pulls towards; None is zero.
+    """
+    if not l2 >= 0:
+        msg = f"l2 is {l2}; it must be at least 0."
+        raise ValueError(msg)
+    return Objective(
+        frozen=base,
+        prior=prior,
+        outputs_fn=LogitsAtResponse(apply),
+        output_loss_fn=response_cross_entropy,
+        l2=float(l2),
+    )
+
+
+def scan_weighted_sum(
+    fn: Callable[[Batch, Float[Array, " batch"]], PyTree], stack: ExampleStack, zero: PyTree
+) -> PyTree:
+    """`sum over micro-batches of fn(batch, weights)`, one at a time, so that memory is one micro-batch's.
+
+    Args:
+        fn: returns a pytree of the structure, shapes and dtypes of `zero`.
+        stack: the data.
+        zero: the sum over nothing.
+    """
+    total = zero
+    for batches, weights in zip(stack.batches, stack.weights, strict=True):
+
+        def body(carry, chunk):
+            return trees.tree_add(carry, fn(*chunk)), None
+
+        total, _ = jax.lax.scan(body, total, (batches, weights))
+    return total
+
+
+def weight_sum(stack: ExampleStack) -> Float[Array, ""]:
+    """Sum of all coefficients."""
+    return sum((jnp.sum(w) for w in stack.weights), start=jnp.zeros((), stack.weights[0].dtype))
+
+
+@jax.jit
+def loss_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[Array, ""]:
+    """`sum_i weights_i * data loss_i`, without the L2 term."""
+
+    def chunk_loss(batch, weights):
+        return jnp.sum(weights * objective.data_losses(params, batch))
+
+    return scan_weighted_sum(chunk_loss, stack, jnp.zeros((), stack.weights[0].dtype))
+
+
+def chunk_gradient_sum(
+    objective: Objective, params: LoraParams, batch: Batch, weights: Float[Array, " batch"]
+) -> LoraParams:
+    """`sum_i weights_i * grad data loss_i` over one micro-batch, without the L2 term."""
+    return jax.grad(lambda p: jnp.sum(weights * objective.data_losses(p, batch)))(params)
+
+
+@jax.jit
+def gradient_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> LoraParams:
+    """`sum_i weights_i * grad l_i`, the L2 term included once per unit of weight."""
+    data_term = scan_weighted_sum(
+        partial(chunk_gradient_sum, objective, params), stack, trees.tree_zeros_like(params)
+    )
+    return trees.tree_axpy(objective.l2 * weight_sum(stack), objective.from_prior(params), data_term)
+
+
+@jax.jit
+def _losses_per_chunk(objective: Objective, params: LoraParams, stack: ExampleStack):
+    return tuple(
+        jax.lax.map(lambda batch: objective.data_losses(params, batch), batches) for batches in stack.batches
+    )
+
+
+def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> np.ndarray:
+    """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
+    losses = _losses_per_chunk(objective, params, stack)
+    return np.concatenate(
+        [np.asarray(l)[np.asarray(w) != 0] for l, w in zip(losses, stack.weights, strict=True)]
+    )

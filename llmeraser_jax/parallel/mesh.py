@@ -1,0 +1,55 @@
+"""Device meshes with the two axes that the package knows: `data` and `model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+def make_mesh(*, data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data` x `model` mesh whose axes the compiler may reshard freely.
+
+    The axis type is Auto: under JAX's default (Explicit), products of Jacobians with vectors and reductions
+    over the adapter would need a sharding annotation at every operation.
+
+    Args:
+        data: devices that share out the examples of a micro-batch.
+        model: devices that share out each matrix of the base.
+        devices: which devices; default all that JAX sees.
+
+    Raises:
+        ValueError: fewer devices than `data * model`, or a size below 1.
+    """
+    if data < 1 or model < 1:
+        msg = f"A mesh of data={data}, model={model} is empty; both must be at least 1."
+        raise ValueError(msg)
+    devices = list(jax.devices() if devices is None else devices)
+    if data * model > len(devices):
+        msg = f"A mesh of data={data} x model={model} needs {data * model} devices; there are {len(devices)}."
+        raise ValueError(msg)
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices[: data * model],
+    )
+
+
+def parse_mesh(text: str) -> Mesh | None:
+    """Reads `data=4,model=2`; the empty string means no mesh (one device).
+
+    Raises:
+        ValueError: unknown axis, a size that is no whole number, or too few devices.
+    """
+    if not text:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in ("data", "model") or not size.isdigit() or axis in sizes:
+            msg = f"Mesh {text!r} is not understood at {part!r}; write for example data=4,model=2."
+            raise ValueError(msg)
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)

@@ -1,0 +1,89 @@
+"""Where arrays live on a mesh.
+
+Rules are an ordered list of (regular expression over a leaf's path, partition spec): the first match decides,
+and a leaf that no rule matches is an error, so that a new parameter cannot be replicated by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llmeraser_jax.types import BaseParams, ExampleStack, PyTree
+
+Rules = Sequence[tuple[str, P]]
+
+DEFAULT_RULES: Rules = (
+    # Kernels are [layers, in, out]. Column-parallel shares out the outputs, row-parallel the inputs.
+    (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, None, "model")),
+    (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
+    (r"layers/(o|down)_proj/kernel", P(None, "model", None)),
+    (r"layers/(o|down)_proj/bias", P()),
+    (r"embed_tokens/embedding", P("model", None)),
+    (r"lm_head/kernel", P(None, "model")),
+    (r".*norm/scale", P()),
+)
+
+
+def spec_for(path: str, rules: Rules = DEFAULT_RULES) -> P:
+    """The partition spec of the first rule whose expression matches the whole of `path`.
+
+    Raises:
+        ValueError: no rule matches.
+    """
+    for pattern, spec in rules:
+        if re.fullmatch(pattern, path):
+            return spec
+    msg = f"No sharding rule matches the parameter {path!r}; add one to the rules."
+    raise ValueError(msg)
+
+
+def _path_name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+    for dim, axis in zip(shape, spec, strict=False):
+        if axis is not None and dim % mesh.shape[axis]:
+            ways = mesh.shape[axis]
+            msg = f"{what} of shape {shape} cannot be split {ways} ways along {axis!r}: {dim} is no multiple."
+            raise ValueError(msg)
+
+
+def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> BaseParams:
+    """Places the base on the mesh, each leaf as its rule says.
+
+    Raises:
+        ValueError: a leaf without a rule, or with a dimension that its mesh axis does not divide.
+    """
+
+    def place(path, leaf):
+        name = _path_name(path)
+        spec = spec_for(name, rules)
+        _check_divisible(f"Parameter {name!r}", leaf.shape, spec, mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, base)
+
+
+def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """A copy of the tree on every device of the mesh; unchanged where `mesh` is None."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
+    """Shares each micro-batch out over the data axis; unchanged where `mesh` is None.
+
+    Raises:
+        ValueError: the micro-batch size is no multiple of the data axis.
+    """
+    if mesh is None:
+        return stack
+    spec = P(None, "data")
+    for weights in stack.weights:
+        _check_divisible("A stack of micro-batches (chunks, batch)", weights.shape, spec, mesh)
+    return jax.device_put(stack, NamedSharding(mesh, spec))

@@ -1,0 +1,67 @@
+"""How a solve ended, as a value inside jit and in words at the Python boundary."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import SupportsInt
+
+from llmeraser_jax.types import Solution
+
+
+class Status(IntEnum):
+    """Why the loop of a solver stopped."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NEGATIVE_CURVATURE = 2
+    NEGATIVE_CURVATURE_AT_START = 3
+    ZERO_RHS = 4
+    NON_FINITE = 5
+    RESIDUAL_DRIFT = 6
+
+
+_WORDS = {
+    Status.CONVERGED: "converged: the residual fell below the tolerance",
+    Status.MAX_STEPS: "not converged: max_steps reached before the residual fell below the tolerance",
+    Status.NEGATIVE_CURVATURE: (
+        "not converged: stopped at a direction of non-positive curvature, with the iterate reached so far"
+    ),
+    Status.NEGATIVE_CURVATURE_AT_START: (
+        "failed: the right-hand side itself is a direction of non-positive curvature, so there is no step; "
+        "raise the damping or use gauss-newton"
+    ),
+    Status.RESIDUAL_DRIFT: (
+        "not converged: the recurrence's residual fell below the tolerance but the true residual did not, "
+        "which rounding or an asymmetric product causes"
+    ),
+    Status.ZERO_RHS: "failed: the right-hand side is zero, so there is nothing to solve",
+    Status.NON_FINITE: "failed: a product or the right-hand side was not finite",
+}
+
+_FAILURES = frozenset({Status.NEGATIVE_CURVATURE_AT_START, Status.ZERO_RHS, Status.NON_FINITE})
+
+
+class SolverError(RuntimeError):
+    """A solve that gave no usable step."""
+
+
+def describe(status: SupportsInt) -> str:
+    """The status in words."""
+    return _WORDS[Status(int(status))]
+
+
+def is_failure(status: SupportsInt) -> bool:
+    """True where the solution must not be used: no step, or one that is not to be trusted."""
+    return Status(int(status)) in _FAILURES
+
+
+def require_success(solution: Solution) -> Solution:
+    """The solution itself.
+
+    Raises:
+        SolverError: where `is_failure` holds, in words.
+    """
+    if is_failure(solution.status):
+        msg = f"Solver {describe(solution.status)} (after {int(solution.num_steps)} steps)."
+        raise SolverError(msg)
+    return solution

@@ -1,0 +1,84 @@
+"""Vector-space operations on pytrees.
+
+Reductions run in at least float32 and leaf by leaf: flattening into one vector (`ravel_pytree`) would gather
+sharded leaves and is not used anywhere in the package outside `curvature.dense`.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llmeraser_jax.types import PyTree
+
+
+def tree_add(a: PyTree, b: PyTree) -> PyTree:
+    """`a + b`, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def tree_sub(a: PyTree, b: PyTree) -> PyTree:
+    """`a - b`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def tree_scale(scalar: float | Array, a: PyTree) -> PyTree:
+    """`scalar * a`; keeps each leaf's dtype."""
+    return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), a)
+
+
+def tree_axpy(scalar: float | Array, x: PyTree, y: PyTree) -> PyTree:
+    """`scalar * x + y`; keeps the dtype of `y`."""
+    return jax.tree.map(lambda xi, yi: (scalar * xi + yi).astype(yi.dtype), x, y)
+
+
+def tree_zeros_like(a: PyTree) -> PyTree:
+    """Zeros of the structure, shapes and dtypes of `a`."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def tree_vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Inner product of two real pytrees, accumulated in at least float32."""
+
+    def leaf_vdot(x, y):
+        dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_vdot, a, b)))
+
+
+def tree_norm(a: PyTree) -> Float[Array, ""]:
+    """Euclidean norm."""
+    return jnp.sqrt(tree_vdot(a, a))
+
+
+def tree_max_abs(a: PyTree) -> Float[Array, ""]:
+    """The largest absolute entry."""
+    return reduce(jnp.maximum, (jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(a)))
+
+
+def tree_size(a: PyTree) -> int:
+    """How many numbers the tree holds."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(a))
+
+
+def tree_where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
+    """`a` where the scalar `condition` holds, else `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def tree_all_finite(a: PyTree) -> Array:
+    """True when no leaf holds a nan or an infinity."""
+    return reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(a)))
+
+
+def tree_random_normal(key: Array, like: PyTree) -> PyTree:
+    """Independent standard normals of the structure, shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )

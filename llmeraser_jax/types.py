@@ -1,0 +1,108 @@
+"""The nouns that cross module borders: pytree aliases, batches, and the three small interfaces.
+
+Dimension letters used in every shape string of the package:
+
+    batch     examples in one micro-batch          chunks    micro-batches that a scan runs over
+    time      tokens of one example                response  response tokens of one example
+    vocab     vocabulary                           width     model width
+    heads     query heads                          kv_heads  key/value heads
+    head_dim  numbers per head                     rank      LoRA rank
+    layers    decoder layers                       p         all numbers of the adapter together
+
+This module imports nothing from the package: every other module may import it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree: TypeAlias = Any
+BaseParams: TypeAlias = Any  # nested dict of arrays, the frozen base; a jit argument, never a constant
+LoraParams: TypeAlias = Any  # pytree of float32 arrays: the adapter, and any vector of its space
+Batch: TypeAlias = Any  # pytree whose leaves all begin with the axis "batch"
+Outputs: TypeAlias = Any  # pytree of network outputs whose leaves all begin with the axis "batch"
+
+
+@flax.struct.dataclass
+class TokenBatch:
+    """Token sequences, right-padded, and where in them the loss is read.
+
+    Logits are computed at `positions` only, so that a large vocabulary head is not evaluated for the prompt.
+    """
+
+    tokens: Int[Array, "*lead batch time"]
+    attention_mask: Int[Array, "*lead batch time"]  # 1 for a real token, 0 for padding
+    positions: Int[
+        Array, "*lead batch response"
+    ]  # the position whose logits predict the target (target's - 1)
+    targets: Int[Array, "*lead batch response"]  # token ids to predict
+    target_weights: Float[Array, "*lead batch response"]  # 1 / (tokens averaged over); 0 for padding
+
+
+@flax.struct.dataclass
+class ExampleStack:
+    """Examples as stacked micro-batches, one entry per length bucket, each with a coefficient.
+
+    Everything the package computes over data is `sum_i weights_i * f(example_i)`; means, removals, edits and
+    path weights differ in `weights` only. An example with weight 0 is padding.
+    """
+
+    batches: tuple[Batch, ...]  # leaves [chunks, batch, ...]
+    weights: tuple[Float[Array, "chunks batch"], ...]
+
+
+@runtime_checkable
+class ExampleSet(Protocol):
+    """A data set that can be laid out as an `ExampleStack`. Implementations live on the host."""
+
+    def __len__(self) -> int: ...
+
+    def bucket_of(self, index: int) -> int:
+        """The length bucket that holds example `index`; equal buckets give equal shapes."""
+        ...
+
+    def stack(self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int) -> ExampleStack:
+        """Lays out `indices` with coefficients `weights`, in order within a bucket; padding has weight 0."""
+        ...
+
+
+class Operator(Protocol):
+    """A symmetric linear map on adapter space, the same map at every call. A pytree, so that jit takes it.
+
+    `positive_semidefinite` is declared, not measured; a solver may refuse an operator without it.
+    """
+
+    @property
+    def positive_semidefinite(self) -> bool: ...
+
+    def mv(self, v: LoraParams) -> LoraParams:
+        """The product with a vector of adapter space."""
+        ...
+
+
+@flax.struct.dataclass
+class Solution:
+    """What a solver returns. Failure is a value: read `status` with `solvers.status.describe`."""
+
+    value: LoraParams
+    status: Int[Array, ""]  # a `solvers.status.Status`
+    num_steps: Int[Array, ""]
+    relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
+    negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
+    history: Float[
+        Array, " max_steps"
+    ]  # recurrence's relative residual after each step; nan beyond num_steps
+
+
+class Solver(Protocol):
+    """Hyper-parameters only; sees an operator and a right-hand side, never data."""
+
+    def solve(self, operator: Operator, rhs: LoraParams) -> Solution: ...
+
+
+Key: TypeAlias = jax.Array
