@@ -71,6 +71,7 @@ class ExampleSet(Protocol):
         ...
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A symmetric linear map on adapter space, the same map at every call. A pytree, so that jit takes it.
 
@@ -99,6 +100,7 @@ class Solution:
     ]  # recurrence's relative residual after each step; nan beyond num_steps
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Hyper-parameters only; sees an operator and a right-hand side, never data."""
 

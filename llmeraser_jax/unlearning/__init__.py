@@ -1,0 +1,1 @@
+"""Unlearning: requests to right-hand sides, moves of the adapter, receipts."""

@@ -1,0 +1,72 @@
+"""Small problems with known answers, laid out as the package's own interfaces."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmeraser_jax.losses import Objective, half_squared_error
+from llmeraser_jax.types import ExampleStack
+
+
+class ArrayBatch(NamedTuple):
+    """Rows of a design matrix with a target each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class ArrayExamples:
+    """Rows of arrays as an `ExampleSet`; `num_buckets` > 1 deals them out to buckets in turn."""
+
+    def __init__(self, inputs, targets, num_buckets: int = 1):
+        self.inputs, self.targets, self.num_buckets = np.asarray(inputs), np.asarray(targets), num_buckets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def bucket_of(self, index: int) -> int:
+        return index % self.num_buckets
+
+    def stack(self, indices, weights, *, chunk_size: int) -> ExampleStack:
+        batches, stacked_weights = [], []
+        for bucket in range(self.num_buckets):
+            chosen = np.asarray(indices) % self.num_buckets == bucket
+            if not chosen.any():
+                continue
+            rows, w = np.asarray(indices)[chosen], np.asarray(weights)[chosen]
+            padding = -len(rows) % chunk_size
+            rows = np.concatenate([rows, np.repeat(rows[:1], padding)]).reshape(-1, chunk_size)
+            w = np.concatenate([w, np.zeros(padding)]).reshape(-1, chunk_size)
+            batches.append(ArrayBatch(jnp.asarray(self.inputs[rows]), jnp.asarray(self.targets[rows])))
+            stacked_weights.append(jnp.asarray(w))
+        return ExampleStack(tuple(batches), tuple(stacked_weights))
+
+
+def linear_outputs(frozen, params, batch):
+    """`x' theta`, with theta in two leaves so that pytrees are exercised."""
+    theta = jnp.concatenate([params["head"], params["tail"]])
+    return batch.inputs @ theta
+
+
+def split_params(theta) -> dict:
+    """A parameter vector [d] as the pytree of `linear_outputs`."""
+    return {"head": jnp.asarray(theta[:1]), "tail": jnp.asarray(theta[1:])}
+
+
+def join_params(params) -> np.ndarray:
+    """Inverse of `split_params`."""
+    return np.concatenate([np.asarray(params["head"]), np.asarray(params["tail"])])
+
+
+def ridge_objective(l2: float) -> Objective:
+    """`l(z) = (x'theta - y)^2 / 2 + l2/2 ||theta||^2`."""
+    return Objective((), None, linear_outputs, half_squared_error, l2)
+
+
+def ridge_solution(inputs, targets, l2: float) -> np.ndarray:
+    """Minimiser of the mean of `ridge_objective` over the rows, in closed form."""
+    n, d = inputs.shape
+    return np.linalg.solve(inputs.T @ inputs / n + l2 * np.eye(d), inputs.T @ targets / n)

@@ -1,0 +1,210 @@
+"""On ridge regression the method's signs and constants have a closed-form oracle: retraining."""
+
+import jax
+import numpy as np
+import pytest
+
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.path import UnlearningError, log_odds_weights, unlearn
+from llmeraser_jax.unlearning.problem import EditProblem
+from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
+
+L2 = 0.1
+N, D = 40, 5
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make_problem(actions: str, num_buckets: int = 1, num_named: int = 3):
+    """A request whose named rows are removed ("r"), get another input ("q") or another target ("c")."""
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.normal(size=(N, D)), rng.normal(size=N)
+    named = np.arange(2, 2 + 7 * num_named, 7)
+    kinds = (actions * num_named)[:num_named]
+    all_inputs, all_targets, replacements = [inputs], [targets], []
+    next_index = N
+    for row, kind in zip(named, kinds, strict=True):
+        if kind == "r":
+            replacements.append(-1)
+            continue
+        x, y = inputs[row].copy(), targets[row]
+        if kind == "q":
+            x[:2] += rng.normal(size=2)
+        else:
+            y = y + 2.0
+        all_inputs.append(x[None])
+        all_targets.append(np.array([y]))
+        replacements.append(next_index)
+        next_index += 1
+    examples = ArrayExamples(np.concatenate(all_inputs), np.concatenate(all_targets), num_buckets)
+    problem = EditProblem(examples, N, named, np.array(replacements))
+    after = np.concatenate([problem.retained, problem.wanted])
+    before = ridge_solution(inputs, targets, L2)
+    retrained = ridge_solution(examples.inputs[after], examples.targets[after], L2)
+    return problem, before, retrained
+
+
+def config(**changes) -> EraseConfig:
+    """Exact solves on all data: nothing between the formula and the answer."""
+    exact = {
+        "damping": 0.0,
+        "l2": L2,
+        "curvature_data": "all",
+        "cg_rtol": 1e-14,
+        "cg_max_steps": 50,
+        "max_step_ratio": 0.0,
+        "chunk_size": 4,
+    }
+    return EraseConfig(**{**exact, **changes})
+
+
+def run(problem, before, **changes) -> np.ndarray:
+    return join_params(unlearn(ridge_objective(L2), split_params(before), problem, config(**changes)).params)
+
+
+@pytest.mark.parametrize("actions", ["r", "q", "c", "rqc"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_path_lands_on_the_retrained_solution_for_every_number_of_steps(actions, num_steps, curvature):
+    problem, before, retrained = make_problem(actions)
+    after = run(problem, before, num_steps=num_steps, curvature=curvature)
+    np.testing.assert_allclose(after, retrained, rtol=0, atol=1e-12)
+    assert np.linalg.norm(before - retrained) > 1e-2
+
+
+@pytest.mark.parametrize("actions", ["r", "q", "c", "rqc"])
+def test_newton_lands_on_the_retrained_solution(actions):
+    problem, before, retrained = make_problem(actions)
+    after = run(problem, before, method="step", rhs="newton")
+    np.testing.assert_allclose(after, retrained, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("actions", ["r", "q", "rqc"])
+def test_single_step_errs_in_second_order_of_the_named_share(actions):
+    errors = []
+    for num_named in (1, 2, 4):
+        problem, before, retrained = make_problem(actions, num_named=num_named)
+        after = run(problem, before, method="step")
+        gap = np.linalg.norm(before - retrained)
+        errors.append(np.linalg.norm(after - retrained))
+        assert errors[-1] < 0.6 * gap, "the step must move towards the retrained solution"
+    assert errors[0] > 1e-6, "one step with the old data's curvature is not exact"
+
+
+def test_single_step_error_is_quadratic_in_the_size_of_a_response_change():
+    # The same data weighted k times: the share of one removed example falls as 1/k, its error as 1/k^2.
+    rng = np.random.default_rng(3)
+    inputs, targets = rng.normal(size=(20, D)), rng.normal(size=20)
+    errors, gaps = [], []
+    for copies in (1, 2, 4, 8):
+        x, y = np.tile(inputs, (copies, 1)), np.tile(targets, copies)
+        problem = EditProblem(ArrayExamples(x, y), len(x), np.array([3]), np.array([-1]))
+        keep = np.arange(len(x)) != 3
+        retrained = ridge_solution(x[keep], y[keep], L2)
+        before = ridge_solution(x, y, L2)
+        errors.append(np.linalg.norm(run(problem, before, method="step") - retrained))
+        gaps.append(np.linalg.norm(before - retrained))
+    rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert np.all((rates > 1.7) & (rates < 2.6)), rates
+    assert np.all(np.log2(np.array(gaps[:-1]) / np.array(gaps[1:])) < 1.3)
+
+
+def test_response_correction_is_exact_in_a_single_step_because_the_curvature_does_not_change():
+    problem, before, retrained = make_problem("c")
+    np.testing.assert_allclose(run(problem, before, method="step"), retrained, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trust_region", [True, False])
+def test_trust_region_leaves_quadratics_alone(trust_region):
+    problem, before, retrained = make_problem("rqc")
+    result = unlearn(
+        ridge_objective(L2), split_params(before), problem, config(num_steps=4, trust_region=trust_region)
+    )
+    assert [step.scale for step in result.steps] == [1.0] * 4
+    assert result.final_weight == 0
+    if trust_region:
+        for step in result.steps:
+            assert step.actual_reduction == pytest.approx(step.predicted_reduction, rel=1e-9)
+    np.testing.assert_allclose(join_params(result.params), retrained, rtol=0, atol=1e-12)
+
+
+def test_limit_on_the_step_norm_holds_and_the_remainder_is_taken_up_again():
+    problem, before, retrained = make_problem("r")
+    limit = 0.1
+    result = unlearn(
+        ridge_objective(L2), split_params(before), problem, config(num_steps=6, max_step_ratio=limit)
+    )
+    assert max(step.delta_norm for step in result.steps) <= limit * 1.05 * np.linalg.norm(before)
+    assert min(step.scale for step in result.steps) < 1
+    assert result.final_weight == 0
+    gap = np.linalg.norm(before - retrained)
+    assert np.linalg.norm(join_params(result.params) - retrained) < 0.1 * gap
+
+
+def test_results_do_not_depend_on_buckets_or_chunks():
+    results = []
+    for num_buckets, chunk_size in ((1, 4), (3, 5), (1, 64)):
+        problem, before, _ = make_problem("rqc", num_buckets)
+        results.append(run(problem, before, num_steps=3, chunk_size=chunk_size))
+    np.testing.assert_allclose(results[1], results[0], atol=1e-12)
+    np.testing.assert_allclose(results[2], results[0], atol=1e-12)
+
+
+def test_sampled_curvature_is_unbiased_over_seeds():
+    problem, _, _ = make_problem("rqc", num_buckets=3)
+    exact = problem.path_mean(0.3, None, np.random.default_rng(0))
+    dense = np.zeros(len(problem.examples))
+    dense[exact.indices] = exact.weights
+    draws = np.zeros((4000, len(dense)))
+    for seed, row in enumerate(draws):
+        sampled = problem.path_mean(0.3, 9, np.random.default_rng(seed))
+        row[sampled.indices] = sampled.weights
+        assert row.sum() == pytest.approx(dense.sum())
+    standard_error = draws.std(0) / np.sqrt(len(draws))
+    assert np.all(np.abs(draws.mean(0) - dense) <= 5 * standard_error + 1e-12)
+
+
+def test_cost_counts_right_hand_sides_products_and_checks():
+    problem, before, _ = make_problem("rqc")
+    result = unlearn(ridge_objective(L2), split_params(before), problem, config(num_steps=2))
+    data = N + 2
+    products = sum(step.iterations + 1 for step in result.steps)
+    assert result.cost.rhs == pytest.approx(2 * (1 + 2 + 2))
+    assert result.cost.curvature == pytest.approx(1.5 * products * data)
+    assert result.cost.trust_region == pytest.approx(2 * (2 / 3 + 1 / 3) * data)
+
+
+def test_a_request_that_changes_no_gradient_fails_instead_of_writing_a_zero_step():
+    problem, before, _ = make_problem("r", num_named=1)
+    problem.examples.inputs[problem.named[0]] = 0
+    with pytest.raises(UnlearningError, match="right-hand side is zero"):
+        unlearn(ridge_objective(0.0), split_params(before), problem, config(l2=0.0))
+
+
+def test_log_odds_weights_are_as_stated():
+    weights = log_odds_weights(4, 4.0)
+    logistic = 1 / (1 + np.exp(-4.0))
+    wide = log_odds_weights(1000, 4.0)
+    assert wide[0] - wide[1] == pytest.approx(1 / 4001) and np.all(np.diff(wide) < 0)
+    np.testing.assert_allclose(weights, [1, logistic, 0.5, 1 - logistic, 0], rtol=1e-12)
+    np.testing.assert_allclose(log_odds_weights(1, 4.0), [1, 0])
+    np.testing.assert_allclose(log_odds_weights(2, 4.0), [1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rhs": "newton"}, "newton"),
+        ({"method": "leap"}, "method"),
+        ({"damping": -1.0}, "damping"),
+        ({"cg_rtol": 1.0}, "cg_rtol"),
+        ({"num_steps": 0}, "num_steps"),
+    ],
+)
+def test_bad_configuration_is_refused_by_name(changes, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        EraseConfig(**changes)
