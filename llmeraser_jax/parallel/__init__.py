@@ -1,6 +1,22 @@
 """Meshes and sharding: the base sharded by rules, batches over the data axis, the adapter replicated."""
 
 from llmeraser_jax.parallel.mesh import make_mesh, parse_mesh
-from llmeraser_jax.parallel.sharding import DEFAULT_RULES, place_stack, replicate, shard_base, spec_for
+from llmeraser_jax.parallel.sharding import (
+    DEFAULT_RULES,
+    place_batch,
+    place_stack,
+    replicate,
+    shard_base,
+    spec_for,
+)
 
-__all__ = ["DEFAULT_RULES", "make_mesh", "parse_mesh", "place_stack", "replicate", "shard_base", "spec_for"]
+__all__ = [
+    "DEFAULT_RULES",
+    "make_mesh",
+    "parse_mesh",
+    "place_batch",
+    "place_stack",
+    "replicate",
+    "shard_base",
+    "spec_for",
+]

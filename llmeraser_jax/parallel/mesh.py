@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 
-def make_mesh(*, data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A `data` x `model` mesh whose axes the compiler may reshard freely.
 
     The axis type is Auto: under JAX's default (Explicit), products of Jacobians with vectors and reductions
@@ -52,4 +53,4 @@ def parse_mesh(text: str) -> Mesh | None:
             msg = f"Mesh {text!r} is not understood at {part!r}; write for example data=4,model=2."
             raise ValueError(msg)
         sizes[axis] = int(size)
-    return make_mesh(**sizes)
+    return make_mesh(data=sizes.get("data", 1), model=sizes.get("model", 1))

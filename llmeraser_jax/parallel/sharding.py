@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmeraser_jax.types import BaseParams, ExampleStack, PyTree
+from llmeraser_jax.types import BaseParams, Batch, ExampleStack, PyTree
 
 Rules = Sequence[tuple[str, P]]
 
@@ -76,14 +76,26 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
-    """Shares each micro-batch out over the data axis; unchanged where `mesh` is None.
+    """Shares each micro-batch of a stack out over the data axis; unchanged where `mesh` is None.
 
     Raises:
         ValueError: the micro-batch size is no multiple of the data axis.
     """
+    return _place(stack, mesh, P(None, "data"))
+
+
+def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    """Shares one micro-batch out over the data axis; unchanged where `mesh` is None.
+
+    Raises:
+        ValueError: the micro-batch size is no multiple of the data axis.
+    """
+    return _place(batch, mesh, P("data"))
+
+
+def _place(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
     if mesh is None:
-        return stack
-    spec = P(None, "data")
-    for weights in stack.weights:
-        _check_divisible("A stack of micro-batches (chunks, batch)", weights.shape, spec, mesh)
-    return jax.device_put(stack, NamedSharding(mesh, spec))
+        return tree
+    for leaf in jax.tree.leaves(tree):
+        _check_divisible("A micro-batch", leaf.shape, spec, mesh)
+    return jax.device_put(tree, NamedSharding(mesh, spec))

@@ -1,1 +1,26 @@
 """Unlearning: requests to right-hand sides, moves of the adapter, receipts."""
+
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.cost import CostMeter
+from llmeraser_jax.unlearning.erase import EraseResult, erase, make_problem
+from llmeraser_jax.unlearning.job import erase_run
+from llmeraser_jax.unlearning.path import StepRecord, Unlearned, UnlearningError, log_odds_weights, unlearn
+from llmeraser_jax.unlearning.problem import EditProblem, Weighted
+from llmeraser_jax.unlearning.receipt import Receipt
+
+__all__ = [
+    "CostMeter",
+    "EditProblem",
+    "EraseConfig",
+    "EraseResult",
+    "Receipt",
+    "StepRecord",
+    "Unlearned",
+    "UnlearningError",
+    "Weighted",
+    "erase",
+    "erase_run",
+    "log_odds_weights",
+    "make_problem",
+    "unlearn",
+]

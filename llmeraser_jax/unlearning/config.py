@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from llmeraser_jax.curvature import CURVATURES
 
@@ -51,7 +53,7 @@ class EraseConfig:
     max_step_ratio: float = 0.05
     cg_max_steps: int = 10
     cg_rtol: float = 0.05
-    l2: float = 0.0
+    l2: Annotated[float, tyro.conf.Suppress] = 0.0  # no flag: a run directory states it
     chunk_size: int = 16
     seed: int = 0
     diagnostic_sample: int = 64

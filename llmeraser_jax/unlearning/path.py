@@ -119,9 +119,7 @@ class Evaluator:
     Host-side; counts what it computes. Stacks are laid out once per set of indices and reweighted afterwards.
     """
 
-    def __init__(
-        self, objective: Objective, problem: EditProblem, config: EraseConfig, mesh: Mesh | None = None
-    ):
+    def __init__(self, objective: Objective, problem: EditProblem, config: EraseConfig, mesh: Mesh | None = None):
         self.objective = objective
         self.problem = problem
         self.config = config
@@ -130,9 +128,7 @@ class Evaluator:
 
     def stack(self, weighted: Weighted) -> ExampleStack:
         """The examples on the device(s), in micro-batches."""
-        stack = self.problem.examples.stack(
-            weighted.indices, weighted.weights, chunk_size=self.config.chunk_size
-        )
+        stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=self.config.chunk_size)
         return place_stack(stack, self.mesh)
 
     def gradient(self, params: LoraParams, weighted: Weighted) -> LoraParams:
@@ -288,9 +284,7 @@ def _take(
         group_losses = tuple(check.mean(accepted.losses, group) for group in groups)
     delta_norm = scale * float(trees.tree_norm(solution.value))
     if not (math.isfinite(delta_norm) and delta_norm > 0):
-        msg = (
-            f"The step at weight {move.weight_before:.4g} has norm {delta_norm}; nothing would be forgotten."
-        )
+        msg = f"The step at weight {move.weight_before:.4g} has norm {delta_norm}; nothing would be forgotten."
         raise UnlearningError(msg)
     history = np.asarray(solution.history)[: int(solution.num_steps)]
     record = StepRecord(
@@ -341,9 +335,7 @@ def unlearn(
     """
     evaluator = Evaluator(objective, problem, config, mesh)
     sample_size = config.sample_size if config.curvature_data == "sample" else None
-    probe = problem.trained_mean(
-        sample_size, np.random.default_rng([config.seed, 0]), without_named=True
-    ).indices
+    probe = problem.trained_mean(sample_size, np.random.default_rng([config.seed, 0]), without_named=True).indices
     check = _Check(evaluator, probe) if config.trust_region else None
     num_retained = len(problem.retained)
     run = _path if config.method == "path" else _single
@@ -385,9 +377,7 @@ def _path(evaluator, check, params, sample_size, probe_scale, on_step) -> Unlear
         rhs = gradient_sum(evaluator.objective, params, direction)
         evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
         rng = np.random.default_rng([config.seed, 1 + attempt])
-        curvature = problem.path_mean(
-            target, sample_size, rng, without_named=config.curvature_data == "retained"
-        )
+        curvature = problem.path_mean(target, sample_size, rng, without_named=config.curvature_data == "retained")
         move = _Move(
             weight_before=weight,
             weight_target=target,

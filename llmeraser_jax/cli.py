@@ -1,0 +1,345 @@
+"""The console script `llmeraser`: one sub-command for each thing the library does from files to files.
+
+A sub-command is a dataclass, its fields are the flags, and `run` returns the exit status. Everything here is
+wiring and words; the work is in the functions that each command calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from jax.sharding import Mesh
+
+from llmeraser_jax.data import Recipe
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.parallel import parse_mesh
+from llmeraser_jax.training import TrainConfig
+from llmeraser_jax.unlearning import EraseConfig
+
+# Heavier imports (models, evaluation) wait until a command runs, so that --help answers at once.
+
+_log = logging.getLogger("llmeraser_jax")
+
+
+def _say(text: str = "") -> None:
+    """Results go to standard output; progress and warnings to standard error."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Fine-tune a LoRA adapter and record all that erasing from it needs.
+
+    Killed at any moment and started again with the same flags, it goes on where it was and ends with the same
+    adapter.
+
+    Attributes:
+        model: base model: a directory in Hugging Face layout, or a hub id.
+        data: training examples: JSON, JSON lines, parquet or a datasets directory; columns
+            instruction/input/output, question/answer, prompt/response, or messages; optional id.
+        workdir: the run directory to make, or to go on in.
+        dtype: storage of the frozen base: float32, bfloat16 or float16.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+        tensorboard: also write TensorBoard events (extra tensorboard).
+        recipe: how examples become tokens and a loss.
+        lora: the adapter.
+        train: optimisation.
+    """
+
+    model: str
+    data: Path
+    workdir: Path
+    dtype: str = "float32"
+    mesh: str = ""
+    tensorboard: bool = False
+    recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
+    lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> int:
+        from llmeraser_jax.models import load_model
+        from llmeraser_jax.training import finetune_run
+
+        model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
+        run = finetune_run(
+            model,
+            self.data,
+            self.workdir,
+            recipe=self.recipe,
+            lora=self.lora,
+            config=self.train,
+            tensorboard=self.tensorboard,
+        )
+        result = run.result
+        _say(f"Fine-tuned on {len(run.data_ids)} examples in {result['seconds']:.1f} s.")
+        _say(f"  final loss          {result['loss']:.4f}")
+        _say(f"  gradient norm       {result['gradient_norm']:.3g} (of the objective, L2 term included)")
+        if result["num_truncated"]:
+            _say(f"  prompts cut short   {result['num_truncated']}")
+        _say(f"Run directory: {self.workdir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adopt:
+    """Make a run directory of an adapter that was trained elsewhere, so that one can erase from it.
+
+    Attributes:
+        model: the base model it was trained on: a directory or a hub id.
+        adapter: the adapter, in PEFT's format.
+        data: the examples it was trained on.
+        recipe: TOML file that states how: template, add_bos, add_eos, loss_on, reduction, truncation_side,
+            epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
+        workdir: the run directory to make.
+        dtype: storage of the frozen base: float32, bfloat16 or float16.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+        force: adopt it although it does not lower the loss on the data.
+    """
+
+    model: str
+    adapter: Path
+    data: Path
+    recipe: Path
+    workdir: Path
+    dtype: str = "float32"
+    mesh: str = ""
+    force: bool = False
+
+    def run(self) -> int:
+        from llmeraser_jax.models import load_model
+        from llmeraser_jax.training import adopt
+
+        model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
+        run = adopt(model, self.adapter, self.data, self.recipe, self.workdir, force=self.force)
+        result = run.result
+        _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
+        _say(f"  loss with / without the adapter     {result['loss']:.4f} / {result['base_loss']:.4f}")
+        _say(
+            f"  gradient norm, objective / data     {result['gradient_norm']:.3g} / "
+            f"{result['data_gradient_norm']:.3g} (on {result['num_sampled']} sampled examples)"
+        )
+        _say(f"Run directory: {self.workdir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Erase:
+    """Carry out a request file: remove examples, modify their queries, correct their responses.
+
+    Requests are JSON lines:
+      {"id": "17", "action": "remove"}
+      {"id": "18", "action": "modify_query", "query": "..."}
+      {"id": "19", "action": "correct_response", "response": "..."}
+
+    Attributes:
+        run_directory: the run to erase from (finetune, adopt, or an earlier erase).
+        requests: the request file.
+        workdir: directory to make: the new adapter (PEFT), the change (Orbax), receipt.json, and the edited
+            data, so that it can be erased from again.
+        data: where the training data is now; default: where it was.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+        config: how to move.
+    """
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    requests: Path
+    workdir: Path
+    data: Path | None = None
+    mesh: str = ""
+    config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
+
+    def run(self) -> int:
+        run, mesh = _load_run(self.run_directory), parse_mesh(self.mesh)
+        erase_and_tell(run, self.requests, self.workdir, self.config, mesh=mesh, data_path=self.data)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retrain:
+    """Train again on the edited data, once per seed: the oracle that erasing is compared with.
+
+    Attributes:
+        run_directory: the run that the requests are about.
+        requests: the request file.
+        workdir: gets one run directory per seed; started again, it goes on where it was.
+        seeds: how many retrainings; their seeds differ from the run's own.
+        data: where the training data is now; default: where it was.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+    """
+
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")]
+    requests: Path
+    workdir: Path
+    seeds: int = 3
+    data: Path | None = None
+    mesh: str = ""
+
+    def run(self) -> int:
+        from llmeraser_jax.baselines import retrain
+        from llmeraser_jax.data import load_requests
+
+        run = _load_run(self.run_directory)
+        requests = load_requests(self.requests, run.load_examples(self.data))
+        model = run.load_model(mesh=parse_mesh(self.mesh))
+        runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
+        for retrained in runs:
+            result = retrained.result
+            _say(
+                f"{retrained.path}: loss {result['loss']:.4f} after {result['seconds']:.1f} s "
+                f"({result['gradient_equivalents']:.0f} gradient equivalents)"
+            )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare before, unlearned and retrained, with controls, and write a report.
+
+    Attributes:
+        before: the run that was erased from.
+        after: the directory that `llmeraser erase` made.
+        workdir: gets report.md, report.json and plots.
+        retrained: the directory that `llmeraser retrain` made; without it, what needs no oracle is reported.
+        data: held-out examples, which no model was trained on.
+        train_data: where the training data of --before is now; default: where it was.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+    """
+
+    before: Path
+    after: Path
+    workdir: Path
+    retrained: Path | None = None
+    data: Path | None = None
+    train_data: Path | None = None
+    mesh: str = ""
+
+    def run(self) -> int:
+        from llmeraser_jax.evaluation.job import evaluate_runs, retrained_runs
+
+        report = evaluate_runs(
+            _load_run(self.before),
+            _load_run(self.after),
+            self.workdir,
+            retrained=() if self.retrained is None else retrained_runs(self.retrained),
+            heldout_path=self.data,
+            data_path=self.train_data,
+            mesh=parse_mesh(self.mesh),
+        )
+        for name, closure in report["gap_closure"].items():
+            if name in ("forget_loss", "wanted_loss", "heldout_kl"):
+                why = report["gap_closure"].get("reason", {}).get(name, "")
+                _say(f"gap closure, {name:<12} {why if closure is None else format(closure, '.2f')}")
+        _say(f"Report: {self.workdir / 'report.md'}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Fine-tune a small model on fictitious people, make it forget some, and compare with retraining.
+
+    Needs no files and no network; takes a few minutes on two cores. The exit status is 0 when at least half of
+    the gap to retraining is closed for removal, query modification and response correction alike.
+
+    Attributes:
+        workdir: where everything is kept; default: llmeraser-demo here, or the next free name.
+    """
+
+    workdir: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.demo import run_demo
+
+        return run_demo(self.workdir, say=_say)
+
+
+Command = (
+    Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Adopt, tyro.conf.subcommand("adopt")]
+    | Annotated[Erase, tyro.conf.subcommand("erase")]
+    | Annotated[Retrain, tyro.conf.subcommand("retrain")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def _load_run(path: Path):
+    from llmeraser_jax.runs import load_run
+
+    return load_run(path)
+
+
+def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, mesh: Mesh | None = None, **kwargs):
+    """`erase_run` with a progress bar, and the receipt in a few lines on standard output."""
+    from llmeraser_jax.tracking import progress
+    from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
+
+    config = dataclasses.replace(config, l2=run.train_config.l2)
+    with progress(description="weight of the named examples taken out", total=100) as bar:
+
+        def on_step(step) -> None:
+            bar.update(round(100 * (1 - step.weight_after)) - bar.n)
+
+        erased, result = erase_run(run, requests, workdir, config, mesh=mesh, on_step=on_step, **kwargs)
+    receipt = result.receipt
+    solver, cost = receipt.solver, receipt.gradient_equivalents
+    counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)
+    _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
+    _say(f"  outcome         {receipt.outcome}")
+    _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
+    _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
+    if solver.negative_curvature:
+        _say("  curvature       negative along some direction; see the receipt")
+    _say(
+        f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}; "
+        f"{100 * receipt.bf16_survival:.0f} % survives rounding to bfloat16"
+    )
+    _say(
+        f"  gradient norm   {receipt.edited_gradient_norm_before:.3g} -> {receipt.edited_gradient_norm_after:.3g} "
+        f"(edited objective, on {receipt.gradient_norm_examples} examples)"
+    )
+    _say(f"  cost            {cost.total:.0f} gradient equivalents, {receipt.seconds:.1f} s")
+    _say(f"Adapter: {workdir / 'adapter'}   receipt: {workdir / RECEIPT_FILE}")
+    return erased, result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status.
+
+    Errors of the user's input or environment are one line on standard error; LLMERASER_DEBUG=1 shows where
+    they were raised.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _log.setLevel(logging.INFO)
+    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION)
+    try:
+        return command.run()
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("LLMERASER_DEBUG"):
+            raise
+        sys.stderr.write(f"llmeraser: error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("llmeraser: interrupted; the same command goes on where it was, if it can be resumed\n")
+        return 130
+
+
+_DESCRIPTION = (
+    "Make a LoRA-tuned language model forget: influence functions give the adapter's change for examples that "
+    "are removed or edited, at a fraction of retraining's cost."
+)
+
+
+def console() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,39 @@
+"""What a result was computed on: library versions, devices, peak memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "llmeraser-jax")
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of Python and the libraries a result depends on; None for one used without installation."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None  # the package itself, used from its source tree
+
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def describe_devices() -> str:
+    """The devices in words, e.g. `1 x cpu` or `8 x NVIDIA H200`."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory in use so far: the first device's where it keeps count, else this process's resident set."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes

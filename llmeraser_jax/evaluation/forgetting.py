@@ -1,0 +1,249 @@
+"""Forgetting metrics: held-out KL to retrained models with its seed floor, and membership inference.
+
+Whatever is summed is summed in float64 on the host; log-probabilities may come as float32 from any device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from llmeraser_jax.evaluation.closure import Number, seed_mean
+from llmeraser_jax.evaluation.tasks import Metric, auc_metric
+
+_BLOCK_NUMBERS = 1 << 20  # numbers of one model that are in float64 at a time
+_NORMALISATION_TOLERANCE = 1e-3  # float32 log-softmax over 256k tokens stays far below, logits and bf16 above
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutKLResult:
+    """Held-out KL of every model, in nats per response position.
+
+    Fold r leaves retrained model r out: the reference is the mean prediction of the others.
+
+    Attributes:
+        candidates: per model, the KL of each fold.
+        retrained_left_out: per fold r, the KL of retrained model r itself.
+        num_positions: positions averaged over.
+    """
+
+    candidates: Mapping[str, tuple[float, ...]]
+    retrained_left_out: tuple[float, ...]
+    num_positions: int
+
+    def heldout_kl(self, name: str) -> float:
+        """Mean over folds for one model."""
+        return seed_mean(self.candidates[name])
+
+    @property
+    def seed_floor(self) -> float:
+        """The same quantity for the retrained model left out: what a change of seed alone amounts to."""
+        return seed_mean(self.retrained_left_out)
+
+    @property
+    def num_retrained(self) -> int:
+        """R."""
+        return len(self.retrained_left_out)
+
+
+class HeldOutKL:
+    """Accumulates `KL(mean prediction of R - 1 retrained models || model)` over chunks of positions.
+
+    For each retrained model left out, the reference is the arithmetic mean of the other models'
+    probabilities; the KL is averaged over positions and over the one left out. All models share the
+    references.
+    """
+
+    def __init__(self) -> None:
+        self._candidate_sums: dict[str, np.ndarray] = {}  # name -> [retrained]
+        self._left_out_sums = np.zeros(0)  # [retrained]
+        self._num_positions = 0
+        self._started = False
+
+    def update(
+        self,
+        candidate_log_probs: Mapping[str, Float[Array | np.ndarray, "*lead vocab"]],
+        retrained_log_probs: Sequence[Float[Array | np.ndarray, "*lead vocab"]],
+        mask: Bool[Array | np.ndarray, "*lead"],
+    ) -> None:
+        """Adds one chunk.
+
+        Args:
+            candidate_log_probs: log-probabilities of each model to be judged, in nats; the same names at
+                every call.
+            retrained_log_probs: log-probabilities of each retrained model, in the same order at every call.
+            mask: True where a position counts: a response position of a held-out prompt.
+
+        Raises:
+            ValueError: fewer than two retrained models, names, counts or shapes that do not agree, arrays
+                that are not log-probabilities, or retrained predictions that are nan.
+        """
+        num_retrained = len(retrained_log_probs)
+        if num_retrained < 2:
+            msg = (
+                f"The held-out KL leaves one retrained model out and needs at least two, got {num_retrained}."
+            )
+            raise ValueError(msg)
+        if not self._started:
+            self._candidate_sums = {name: np.zeros(num_retrained) for name in candidate_log_probs}
+            self._left_out_sums = np.zeros(num_retrained)
+            self._started = True
+        if candidate_log_probs.keys() != self._candidate_sums.keys():
+            expected, got = sorted(self._candidate_sums), sorted(candidate_log_probs)
+            msg = f"Every chunk must hold the models of the first, {expected}, got {got}."
+            raise ValueError(msg)
+        if num_retrained != self._left_out_sums.size:
+            msg = (
+                f"Every chunk must hold the {self._left_out_sums.size} retrained models of the first, "
+                f"got {num_retrained}."
+            )
+            raise ValueError(msg)
+        selected = np.asarray(mask).astype(bool)
+        retrained = [np.asarray(array) for array in retrained_log_probs]
+        candidates = {name: np.asarray(array) for name, array in candidate_log_probs.items()}
+        vocab = retrained[0].shape[-1]
+        named = {**{f"retrained {r}": array for r, array in enumerate(retrained)}, **candidates}
+        for name, array in named.items():
+            if array.shape != (*selected.shape, vocab):
+                msg = f"{name}: expected shape {(*selected.shape, vocab)} for this mask, got {array.shape}."
+                raise ValueError(msg)
+        rows = np.flatnonzero(selected)
+        block = max(1, _BLOCK_NUMBERS // vocab)
+        # Summed apart and added at the end, so that a chunk that is refused leaves nothing behind.
+        candidate_sums = {name: np.zeros(num_retrained) for name in candidates}
+        left_out_sums = np.zeros(num_retrained)
+        for start in range(0, rows.size, block):
+            chosen = rows[start : start + block]
+            references = np.stack(
+                [_log_prob_rows(f"retrained {r}", a, chosen) for r, a in enumerate(retrained)]
+            )
+            if np.isnan(references).any():
+                msg = "A retrained model's log-probabilities are nan; it cannot serve as a reference."
+                raise ValueError(msg)
+            judged = {name: _log_prob_rows(name, array, chosen) for name, array in candidates.items()}
+            probs = np.exp(references)
+            for r in range(num_retrained):
+                # Summed directly: total minus p_r would cancel where p_r dominates.
+                mean = np.delete(probs, r, axis=0).mean(axis=0)
+                left_out_sums[r] += _kl_sum(mean, references[r])
+                for name, log_probs in judged.items():
+                    candidate_sums[name][r] += _kl_sum(mean, log_probs)
+        self._left_out_sums += left_out_sums
+        for name, sums in candidate_sums.items():
+            self._candidate_sums[name] += sums
+        self._num_positions += rows.size
+
+    def result(self) -> HeldOutKLResult:
+        """The averages over everything added so far.
+
+        Raises:
+            ValueError: no position was added.
+        """
+        if self._num_positions == 0:
+            msg = "No position was added; the held-out set has no response token."
+            raise ValueError(msg)
+        return HeldOutKLResult(
+            candidates={
+                name: tuple((sums / self._num_positions).tolist())
+                for name, sums in self._candidate_sums.items()
+            },
+            retrained_left_out=tuple((self._left_out_sums / self._num_positions).tolist()),
+            num_positions=self._num_positions,
+        )
+
+
+def heldout_kl(
+    candidate_log_probs: Mapping[str, Float[Array | np.ndarray, "*lead vocab"]],
+    retrained_log_probs: Sequence[Float[Array | np.ndarray, "*lead vocab"]],
+    mask: Bool[Array | np.ndarray, "*lead"],
+) -> HeldOutKLResult:
+    """`HeldOutKL` of positions that fit into memory at once. Arguments and errors as `HeldOutKL.update`."""
+    accumulator = HeldOutKL()
+    accumulator.update(candidate_log_probs, retrained_log_probs, mask)
+    return accumulator.result()
+
+
+def _log_prob_rows(name: str, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows `[rows, vocab]` in float64, refused unless normalised; nan passes: divergence is a result."""
+    log_probs = array.reshape(-1, array.shape[-1])[rows].astype(np.float64)
+    with np.errstate(over="ignore"):  # logits may overflow; the message below is clearer than the warning
+        off = np.abs(np.exp(log_probs).sum(axis=-1) - 1)
+    if np.any(off > _NORMALISATION_TOLERANCE):
+        msg = (
+            f"{name}: probabilities sum to 1 only within {np.nanmax(off):.3g}, expected "
+            f"{_NORMALISATION_TOLERANCE:g}; pass log_softmax of the logits, taken in at least float32."
+        )
+        raise ValueError(msg)
+    return log_probs
+
+
+def _kl_sum(probs: np.ndarray, log_probs: np.ndarray) -> float:
+    """`sum probs (log probs - log_probs)`; 0 where probs is 0, inf where only the model's is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = probs * (np.log(probs) - log_probs)
+    # Nan predictions must not hide behind a reference probability of 0.
+    return float(np.sum(np.where((probs > 0) | np.isnan(log_probs), terms, 0.0)))
+
+
+def min_k_scores(
+    token_log_probs: Float[Array | np.ndarray, "examples response"],
+    mask: Bool[Array | np.ndarray, "examples response"],
+    *,
+    fraction: Number = 0.2,
+) -> Float[np.ndarray, " examples"]:
+    """Min-k% score: mean log-probability of the least probable `fraction` of each example's response tokens.
+
+    Follows Shi et al. 2024 (arXiv 2310.16789); differs in rounding the number of tokens up, so that a
+    response of few tokens still has one.
+
+    Args:
+        token_log_probs: log-probability of each response token, in nats.
+        mask: True for a response token, False for padding.
+        fraction: k, in (0, 1].
+
+    Returns:
+        One score per example, higher for what looks memorised; nan where an example has no response token.
+
+    Raises:
+        ValueError: `fraction` out of range or shapes that differ.
+    """
+    log_probs, selected = np.asarray(token_log_probs, np.float64), np.asarray(mask).astype(bool)
+    if not 0 < fraction <= 1:
+        msg = f"fraction is {fraction}; it must lie in (0, 1]."
+        raise ValueError(msg)
+    if log_probs.ndim != 2 or log_probs.shape != selected.shape:
+        msg = f"Expected [examples, response] twice, got {log_probs.shape} and mask {selected.shape}."
+        raise ValueError(msg)
+    scores = np.full(len(log_probs), np.nan)
+    for i, (row, keep) in enumerate(zip(log_probs, selected, strict=True)):
+        tokens = np.sort(row[keep])
+        if tokens.size:
+            # Rounded first: fraction * size may exceed an integer by one unit in the last place.
+            count = math.ceil(round(fraction * tokens.size, 9))
+            scores[i] = np.nan if np.isnan(tokens).any() else tokens[:count].mean()
+    return scores
+
+
+def membership_loss_auc(
+    member_losses: Float[Array | np.ndarray, " members"],
+    nonmember_losses: Float[Array | np.ndarray, " nonmembers"],
+) -> Metric:
+    """AUC of telling members S from held-out examples by their loss; lower loss reads as member.
+
+    The target is the retrained model's AUC, not 0.5: S and the held-out set need not be equally hard.
+    """
+    return auc_metric(
+        "loss", -np.asarray(member_losses, np.float64), -np.asarray(nonmember_losses, np.float64)
+    )
+
+
+def membership_min_k_auc(
+    member_scores: Float[Array | np.ndarray, " members"],
+    nonmember_scores: Float[Array | np.ndarray, " nonmembers"],
+) -> Metric:
+    """AUC of telling members S from held-out examples by `min_k_scores`; target as for the loss."""
+    return auc_metric("min_k", member_scores, nonmember_scores)

@@ -1,0 +1,188 @@
+"""Numbers about models on examples: response losses, held-out KL, and answers to the task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from llmeraser_jax.data import Example, TokenDataset, encode_examples
+from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult, min_k_scores
+from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy, yes_no_auc
+from llmeraser_jax.lora import Lora
+from llmeraser_jax.models import Model, generate
+from llmeraser_jax.parallel import place_batch
+from llmeraser_jax.types import BaseParams, TokenBatch
+
+_CHUNK_SIZE = 16
+_SPARE_TOKENS = 4  # a generated answer may run this much longer than the longest expected one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ExampleScores:
+    """One model's view of some examples, in the order they were asked for.
+
+    Attributes:
+        losses: response loss as the recipe averages it, in nats.
+        log_probs: log-probability of all tokens under the loss together, in nats.
+        min_k: min-k% score, k = 20.
+    """
+
+    losses: Float[np.ndarray, " examples"]
+    log_probs: Float[np.ndarray, " examples"]
+    min_k: Float[np.ndarray, " examples"]
+
+
+@partial(jax.jit, static_argnames="apply")
+def _log_probs(apply, base: BaseParams, lora, batch: TokenBatch) -> Float[Array, "batch response vocab"]:
+    logits = apply(base, lora, batch.tokens, batch.attention_mask, batch.positions)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnames="apply")
+def _target_log_probs(apply, base: BaseParams, lora, batch: TokenBatch) -> Float[Array, "batch response"]:
+    log_probs = _log_probs(apply, base, lora, batch)
+    return jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
+
+
+def _batches(model: Model, dataset: TokenDataset, indices: np.ndarray) -> Iterator[tuple[np.ndarray, TokenBatch]]:
+    """Micro-batches on the device(s), each with the places in `indices` that its first rows belong to."""
+    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
+    order = np.argsort([dataset.bucket_of(int(i)) for i in indices], kind="stable")
+    for batches, weights in zip(stack.batches, stack.weights, strict=True):
+        for chunk, row_weights in enumerate(np.asarray(weights)):
+            batch = jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk], batches)
+            count = int(np.count_nonzero(row_weights))
+            yield order[:count], place_batch(batch, model.mesh)
+            order = order[count:]
+
+
+def score_examples(
+    model: Model, lora: Lora | None, dataset: TokenDataset, indices: np.ndarray | None = None
+) -> ExampleScores:
+    """Losses and log-probabilities of the examples' responses.
+
+    Args:
+        model: the base.
+        lora: the adapter; None is the base alone.
+        dataset: encoded examples.
+        indices: which; None is all, in order.
+    """
+    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    losses, log_probs, min_k = (np.zeros(len(indices)) for _ in range(3))
+    if len(indices):
+        for rows, batch in _batches(model, dataset, indices):
+            token_log_probs = np.asarray(_target_log_probs(model.apply, model.base, lora, batch), np.float64)
+            weights = np.asarray(batch.target_weights, np.float64)
+            token_log_probs, weights = token_log_probs[: len(rows)], weights[: len(rows)]
+            losses[rows] = -(token_log_probs * weights).sum(1)
+            log_probs[rows] = np.where(weights > 0, token_log_probs, 0).sum(1)
+            min_k[rows] = min_k_scores(token_log_probs, weights > 0)
+    return ExampleScores(losses=losses, log_probs=log_probs, min_k=min_k)
+
+
+def heldout_kl_of(
+    model: Model,
+    heldout: TokenDataset,
+    candidates: Mapping[str, Lora],
+    retrained: Sequence[Lora],
+) -> HeldOutKLResult:
+    """Held-out KL of every candidate to the retrained models, one micro-batch of vocabularies at a time.
+
+    Args:
+        model: the base of all.
+        heldout: held-out prompts with their responses.
+        candidates: adapters to judge, by name.
+        retrained: adapters retrained with different seeds, at least two.
+
+    Raises:
+        ValueError: fewer than two retrained models.
+    """
+    accumulator = HeldOutKL()
+    for rows, batch in _batches(model, heldout, np.arange(len(heldout))):
+        mask = np.asarray(batch.target_weights) > 0
+        mask[len(rows) :] = False
+
+        def log_probs(lora, batch=batch):
+            return np.asarray(_log_probs(model.apply, model.base, lora, batch))
+
+        accumulator.update(
+            {name: log_probs(lora) for name, lora in candidates.items()},
+            [log_probs(lora) for lora in retrained],
+            mask,
+        )
+    return accumulator.result()
+
+
+def answer(model: Model, lora: Lora | None, dataset: TokenDataset, indices: np.ndarray | None = None) -> list[str]:
+    """Greedy answers to the examples' queries, special tokens removed.
+
+    Args:
+        model: the base.
+        lora: the adapter; None is the base alone.
+        dataset: encoded examples; their responses only bound the length.
+        indices: which; None is all, in order.
+    """
+    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    longest = max((len(dataset.encoded[i].response) for i in indices), default=0)
+    prompts = [dataset.encoded[i].prompt.tolist() for i in indices]
+    tokens = generate(model, lora, prompts, longest + _SPARE_TOKENS, batch_size=_CHUNK_SIZE)
+    return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+
+
+def _yes_no_responses(examples: Sequence[Example]) -> tuple[str, str] | None:
+    """The responses that mean yes and no, where every example has one of them and both occur."""
+    found = {example.response for example in examples}
+    by_word = {response.strip(" .\n").casefold(): response for response in found}
+    if len(found) == 2 and by_word.keys() == {"yes", "no"}:
+        return by_word["yes"], by_word["no"]
+    return None
+
+
+def make_task_metrics(model: Model, heldout: TokenDataset) -> TaskMetrics:
+    """The task that the held-out examples pose: yes/no where all answers are, else exact match."""
+    pair = _yes_no_responses(heldout.examples)
+    if pair is None:
+        return TaskMetrics(model=model, heldout=heldout, alternatives=None, labels=None)
+    alternatives = tuple(
+        encode_examples(
+            [dataclasses.replace(example, response=response) for example in heldout.examples],
+            heldout.recipe,
+            model.tokenizer,
+            buckets=heldout.buckets,
+            normalizer=heldout.normalizer,
+        )
+        for response in pair
+    )
+    labels = np.array([example.response == pair[0] for example in heldout.examples])
+    return TaskMetrics(model=model, heldout=heldout, alternatives=alternatives, labels=labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TaskMetrics:
+    """Measures adapters on the held-out task; call it with one.
+
+    Attributes:
+        model: the base.
+        heldout: the test set.
+        alternatives: for a yes/no task, the test set with every response yes, and with every response no.
+        labels: for a yes/no task, where yes is right.
+    """
+
+    model: Model
+    heldout: TokenDataset
+    alternatives: tuple[TokenDataset, ...] | None
+    labels: np.ndarray | None
+
+    def __call__(self, lora: Lora | None) -> tuple[Metric, ...]:
+        """Accuracy and AUC of a yes/no task; exact match of greedy answers otherwise."""
+        if self.alternatives is not None and self.labels is not None:
+            yes, no = (score_examples(self.model, lora, data).log_probs for data in self.alternatives)
+            return (yes_no_accuracy(yes, no, self.labels), yes_no_auc(yes, no, self.labels))
+        expected = [example.response for example in self.heldout.examples]
+        return (exact_match(answer(self.model, lora, self.heldout), expected),)

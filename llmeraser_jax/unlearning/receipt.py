@@ -1,0 +1,137 @@
+"""The receipt: what was asked, what was done, what it cost, and how far to trust it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmeraser_jax.solvers import Status, describe
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.path import StepRecord
+
+RECEIPT_FORMAT = 1
+
+# Worst first: the status that stands for a path is the worst of its steps'.
+_SEVERITY = (Status.NEGATIVE_CURVATURE, Status.RESIDUAL_DRIFT, Status.MAX_STEPS, Status.CONVERGED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedExample:
+    """One request as it was carried out.
+
+    Attributes:
+        id: of the training example.
+        action: `remove`, `modify_query` or `correct_response`.
+        hash_before: content hash of the example as trained on.
+        hash_after: of its replacement; None for a removal.
+    """
+
+    id: str
+    action: str
+    hash_before: str
+    hash_after: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolverSummary:
+    """All solves together.
+
+    Attributes:
+        status: in words, of the solve that ended worst.
+        converged: whether every solve met its tolerance.
+        iterations: over all solves.
+        relative_residual: the largest true one.
+        negative_curvature: whether any solve met it.
+    """
+
+    status: str
+    converged: bool
+    iterations: int
+    relative_residual: float
+    negative_curvature: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientEquivalents:
+    """Cost; 1 is one forward and backward pass of one example. `total` leaves the diagnostics out."""
+
+    rhs: float
+    curvature: float
+    trust_region: float
+    total: float
+    diagnostics: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What `erase` did.
+
+    Attributes:
+        config: every choice, resolved.
+        counts: named examples per action.
+        named: the requests with content hashes.
+        num_examples_before, num_examples_after: n and n'.
+        complete: whether the influence was taken out to the end (final weight 0).
+        outcome: in words.
+        final_weight: weight of the named examples at the end; 1 is as trained, 0 is gone.
+        rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request.
+        solver: all solves together.
+        steps: one record per solve.
+        delta_norm, adapter_norm_before, adapter_norm_after: Euclidean norms.
+        bf16_survival: share of the delta that is left after rounding both adapters to bfloat16:
+            `<round(new) - round(old), delta> / ||delta||^2`.
+        edited_gradient_norm_before, edited_gradient_norm_after: `||grad L'||`, on `gradient_norm_examples`
+            examples of the edited data (all of them in an audit).
+        seconds: wall-clock time, compilation included.
+        peak_memory_bytes: of the process (CPU) or of the first device.
+        gradient_equivalents: cost.
+        versions: of the interpreter and the libraries.
+    """
+
+    format: int = RECEIPT_FORMAT
+    config: EraseConfig
+    counts: Mapping[str, int]
+    named: tuple[NamedExample, ...]
+    num_examples_before: int
+    num_examples_after: int
+    complete: bool
+    outcome: str
+    final_weight: float
+    rhs_norm: float
+    solver: SolverSummary
+    steps: tuple[StepRecord, ...]
+    delta_norm: float
+    adapter_norm_before: float
+    adapter_norm_after: float
+    bf16_survival: float
+    edited_gradient_norm_before: float
+    edited_gradient_norm_after: float
+    gradient_norm_examples: int
+    seconds: float
+    peak_memory_bytes: int | None
+    gradient_equivalents: GradientEquivalents
+    versions: Mapping[str, str]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""
+        mapping = dataclasses.asdict(self)
+        for step in mapping["steps"]:
+            step["status"] = describe(step["status"])
+            for name, value in step.items():
+                if isinstance(value, float) and math.isnan(value):
+                    step[name] = None
+        return mapping
+
+
+def summarise_solves(steps: tuple[StepRecord, ...]) -> SolverSummary:
+    """One summary of several solves: worst status, largest residual, sum of iterations."""
+    worst = min((step.status for step in steps), key=_SEVERITY.index)
+    return SolverSummary(
+        status=describe(worst),
+        converged=worst is Status.CONVERGED,
+        iterations=sum(step.iterations for step in steps),
+        relative_residual=max(step.relative_residual for step in steps),
+        negative_curvature=any(step.negative_curvature for step in steps),
+    )
