@@ -65,7 +65,7 @@ class Finetune:
 
     def run(self) -> int:
         from llmeraser_jax.models import load_model
-        from llmeraser_jax.training import finetune_run
+        from llmeraser_jax.training.job import finetune_run
 
         model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
         run = finetune_run(
@@ -114,7 +114,7 @@ class Adopt:
 
     def run(self) -> int:
         from llmeraser_jax.models import load_model
-        from llmeraser_jax.training import adopt
+        from llmeraser_jax.training.adopt import adopt
 
         model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
         run = adopt(model, self.adapter, self.data, self.recipe, self.workdir, force=self.force)
@@ -254,7 +254,7 @@ class Demo:
     workdir: Path | None = None
 
     def run(self) -> int:
-        from llmeraser_jax.demo import run_demo
+        from llmeraser_jax.demo.run import run_demo
 
         return run_demo(self.workdir, say=_say)
 

@@ -53,7 +53,7 @@ class ExampleStack:
     """
 
     batches: tuple[Batch, ...]  # leaves [chunks, batch, ...]
-    weights: tuple[Float[Array, "chunks batch"], ...]
+    weights: tuple[Float[Array, "_chunks _batch"], ...]  # [chunks, batch], as many chunks as the bucket needs
 
 
 @runtime_checkable

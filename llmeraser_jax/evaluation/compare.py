@@ -114,13 +114,12 @@ def compare(
 
 def _score(
     model: Model,
-    problem: EditProblem,
+    problem: EditProblem[TokenDataset],
     heldout: TokenDataset | None,
     task: TaskMetrics | None,
     column: Column,
 ) -> ModelScores:
     examples = problem.examples
-    assert isinstance(examples, TokenDataset)  # made by `make_problem`
     forget = score_examples(model, column.lora, examples, problem.named)
     wanted = score_examples(model, column.lora, examples, problem.wanted)
     if heldout is None or task is None:

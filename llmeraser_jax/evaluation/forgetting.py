@@ -84,9 +84,7 @@ class HeldOutKL:
         """
         num_retrained = len(retrained_log_probs)
         if num_retrained < 2:
-            msg = (
-                f"The held-out KL leaves one retrained model out and needs at least two, got {num_retrained}."
-            )
+            msg = f"The held-out KL leaves one retrained model out and needs at least two, got {num_retrained}."
             raise ValueError(msg)
         if not self._started:
             self._candidate_sums = {name: np.zeros(num_retrained) for name in candidate_log_probs}
@@ -118,9 +116,7 @@ class HeldOutKL:
         left_out_sums = np.zeros(num_retrained)
         for start in range(0, rows.size, block):
             chosen = rows[start : start + block]
-            references = np.stack(
-                [_log_prob_rows(f"retrained {r}", a, chosen) for r, a in enumerate(retrained)]
-            )
+            references = np.stack([_log_prob_rows(f"retrained {r}", a, chosen) for r, a in enumerate(retrained)])
             if np.isnan(references).any():
                 msg = "A retrained model's log-probabilities are nan; it cannot serve as a reference."
                 raise ValueError(msg)
@@ -148,8 +144,7 @@ class HeldOutKL:
             raise ValueError(msg)
         return HeldOutKLResult(
             candidates={
-                name: tuple((sums / self._num_positions).tolist())
-                for name, sums in self._candidate_sums.items()
+                name: tuple((sums / self._num_positions).tolist()) for name, sums in self._candidate_sums.items()
             },
             retrained_left_out=tuple((self._left_out_sums / self._num_positions).tolist()),
             num_positions=self._num_positions,
@@ -236,9 +231,7 @@ def membership_loss_auc(
 
     The target is the retrained model's AUC, not 0.5: S and the held-out set need not be equally hard.
     """
-    return auc_metric(
-        "loss", -np.asarray(member_losses, np.float64), -np.asarray(nonmember_losses, np.float64)
-    )
+    return auc_metric("loss", -np.asarray(member_losses, np.float64), -np.asarray(nonmember_losses, np.float64))
 
 
 def membership_min_k_auc(

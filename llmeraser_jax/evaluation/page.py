@@ -91,11 +91,7 @@ def _summary(report: Mapping[str, Any]) -> str:
         ("forget_loss", "Loss on them as trained"),
         ("wanted_loss", "Loss on the edited ones as wanted"),
     ):
-        if (
-            models["before"][key] is None
-            and key == "wanted_loss"
-            and not models["before"][f"{key}_by_action"]
-        ):
+        if models["before"][key] is None and key == "wanted_loss" and not models["before"][f"{key}_by_action"]:
             continue
         line = f"* **{title}**: {_number(models['before'][key])} before, "
         line += f"{_number(models['unlearned'][key])} unlearned"
@@ -121,9 +117,7 @@ def _summary(report: Mapping[str, Any]) -> str:
             f"({_number(cost['unlearn']['seconds'])} s against {_number(cost['retrain']['seconds'])} s)."
         )
     elif spent is not None:
-        lines.append(
-            f"* **Cost**: {_number(spent)} gradient equivalents, {_number(cost['unlearn']['seconds'])} s."
-        )
+        lines.append(f"* **Cost**: {_number(spent)} gradient equivalents, {_number(cost['unlearn']['seconds'])} s.")
     return "\n".join(lines)
 
 
@@ -227,17 +221,13 @@ def _closure_table(report: Mapping[str, Any]) -> str:
     columns = {"unlearned": closure}
     columns |= {f"control: {name}": control for name, control in closure["controls"].items()}
     wanted = bool(report["models"]["before"]["wanted_loss_by_action"])
-    quantities = [("forget_loss", "Loss as trained")] + (
-        [("wanted_loss", "Loss as wanted")] if wanted else []
-    )
+    quantities = [("forget_loss", "Loss as trained")] + ([("wanted_loss", "Loss as wanted")] if wanted else [])
     lines: list[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, Any]], str]] = []
     for key, title in quantities:
         lines.append((f"{title}, all", lambda node: node, key))
         actions = [action for action in ACTION_NAMES if key in closure["by_action"].get(action, {})]
         for action in actions:
-            lines.append(
-                (f"{title}, {ACTION_NAMES[action]}", lambda node, a=action: node["by_action"][a], key)
-            )
+            lines.append((f"{title}, {ACTION_NAMES[action]}", lambda node, a=action: node["by_action"][a], key))
     lines.append(("Held-out KL", lambda node: node, "heldout_kl"))
     notes: list[str] = []
     rows = []
@@ -272,9 +262,7 @@ def _cost_table(report: Mapping[str, Any]) -> str:
                 _MISSING if memory is None else _number(memory / 2**20),
             ]
         )
-    return _table(
-        ["", "gradient equivalents", "for diagnostics, besides", "seconds", "peak memory (MiB)"], cells
-    )
+    return _table(["", "gradient equivalents", "for diagnostics, besides", "seconds", "peak memory (MiB)"], cells)
 
 
 def _solver_section(report: Mapping[str, Any]) -> str:

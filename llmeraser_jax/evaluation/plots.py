@@ -71,9 +71,7 @@ def _plot_named_examples(report: Mapping[str, Any]) -> Figure:
         panels.append(("wanted_loss", edited, "on the edited examples as wanted"))
     groups = [list(dict.fromkeys(row["action"] for row in members)) for _, members, _ in panels]
     figure = Figure(figsize=(max(7.5, 2.4 + 2.1 * sum(map(len, groups))), 4.8), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(group) for group in groups])[
-        0
-    ]
+    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(group) for group in groups])[0]
     rng = np.random.default_rng(0)
     for axes, (quantity, members, title), actions in zip(all_axes, panels, groups, strict=True):
         models = [name for name in ("before", "unlearned", "retrained") if name in rows[0]["forget_loss"]]
@@ -195,9 +193,7 @@ def _plot_solver(report: Mapping[str, Any]) -> Figure | None:
     _style(axes, grid="both")
     marks = [
         Line2D([], [], color="#444444", label="recurrence"),
-        Line2D(
-            [], [], color="#444444", marker="o", markerfacecolor="white", linestyle="none", label="recomputed"
-        ),
+        Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="none", label="recomputed"),
     ]
     if report["solver"]["negative_curvature"]:
         marks.append(

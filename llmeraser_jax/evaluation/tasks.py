@@ -252,9 +252,7 @@ def exact_match(
     truths = [parse(text) for text in expected]
     if None in truths:
         row = truths.index(None)
-        msg = (
-            f"The expected answer of row {row}, {expected[row]!r}, does not parse; correct it or the parser."
-        )
+        msg = f"The expected answer of row {row}, {expected[row]!r}, does not parse; correct it or the parser."
         raise ValueError(msg)
     answers = [parse(text) for text in generated]
     return count_metric(

@@ -44,7 +44,7 @@ class EraseResult:
     receipt: Receipt
 
 
-def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request]) -> EditProblem:
+def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request]) -> EditProblem[TokenDataset]:
     """The requests as index arrays over the examples as trained, followed by their replacements.
 
     Args:
@@ -53,8 +53,12 @@ def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request
         requests: validated against `dataset.examples` (`data.load_requests`).
 
     Raises:
-        ValueError: a replacement that the recipe cannot encode, named by id.
+        ValueError: a replacement that the recipe cannot encode, or whose change is lost when its prompt is cut
+            to the recipe's `max_length`; named by id.
     """
+    if len(dataset.examples) != len(dataset):
+        msg = "The data set was made without texts; use data.encode_examples, so that edits can be encoded."
+        raise ValueError(msg)
     by_id = {request.id: request for request in requests}
     named = np.array([i for i, example in enumerate(dataset.examples) if example.id in by_id], np.int64)
     replacements, edited = [], []
@@ -73,7 +77,19 @@ def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request
         buckets=dataset.buckets,
         normalizer=dataset.normalizer,
     )
-    return EditProblem(together, len(dataset), named, np.array(replacements, np.int64))
+    replacements = np.array(replacements, np.int64)
+    lost = [
+        dataset.examples[i].id
+        for i, j in zip(named, replacements, strict=True)
+        if j >= 0 and np.array_equal(together.encoded[i].tokens, together.encoded[j].tokens)
+    ]
+    if lost:
+        msg = (
+            f"The changes to {', '.join(lost[:10])} leave the same tokens, since the changed part of the prompt "
+            f"is cut off at max_length = {dataset.recipe.max_length}. There is nothing to erase for them."
+        )
+        raise ValueError(msg)
+    return EditProblem(together, len(dataset), named, replacements)
 
 
 def erase(

@@ -7,10 +7,13 @@ replacements; this module owns the coefficient vectors `c`, and so every sign an
 from __future__ import annotations
 
 import dataclasses
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from llmeraser_jax.types import ExampleSet
+
+Examples = TypeVar("Examples", bound=ExampleSet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Weighted:
 
 
 @dataclasses.dataclass(frozen=True)
-class EditProblem:
+class EditProblem(Generic[Examples]):
     """The data before and after a request.
 
     Attributes:
@@ -32,7 +35,7 @@ class EditProblem:
         replacements: for each of `named` the index of its replacement in `examples`, or -1 for a removal.
     """
 
-    examples: ExampleSet
+    examples: Examples
     num_trained: int
     named: np.ndarray
     replacements: np.ndarray

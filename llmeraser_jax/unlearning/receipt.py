@@ -112,7 +112,7 @@ class Receipt:
     seconds: float
     peak_memory_bytes: int | None
     gradient_equivalents: GradientEquivalents
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
 
     def to_mapping(self) -> dict[str, Any]:
         """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""

@@ -1,0 +1,84 @@
+"""Controls that a claim of unlearning must beat: ways to move that use no curvature.
+
+Both move along the right-hand side `b = (1/n) sum_S (g - g')` and are given the distance that the method under
+test moved, so that they differ from it in direction alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from llmeraser_jax import trees
+from llmeraser_jax.losses import Objective, gradient_sum
+from llmeraser_jax.types import ExampleStack, LoraParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlResult:
+    """A control's adapter and its cost.
+
+    Attributes:
+        params: the adapter.
+        seconds: wall-clock time, compilation included.
+        gradient_equivalents: gradients of one example that it took.
+    """
+
+    params: LoraParams
+    seconds: float
+    gradient_equivalents: float
+
+
+def scaled_rhs(
+    objective: Objective, params: LoraParams, direction: ExampleStack, *, distance: float, num_examples: int
+) -> ControlResult:
+    """`theta + c b` with c such that the step is `distance` long: influence without curvature.
+
+    Args:
+        objective: the loss.
+        params: theta.
+        direction: the named examples with the coefficients of `EditProblem.influence_rhs`.
+        distance: Euclidean length of the step.
+        num_examples: examples in `direction`.
+
+    Raises:
+        ValueError: the right-hand side is zero.
+    """
+    return gradient_ascent(objective, params, direction, distance=distance, num_examples=num_examples, num_steps=1)
+
+
+def gradient_ascent(
+    objective: Objective,
+    params: LoraParams,
+    direction: ExampleStack,
+    *,
+    distance: float,
+    num_examples: int,
+    num_steps: int = 10,
+) -> ControlResult:
+    """Normalised ascent on the loss of S (for edits: and descent on the wanted pairs), `distance` long in all.
+
+    Args:
+        objective: the loss.
+        params: theta.
+        direction: as for `scaled_rhs`; its gradient is taken anew at every step.
+        distance: sum of the lengths of all steps.
+        num_examples: examples in `direction`.
+        num_steps: steps of equal length.
+
+    Raises:
+        ValueError: a gradient is zero.
+    """
+    started = time.perf_counter()
+    for _ in range(num_steps):
+        gradient = gradient_sum(objective, params, direction)
+        norm = float(trees.tree_norm(gradient))
+        if not norm > 0:
+            msg = f"The gradient along which the control moves has norm {norm}; it has no direction."
+            raise ValueError(msg)
+        params = trees.tree_axpy(distance / num_steps / norm, gradient, params)
+    return ControlResult(
+        params=params,
+        seconds=time.perf_counter() - started,
+        gradient_equivalents=float(num_steps * num_examples),
+    )

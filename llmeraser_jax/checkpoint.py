@@ -1,0 +1,174 @@
+"""Owns pytrees on disk: Orbax checkpoints of whole trees, and the step checkpoints of a training.
+
+A tree is stored as a flat mapping from leaf paths such as `params.layers.q_proj.a` to arrays, so that a
+checkpoint can be read without the classes of this package.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from llmeraser_jax import files
+from llmeraser_jax.types import PyTree
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path. The path of a lone array is `value`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").lstrip(".") or "value"
+        if name in named:
+            msg = f"Two leaves of the tree have the path {name}; a checkpoint needs distinct ones."
+            raise ValueError(msg)
+        named[name] = jnp.asarray(leaf)
+    return named
+
+
+def _unflatten(named: dict[str, Any], like: PyTree) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _flatten(like)])
+
+
+def _check(stored: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Refuses a checkpoint whose leaves are not those of `expected`, naming each difference."""
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is not expected" for name in stored if name not in expected]
+    for name, leaf in expected.items():
+        if name in stored:
+            got = (tuple(stored[name].shape), jnp.dtype(stored[name].dtype))
+            if got != (leaf.shape, leaf.dtype):
+                problems.append(f"{name} is {got[1]}{list(got[0])}, expected {leaf.dtype}{list(leaf.shape)}")
+    if problems:
+        msg = f"The checkpoint {path} does not hold the tree asked for: {'; '.join(problems[:20])}."
+        raise ValueError(msg)
+
+
+def _abstract(named: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in named.items()}
+
+
+def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
+    """Writes the arrays of a tree to the new directory `path`, whole or not at all.
+
+    Args:
+        path: must not exist, or be an empty directory.
+        tree: a pytree of arrays.
+
+    Raises:
+        FileExistsError: `path` already holds something.
+    """
+    path = Path(path).absolute()
+    named = _flatten(tree)
+    if jax.process_count() > 1:  # every process takes part, and Orbax itself renames at the end
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, named)
+        return
+    with files.atomic_directory(path) as temporary, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary, named, force=True)
+        checkpointer.wait_until_finished()
+
+
+def restore_pytree(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+    """Reads a tree that `save_pytree` wrote.
+
+    Args:
+        path: the checkpoint's directory.
+        like: a tree of the structure, shapes, dtypes and shardings to restore.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at `path`.
+        ValueError: the checkpoint holds another tree; every difference is named.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        msg = f"There is no checkpoint directory {path}."
+        raise FileNotFoundError(msg)
+    expected = _flatten(like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata
+        if stored is None:
+            msg = f"{path} holds no checkpoint of a tree."
+            raise FileNotFoundError(msg)
+        _check(dict(stored.items()), expected, path)
+        return _unflatten(checkpointer.restore(path, _abstract(expected)), like)
+
+
+class StepCheckpoints:
+    """The latest checkpoints of a training, numbered by step.
+
+    A checkpoint takes its name when it is complete, so a process killed while saving goes on from the one
+    before. Saving is synchronous: when `save` returns, the checkpoint is there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+        """Opens or creates the directory; leftovers of a killed save are removed.
+
+        Args:
+            directory: where the checkpoints are.
+            keep: how many of the latest stay.
+        """
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()},
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the latest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
+        """Writes a checkpoint, then removes those beyond `keep`.
+
+        Args:
+            step: its number, above every earlier one.
+            tree: a pytree of arrays.
+            info: JSON-like values kept beside it.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_flatten(tree)),  # pyright: ignore[reportCallIssue]
+            info=ocp.args.JsonSave(info),  # pyright: ignore[reportCallIssue]
+        )
+        if not self._manager.save(step, args=arguments):
+            msg = f"Orbax did not write the checkpoint of step {step} in {self.directory}."
+            raise RuntimeError(msg)
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The tree and the info of a checkpoint.
+
+        Args:
+            step: its number.
+            like: a tree of the structure, shapes, dtypes and shardings to restore.
+
+        Raises:
+            ValueError: the checkpoint holds another tree; every difference is named.
+        """
+        expected = _flatten(like)
+        stored = self._manager.item_metadata(step).state
+        _check(dict(stored.items()), expected, self.directory / str(step))
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_abstract(expected)),  # pyright: ignore[reportCallIssue]
+            info=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=arguments)
+        return _unflatten(restored["state"], like), dict(restored["info"])
+
+    def close(self) -> None:
+        """Releases the directory."""
+        self._manager.close()
+
+    def __enter__(self) -> StepCheckpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

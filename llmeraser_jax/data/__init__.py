@@ -1,0 +1,45 @@
+"""Data: examples, prompt templates, tokens with a loss mask, length buckets, and request files."""
+
+from llmeraser_jax.data.encoding import (
+    BucketShape,
+    EncodedExample,
+    TokenDataset,
+    choose_buckets,
+    encode_examples,
+    epoch_batches,
+)
+from llmeraser_jax.data.examples import DataError, Example, content_hash, load_examples, save_examples
+from llmeraser_jax.data.requests import (
+    Action,
+    Request,
+    RequestError,
+    apply_requests,
+    edited_example,
+    load_requests,
+    parse_requests,
+    request_to_json,
+)
+from llmeraser_jax.data.templates import Recipe
+
+__all__ = [
+    "Action",
+    "BucketShape",
+    "DataError",
+    "EncodedExample",
+    "Example",
+    "Recipe",
+    "Request",
+    "RequestError",
+    "TokenDataset",
+    "apply_requests",
+    "choose_buckets",
+    "content_hash",
+    "edited_example",
+    "encode_examples",
+    "epoch_batches",
+    "load_examples",
+    "load_requests",
+    "parse_requests",
+    "request_to_json",
+    "save_examples",
+]

@@ -1,0 +1,575 @@
+"""Tokens, loss masks and length buckets: from examples to the stacked micro-batches that JAX sees.
+
+Sequences stay ragged on the host; `TokenDataset` lays any selection of them out in a few fixed shapes, so
+that jitted functions trace once per shape and short examples are not padded to the longest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.templates import Recipe, make_prompt_renderer
+from llmeraser_jax.types import ExampleStack, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+_TIME_MULTIPLE = 16
+_RESPONSE_MULTIPLE = 4
+_BUCKET_SLACK = 1.05  # one bucket fewer is worth 5 % more padded tokens: each shape is compiled anew
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedExample:
+    """One tokenised example, not padded.
+
+    Attributes:
+        id: the example's.
+        tokens: BOS, prompt, response, EOS.
+        response_start: index of the response's first token.
+        loss_start: index of the first token that the loss predicts; at least 1.
+    """
+
+    id: str
+    tokens: Int32[np.ndarray, " time"]
+    response_start: int
+    loss_start: int
+
+    @property
+    def prompt(self) -> Int32[np.ndarray, " prompt"]:
+        """What the model is given when it generates."""
+        return self.tokens[: self.response_start]
+
+    @property
+    def response(self) -> Int32[np.ndarray, " response"]:
+        """The response's tokens, EOS included."""
+        return self.tokens[self.response_start :]
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens under the loss."""
+        return len(self.tokens) - self.loss_start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketShape:
+    """The padded shape of one length bucket.
+
+    Attributes:
+        time: tokens per row.
+        response: loss positions per row.
+    """
+
+    time: int
+    response: int
+
+    def __post_init__(self):
+        if not 1 <= self.response < self.time:
+            msg = f"a bucket of {self.time} tokens cannot hold {self.response} loss positions."
+            raise ValueError(msg)
+
+    def holds(self, num_tokens: int, num_targets: int) -> bool:
+        """Whether an example of these sizes fits."""
+        return num_tokens <= self.time and num_targets <= self.response
+
+
+class TokenDataset:
+    """Encoded examples that lay themselves out in length buckets; implements `types.ExampleSet`.
+
+    Attributes:
+        encoded: the examples in order.
+        examples: their texts, in the same order; empty for a set made of tokens alone.
+        recipe: the resolved recipe.
+        buckets: padded shapes; an index into them is what `bucket_of` returns.
+        normalizer: with reduction "token", the mean number of loss tokens that every example's summed loss is
+            divided by; None with reduction "example".
+        num_truncated: examples whose prompt was cut.
+        truncated_ids: their ids.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[EncodedExample],
+        recipe: Recipe,
+        *,
+        buckets: Sequence[BucketShape],
+        examples: Sequence[Example] = (),
+        normalizer: float | None = None,
+        truncated_ids: Sequence[str] = (),
+    ):
+        if examples and [e.id for e in examples] != [e.id for e in encoded]:
+            msg = f"{len(examples)} examples and {len(encoded)} encoded ones; expected the same ids in one order."
+            raise ValueError(msg)
+        if (recipe.reduction == "token") != (normalizer is not None):
+            msg = f"reduction is {recipe.reduction!r} and normalizer {normalizer}; only 'token' takes a normalizer."
+            raise ValueError(msg)
+        if normalizer is not None and not (np.isfinite(normalizer) and normalizer > 0):
+            msg = f"normalizer is {normalizer}; it must be a positive number of tokens."
+            raise ValueError(msg)
+        self.encoded = tuple(encoded)
+        self.examples = tuple(examples)
+        self.recipe = recipe
+        self.buckets = tuple(buckets)
+        self.normalizer = normalizer
+        self.truncated_ids = tuple(truncated_ids)
+        self._lengths = np.array([len(e.tokens) for e in self.encoded], np.int64)
+        self._loss_starts = np.array([e.loss_start for e in self.encoded], np.int64)
+        self._bucket_of = _assign_buckets(self.encoded, self.buckets)
+        self._offsets = np.cumsum(self._lengths) - self._lengths
+        # One flat array, so that a micro-batch is a gather and not a loop over rows.
+        self._flat = np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in self.encoded)])
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The examples' ids in order."""
+        return tuple(e.id for e in self.encoded)
+
+    @property
+    def num_truncated(self) -> int:
+        """How many prompts were cut."""
+        return len(self.truncated_ids)
+
+    @property
+    def num_targets(self) -> Int32[np.ndarray, " examples"]:
+        """Loss tokens of each example."""
+        return (self._lengths - self._loss_starts).astype(np.int32)
+
+    @property
+    def uniform_shape(self) -> BucketShape:
+        """The smallest shape that holds every bucket: what `stack_uniform` pads to."""
+        if not self.buckets:
+            msg = "the data set has no buckets, since it was encoded from no examples."
+            raise ValueError(msg)
+        return BucketShape(time=max(b.time for b in self.buckets), response=max(b.response for b in self.buckets))
+
+    @functools.cached_property
+    def _index_of_id(self) -> dict[str, int]:
+        return {e.id: index for index, e in enumerate(self.encoded)}
+
+    def indices_of(self, ids: Iterable[str]) -> np.ndarray:
+        """Positions of the examples with these ids, in the order given.
+
+        Raises:
+            KeyError: ids that are not in the set.
+        """
+        ids = list(ids)
+        unknown = [id_ for id_ in ids if id_ not in self._index_of_id]
+        if unknown:
+            msg = f"{len(unknown)} id(s) are not in the data set, the first is {unknown[0]!r}."
+            raise KeyError(msg)
+        return np.array([self._index_of_id[id_] for id_ in ids], np.int64)
+
+    def bucket_of(self, index: int) -> int:
+        """The length bucket that holds example `index`; equal buckets give equal shapes."""
+        return int(self._bucket_of[index])
+
+    def num_chunks_of(self, indices: np.ndarray, *, chunk_size: int) -> tuple[int, ...]:
+        """Micro-batches that each bucket needs for `indices`; the `num_chunks` that `stack` then takes."""
+        indices, _ = self._check(indices, np.zeros(len(indices)), chunk_size)
+        counts = np.bincount(self._bucket_of[indices], minlength=len(self.buckets))
+        return tuple(int(-(-count // chunk_size)) for count in counts)
+
+    def stack(
+        self,
+        indices: np.ndarray,
+        weights: np.ndarray,
+        *,
+        chunk_size: int,
+        num_chunks: tuple[int, ...] | None = None,
+    ) -> ExampleStack:
+        """Lays out `indices` with coefficient `weights`, in order within each bucket, padded with weight 0.
+
+        Args:
+            indices: positions in the set [n]; repeats are allowed.
+            weights: one coefficient each [n].
+            chunk_size: examples in a micro-batch.
+            num_chunks: micro-batches of each bucket, empty ones included, so that samples drawn anew keep
+                their shapes; None is as many as are needed, and leaves empty buckets out.
+
+        Returns:
+            One entry per bucket in bucket order; leaves [chunks, chunk_size, ...]. Padding rows repeat the
+            bucket's first row (its own first position alone where the bucket is empty), never fully masked
+            ones.
+
+        Raises:
+            ValueError: nothing to lay out, indices out of range, or more examples than `num_chunks` holds.
+        """
+        indices, weights = self._check(indices, weights, chunk_size)
+        needed = self.num_chunks_of(indices, chunk_size=chunk_size)
+        if num_chunks is None:
+            num_chunks = needed
+        elif len(num_chunks) != len(needed) or any(n > m for n, m in zip(needed, num_chunks, strict=True)):
+            msg = f"num_chunks is {tuple(num_chunks)}, but {chunk_size} at a time these examples need {needed}."
+            raise ValueError(msg)
+        if not any(num_chunks):
+            msg = "there are no examples to lay out."
+            raise ValueError(msg)
+        batches, stacked_weights = [], []
+        for bucket, (shape, chunks) in enumerate(zip(self.buckets, num_chunks, strict=True)):
+            if chunks:
+                chosen = self._bucket_of[indices] == bucket
+                batch, row_weights = self._lay_out(indices[chosen], weights[chosen], shape, chunks, chunk_size)
+                batches.append(batch)
+                stacked_weights.append(row_weights)
+        return ExampleStack(batches=tuple(batches), weights=tuple(stacked_weights))
+
+    def stack_uniform(
+        self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int, num_chunks: int | None = None
+    ) -> ExampleStack:
+        """Like `stack`, with every example in `uniform_shape`: one entry, in the order given.
+
+        Args:
+            indices: positions in the set [n].
+            weights: one coefficient each [n].
+            chunk_size: examples in a micro-batch.
+            num_chunks: micro-batches in all; None is as many as are needed.
+        """
+        indices, weights = self._check(indices, weights, chunk_size)
+        needed = -(-len(indices) // chunk_size)
+        num_chunks = needed if num_chunks is None else num_chunks
+        if not num_chunks or num_chunks < needed:
+            msg = (
+                f"num_chunks is {num_chunks}; {len(indices)} examples, {chunk_size} at a time, need "
+                f"{needed} (at least 1)."
+            )
+            raise ValueError(msg)
+        batch, row_weights = self._lay_out(indices, weights, self.uniform_shape, num_chunks, chunk_size)
+        return ExampleStack(batches=(batch,), weights=(row_weights,))
+
+    def _check(self, indices: np.ndarray, weights: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+        indices, weights = np.asarray(indices), np.asarray(weights, np.float64)
+        if indices.size == 0:
+            indices = indices.astype(np.int64)
+        if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+            msg = f"indices have shape {indices.shape} and dtype {indices.dtype}; expected a vector of integers."
+            raise ValueError(msg)
+        if weights.shape != indices.shape:
+            msg = f"weights have shape {weights.shape}, indices {indices.shape}; expected one weight per index."
+            raise ValueError(msg)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            msg = f"indices range from {indices.min()} to {indices.max()}; the data set has {len(self)} examples."
+            raise ValueError(msg)
+        if not np.all(np.isfinite(weights)):
+            msg = "weights hold a nan or an infinity."
+            raise ValueError(msg)
+        if chunk_size < 1:
+            msg = f"chunk_size is {chunk_size}; it must be at least 1."
+            raise ValueError(msg)
+        return indices, weights
+
+    def _lay_out(
+        self, indices: np.ndarray, weights: np.ndarray, shape: BucketShape, num_chunks: int, chunk_size: int
+    ) -> tuple[TokenBatch, jax.Array]:
+        """Rows of one shape, as leaves [num_chunks, chunk_size, ...]."""
+        num_rows = num_chunks * chunk_size
+        dtype = jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
+        rows = np.concatenate([indices, np.repeat(indices[:1], num_rows - len(indices))])
+        if len(rows) == 0:
+            # No example to repeat: one real token keeps attention finite, and nothing is predicted.
+            tokens = np.zeros((num_rows, shape.time), np.int32)
+            mask = np.zeros_like(tokens)
+            mask[:, 0] = 1
+            targets = positions = np.zeros((num_rows, shape.response), np.int32)
+            target_weights = np.zeros((num_rows, shape.response))
+        else:
+            lengths, starts, offsets = self._lengths[rows], self._loss_starts[rows], self._offsets[rows]
+            time = np.arange(shape.time)
+            mask = time < lengths[:, None]
+            tokens = np.where(mask, self._flat[np.where(mask, offsets[:, None] + time, 0)], 0)
+            target_index = starts[:, None] + np.arange(shape.response)
+            real = target_index < lengths[:, None]
+            targets = np.where(real, self._flat[np.where(real, offsets[:, None] + target_index, 0)], 0)
+            positions = np.where(real, target_index - 1, 0)
+            counts = (lengths - starts) if self.normalizer is None else np.full(len(rows), self.normalizer)
+            target_weights = np.where(real, 1.0 / counts[:, None], 0.0)
+        row_weights = np.zeros(num_rows)
+        row_weights[: len(weights)] = weights
+
+        def chunked(array: np.ndarray, dtype: Any) -> jax.Array:
+            return jnp.asarray(array.reshape(num_chunks, chunk_size, *array.shape[1:]), dtype)
+
+        batch = TokenBatch(
+            tokens=chunked(tokens, jnp.int32),
+            attention_mask=chunked(mask, jnp.int32),
+            positions=chunked(positions, jnp.int32),
+            targets=chunked(targets, jnp.int32),
+            target_weights=chunked(target_weights, dtype),
+        )
+        return batch, chunked(row_weights, dtype)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    buckets: Sequence[BucketShape] | None = None,
+    normalizer: float | None = None,
+    max_buckets: int = 3,
+) -> TokenDataset:
+    """Tokenises examples and chooses their length buckets.
+
+    Prompt and response are joined as `Recipe` says. Tokenised separately, the response is read as the text
+    after a line break, so that vocabularies which mark a word's beginning do not invent a space before it.
+
+    Args:
+        examples: may be empty when `recipe` is resolved (edited pairs of a request that only removes).
+        recipe: resolved here if it is not; `TokenDataset.recipe` has the result.
+        tokenizer: a Hugging Face tokenizer.
+        buckets: shapes of another data set, to share compiled functions with it; a bucket is appended where
+            an example fits none. None chooses from the lengths found.
+        normalizer: with reduction "token", the training set's (`TokenDataset.normalizer`); None computes it
+            from these examples, which must then be the training set.
+        max_buckets: shapes at most, when they are chosen here.
+
+    Raises:
+        ValueError: an example whose response does not fit `max_length`, whose prompt has no token to predict
+            the response from, or that the template would lose part of; the message names it.
+    """
+    if not examples and not recipe.is_resolved:
+        msg = "there are no examples to resolve the recipe by; pass a resolved recipe."
+        raise ValueError(msg)
+    formats = sorted({example.format for example in examples})
+    if len(formats) > 1 and not recipe.is_resolved:
+        msg = f"examples of several formats ({', '.join(formats)}); name one template for all in the recipe."
+        raise ValueError(msg)
+    if formats:
+        recipe = recipe.resolve(formats[0], tokenizer)
+    encoded, truncated_ids = _encode(examples, recipe, tokenizer)
+    if truncated_ids:
+        logger.warning(
+            "The prompts of %d of %d examples were cut on the %s to fit max_length = %d.",
+            len(truncated_ids),
+            len(encoded),
+            recipe.truncation_side,
+            recipe.max_length,
+        )
+    if recipe.reduction == "token" and normalizer is None:
+        if not encoded:
+            msg = "reduction is 'token' and there are no examples; pass the training set's normalizer."
+            raise ValueError(msg)
+        normalizer = float(np.mean([e.num_targets for e in encoded]))
+    return TokenDataset(
+        encoded,
+        recipe,
+        buckets=_extend_buckets(encoded, buckets) if buckets else choose_buckets(encoded, max_buckets),
+        examples=examples,
+        normalizer=normalizer,
+        truncated_ids=truncated_ids,
+    )
+
+
+def choose_buckets(encoded: Sequence[EncodedExample], max_buckets: int = 3) -> tuple[BucketShape, ...]:
+    """The time bounds that waste fewest padded tokens, multiples of 16, shortest first.
+
+    Exact, by dynamic programming over the distinct rounded lengths. Fewer buckets are taken while that costs
+    at most 5 % more padded tokens. Each bucket is as wide in loss positions (a multiple of 4) as its own
+    examples need.
+    """
+    if max_buckets < 1:
+        msg = f"max_buckets is {max_buckets}; it must be at least 1."
+        raise ValueError(msg)
+    if not encoded:
+        return ()
+    rounded = np.array([_round_up(len(e.tokens), _TIME_MULTIPLE) for e in encoded])
+    bounds, counts = np.unique(rounded, return_counts=True)
+    # plans[k][j]: (padded tokens, chosen bounds) for the examples up to bounds[j] in k + 1 buckets.
+    cumulative = np.concatenate([[0], np.cumsum(counts)])
+    plans: list[list[tuple[int, tuple[int, ...]]]] = [
+        [(int(cumulative[j + 1] * bound), (int(bound),)) for j, bound in enumerate(bounds)]
+    ]
+    for _ in range(1, min(max_buckets, len(bounds))):
+        previous = plans[-1]
+        plans.append(
+            [
+                min(
+                    [previous[j]]
+                    + [
+                        (
+                            previous[i][0] + int((cumulative[j + 1] - cumulative[i + 1]) * bound),
+                            (*previous[i][1], int(bound)),
+                        )
+                        for i in range(j)
+                    ]
+                )
+                for j, bound in enumerate(bounds)
+            ]
+        )
+    best = min(plan[-1][0] for plan in plans)
+    chosen = next(plan[-1][1] for plan in plans if plan[-1][0] <= _BUCKET_SLACK * best)
+    targets = np.array([e.num_targets for e in encoded])
+    lower = 0
+    shapes = []
+    for bound in chosen:
+        inside = (rounded > lower) & (rounded <= bound)
+        shapes.append(_make_bucket(bound, int(targets[inside].max())))
+        lower = bound
+    return tuple(shapes)
+
+
+def epoch_batches(
+    dataset: TokenDataset, order: np.ndarray, *, batch_size: int, chunk_size: int
+) -> Iterator[ExampleStack]:
+    """One epoch of optimiser batches, all of one shape; each is accumulated over its micro-batches.
+
+    Args:
+        dataset: the training set.
+        order: positions to visit, usually a permutation [n].
+        batch_size: examples per optimiser step.
+        chunk_size: examples per micro-batch; at most `batch_size`.
+
+    Yields:
+        `ceil(n / batch_size)` stacks whose weights sum to 1; the last may hold fewer examples, each then
+        weighing more, so that every step follows a mean gradient.
+    """
+    if not 1 <= chunk_size <= batch_size:
+        msg = f"chunk_size is {chunk_size}; it must lie between 1 and batch_size = {batch_size}."
+        raise ValueError(msg)
+    num_chunks = -(-batch_size // chunk_size)
+    for start in range(0, len(order), batch_size):
+        indices = np.asarray(order[start : start + batch_size])
+        weights = np.full(len(indices), 1.0 / len(indices))
+        yield dataset.stack_uniform(indices, weights, chunk_size=chunk_size, num_chunks=num_chunks)
+
+
+def _encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> tuple[list[EncodedExample], list[str]]:
+    """Token sequences, and the ids whose prompt was cut."""
+    render = make_prompt_renderer(recipe, tokenizer)
+    prompts = [render(example) for example in examples]
+    responses = [f"{recipe.response_prefix}{example.response}" for example in examples]
+    tokenise = _tokenise_jointly if recipe.tokenization == "joint" else _tokenise_separately
+    encoded, truncated_ids = [], []
+    for example, prompt, response in zip(examples, *tokenise(tokenizer, prompts, responses), strict=True):
+        if not response:
+            msg = f"Example {example.id!r}: the tokenizer makes no token of the response {example.response!r}."
+            raise ValueError(msg)
+        if recipe.add_eos:
+            response = [*response, tokenizer.eos_token_id]
+        if recipe.add_bos and prompt[:1] != [tokenizer.bos_token_id]:
+            prompt = [tokenizer.bos_token_id, *prompt]
+        if not prompt:
+            msg = (
+                f"Example {example.id!r}: its prompt has no token to predict the response from; set add_bos = true."
+            )
+            raise ValueError(msg)
+        fitted = _fit_prompt(example, prompt, len(response), recipe, tokenizer.bos_token_id)
+        if len(fitted) < len(prompt):
+            truncated_ids.append(example.id)
+        encoded.append(
+            EncodedExample(
+                id=example.id,
+                tokens=np.array([*fitted, *response], np.int32),
+                response_start=len(fitted),
+                loss_start=len(fitted) if recipe.loss_on == "response" else 1,
+            )
+        )
+    return encoded, truncated_ids
+
+
+def _fit_prompt(
+    example: Example, prompt: list[int], response_length: int, recipe: Recipe, bos: int | None
+) -> list[int]:
+    """The prompt, cut so that it and the response fit; at least one token is kept to predict from."""
+    room = recipe.max_length - response_length
+    if len(prompt) <= room:
+        return prompt
+    if room < 1:
+        msg = (
+            f"Example {example.id!r}: its response takes {response_length} tokens, which with one of the "
+            f"prompt exceeds max_length = {recipe.max_length}. Responses are never cut; raise max_length."
+        )
+        raise ValueError(msg)
+    if recipe.truncation_side == "error":
+        msg = (
+            f"Example {example.id!r}: {len(prompt)} prompt and {response_length} response tokens exceed "
+            f"max_length = {recipe.max_length}, and truncation_side is 'error'. Raise max_length or name "
+            "a side."
+        )
+        raise ValueError(msg)
+    if recipe.truncation_side == "right":
+        return prompt[:room]
+    head = prompt[:1] if bos is not None and prompt[0] == bos else []
+    return head + prompt[len(prompt) - (room - len(head)) :]
+
+
+def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # Tokenizers fail on an empty list.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _tokenise_separately(
+    tokenizer: Any, prompts: list[str], responses: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Response tokens as they come after a line break, unless the break's own tokens merge with them."""
+    (line_break,) = _tokenise(tokenizer, ["\n"])
+    alone = _tokenise(tokenizer, responses)
+    after_break = _tokenise(tokenizer, [f"\n{response}" for response in responses])
+    cut = len(line_break)
+    chosen = [
+        b[cut:] if b[:cut] == line_break and len(b) > cut else a for a, b in zip(alone, after_break, strict=True)
+    ]
+    return _tokenise(tokenizer, prompts), chosen
+
+
+def _tokenise_jointly(
+    tokenizer: Any, prompts: list[str], responses: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """One text split where the first token reaches into the response."""
+    if not prompts:
+        return [], []
+    joined = tokenizer(
+        [prompt + response for prompt, response in zip(prompts, responses, strict=True)],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+    )
+    heads, tails = [], []
+    for prompt, ids, offsets in zip(prompts, joined["input_ids"], joined["offset_mapping"], strict=True):
+        split = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+        heads.append(ids[:split])
+        tails.append(ids[split:])
+    return heads, tails
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _make_bucket(num_tokens: int, num_targets: int) -> BucketShape:
+    """Rounded up; a row has one loss position fewer than tokens at most."""
+    time = _round_up(num_tokens, _TIME_MULTIPLE)
+    return BucketShape(time=time, response=min(_round_up(num_targets, _RESPONSE_MULTIPLE), time - 1))
+
+
+def _extend_buckets(encoded: Sequence[EncodedExample], buckets: Sequence[BucketShape]) -> tuple[BucketShape, ...]:
+    """`buckets`, and one more for whatever they do not hold."""
+    outside = [e for e in encoded if not any(b.holds(len(e.tokens), e.num_targets) for b in buckets)]
+    if not outside:
+        return tuple(buckets)
+    extra = _make_bucket(max(len(e.tokens) for e in outside), max(e.num_targets for e in outside))
+    return (*buckets, extra)
+
+
+def _assign_buckets(encoded: Sequence[EncodedExample], buckets: Sequence[BucketShape]) -> np.ndarray:
+    """The bucket of fewest tokens, then fewest loss positions, that holds each example."""
+    by_size = sorted(range(len(buckets)), key=lambda k: (buckets[k].time, buckets[k].response, k))
+    assigned = []
+    for e in encoded:
+        fitting = (k for k in by_size if buckets[k].holds(len(e.tokens), e.num_targets))
+        bucket = next(fitting, None)
+        if bucket is None:
+            msg = f"Example {e.id!r} ({len(e.tokens)} tokens, {e.num_targets} under the loss) fits no bucket."
+            raise ValueError(msg)
+        assigned.append(bucket)
+    return np.array(assigned, np.int64)

@@ -1,0 +1,263 @@
+"""Requests: which examples go, and how others should have been.
+
+A request file is checked as a whole against the data before anything is computed; everything wrong with it is
+reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmeraser_jax.data.examples import Example
+
+_MAX_LISTED = 20
+
+
+class RequestError(ValueError):
+    """A request file that cannot be carried out; the message lists line and cause of each problem."""
+
+
+class Action(enum.StrEnum):
+    """What is to become of an example."""
+
+    REMOVE = "remove"
+    MODIFY_QUERY = "modify_query"
+    CORRECT_RESPONSE = "correct_response"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One line of a request file.
+
+    Attributes:
+        id: the example it names.
+        action: what to do.
+        changes: new texts: nothing for a removal; `response` for a correction; `query`, or `instruction` and
+            `input`, for a modification.
+        line: its line in the file, counted from 1.
+    """
+
+    id: str
+    action: Action
+    changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    line: int = 0
+
+
+def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> tuple[Request, ...]:
+    """Reads a request file (JSON lines) and checks it against the data.
+
+    Args:
+        path: the file.
+        examples: the training examples that the requests name by id.
+
+    Returns:
+        The requests in file order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RequestError: everything that is wrong with it, by line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"{path}: there is no such request file."
+        raise FileNotFoundError(msg)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{path}: not UTF-8 at byte {error.start}."
+        raise RequestError(msg) from error
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    return parse_requests(text.split("\n"), examples, source=str(path))
+
+
+def parse_requests(
+    lines: Iterable[str | Mapping[str, Any]], examples: Sequence[Example], *, source: str = "requests"
+) -> tuple[Request, ...]:
+    """Checks request lines against the data.
+
+    Args:
+        lines: JSON texts or parsed objects; blank lines are skipped.
+        examples: the training examples.
+        source: what error messages call the origin.
+
+    Raises:
+        RequestError: every unknown or doubly named id, unknown action, unknown or missing key, change that
+            changes nothing, and line that is not a JSON object; no request at all; nothing left over.
+    """
+    by_id = {example.id: example for example in examples}
+    requests: list[Request] = []
+    problems: list[str] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, str) and not line.strip():
+            continue
+        try:
+            request = _parse_line(line, number)
+            if request.id in line_of_id:
+                first = line_of_id[request.id]
+                raise _ProblemError(f"id {request.id!r} was already named in line {first}; name each example once")
+            line_of_id[request.id] = number
+            if request.id not in by_id:
+                raise _ProblemError(f"unknown id {request.id!r}; the data has {len(by_id)} examples{_hint(by_id)}")
+            example = by_id[request.id]
+            if edited_example(example, request) == example:
+                changed = " and ".join(request.changes)
+                raise _ProblemError(f"{request.action} of {request.id!r} changes nothing: {changed} is what it was")
+            requests.append(request)
+        except (_ProblemError, ValueError) as error:
+            problems.append(f"line {number}: {error}")
+    if not requests and not problems:
+        problems.append("holds no requests")
+    removed = {request.id for request in requests if request.action is Action.REMOVE}
+    if removed and len(removed) == len(by_id):
+        problems.append(f"removes all {len(by_id)} examples; an adapter trained on nothing is the initial one")
+    if problems:
+        listed = problems[:_MAX_LISTED]
+        if len(problems) > _MAX_LISTED:
+            listed.append(f"and {len(problems) - _MAX_LISTED} more")
+        msg = "\n".join(f"{source}: {problem}." for problem in listed)
+        raise RequestError(msg)
+    return tuple(requests)
+
+
+def edited_example(example: Example, request: Request) -> Example | None:
+    """The example as it should have been, or None when it should not have been there.
+
+    `query` replaces what `Example.query` is: the last user message, the input where there is one, else the
+    instruction. `instruction` and `input` set exactly those.
+
+    Raises:
+        ValueError: the request names another example, or a field that this one's format lacks.
+    """
+    if request.id != example.id:
+        msg = f"the request names {request.id!r}, not {example.id!r}"
+        raise ValueError(msg)
+    changes = dict(request.changes)
+    if request.action is Action.REMOVE:
+        return None
+    if request.action is Action.CORRECT_RESPONSE:
+        return dataclasses.replace(example, response=changes["response"])
+    if "query" in changes:
+        return _with_query(example, changes["query"])
+    if example.format != "instruction":
+        keys = " and ".join(map(repr, changes))
+        msg = f"{keys} cannot be set in data of format {example.format!r}; give 'query'"
+        raise ValueError(msg)
+    return dataclasses.replace(example, **changes)
+
+
+def apply_requests(examples: Sequence[Example], requests: Iterable[Request]) -> tuple[Example, ...]:
+    """The edited data: removed examples dropped, edited ones in their places.
+
+    Raises:
+        ValueError: a request that names no example, or two that name one.
+    """
+    pending: dict[str, Request] = {}
+    for request in requests:
+        if request.id in pending:
+            msg = f"Two requests name example {request.id!r}; name each once."
+            raise ValueError(msg)
+        pending[request.id] = request
+    edited = []
+    for example in examples:
+        request = pending.pop(example.id, None)
+        wanted = example if request is None else edited_example(example, request)
+        if wanted is not None:
+            edited.append(wanted)
+    if pending:
+        msg = (
+            f"{len(pending)} request(s) name examples that are not in the data, the first {next(iter(pending))!r}."
+        )
+        raise ValueError(msg)
+    return tuple(edited)
+
+
+def request_to_json(request: Request) -> str:
+    """The request as one line of a request file, without the line end."""
+    return json.dumps({"id": request.id, "action": str(request.action), **request.changes}, ensure_ascii=False)
+
+
+class _ProblemError(Exception):
+    """One line's problem, collected into a RequestError."""
+
+
+def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
+    """Checks what a line says by itself."""
+    if isinstance(line, str):
+        try:
+            fields = json.loads(line, object_pairs_hook=_refuse_repeated_keys)
+        except json.JSONDecodeError as error:
+            raise _ProblemError(f"not JSON: {error.msg} at column {error.colno}") from error
+    else:
+        fields = line
+    if not isinstance(fields, Mapping):
+        raise _ProblemError(f"expected an object, got {type(fields).__name__}")
+    for key in ("id", "action"):
+        if key not in fields:
+            raise _ProblemError(f"key {key!r} is missing")
+    id_, name = fields["id"], fields["action"]
+    if isinstance(id_, bool) or not isinstance(id_, str | int):
+        raise _ProblemError(f"id must be a string, got {type(id_).__name__}")
+    if name not in list(Action):
+        raise _ProblemError(f"unknown action {name!r}; the actions are {', '.join(Action)}")
+    action = Action(name)
+    changes = {key: value for key, value in fields.items() if key not in ("id", "action")}
+    _check_changes(action, changes)
+    return Request(id=str(id_), action=action, changes=changes, line=number)
+
+
+def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
+    allowed = {
+        Action.REMOVE: (),
+        Action.MODIFY_QUERY: ("query", "instruction", "input"),
+        Action.CORRECT_RESPONSE: ("response",),
+    }[action]
+    unknown = [key for key in changes if key not in allowed]
+    if unknown:
+        takes = " or ".join(map(repr, allowed)) or "nothing"
+        raise _ProblemError(
+            f"unknown key {', '.join(map(repr, unknown))}; {action} takes {takes} besides id and action"
+        )
+    if allowed and not changes:
+        raise _ProblemError(f"{action} needs {' or '.join(map(repr, allowed))}")
+    if "query" in changes and len(changes) > 1:
+        raise _ProblemError("'query' cannot go with 'instruction' or 'input'; give one or the others")
+    for key, value in changes.items():
+        if not isinstance(value, str):
+            raise _ProblemError(f"{key!r} must be a string, got {type(value).__name__}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _ProblemError(f"{key!r} is not valid Unicode") from error
+    if action is Action.CORRECT_RESPONSE and not changes["response"].strip():
+        raise _ProblemError("'response' is empty; to drop the example use remove")
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _ProblemError("a key occurs twice")
+    return fields
+
+
+def _hint(by_id: Mapping[str, Example]) -> str:
+    """A first and a last id, so that a wrong numbering is seen at once."""
+    ids = list(by_id)
+    return f", from {ids[0]!r} to {ids[-1]!r}" if ids else ""
+
+
+def _with_query(example: Example, query: str) -> Example:
+    if example.format == "messages":
+        last_user = max(k for k, (role, _) in enumerate(example.messages) if role == "user")
+        messages = list(example.messages)
+        messages[last_user] = ("user", query)
+        return dataclasses.replace(example, messages=tuple(messages))
+    if example.input:
+        return dataclasses.replace(example, input=query)
+    return dataclasses.replace(example, instruction=query)

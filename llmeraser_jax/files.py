@@ -1,0 +1,164 @@
+"""Owns how results reach the disk: written whole or not at all, and JSON that every reader accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOCK_FILE = ".lock"
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def require_empty(path: str | os.PathLike[str]) -> None:
+    """Refuses an output directory that already holds something.
+
+    Raises:
+        FileExistsError: `path` is a file, or a directory that is not empty.
+    """
+    path = Path(path)
+    if path.is_dir():
+        present = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE)
+        if present:
+            msg = (
+                f"The output directory {path} already holds {', '.join(present[:5])}"
+                f"{' and more' if len(present) > 5 else ''}. Name a new directory or empty this one."
+            )
+            raise FileExistsError(msg)
+    elif path.exists() or path.is_symlink():
+        msg = f"The output directory {path} is an existing file. Name a new directory."
+        raise FileExistsError(msg)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` that takes the name `path` when the block succeeds.
+
+    When the block raises, the sibling is removed and `path` is as it was. A process killed outright leaves
+    the hidden sibling behind and never a half-written `path`.
+
+    Args:
+        path: the directory to create; it may exist if it is empty. Missing parents are created.
+
+    Raises:
+        FileExistsError: `path` holds something, before the block or by the time it ends.
+    """
+    path = Path(path)
+    require_empty(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        require_empty(path)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file that readers see either as it was or complete."""
+    path = Path(path)
+    temporary = _temporary_sibling(path)
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def non_finite_entries(value: Any, where: str = "") -> list[str]:
+    """Where in a JSON-like value a nan or an infinity stands, e.g. `["losses.3 = nan"]`."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        prefix = f"{where}." if where else ""
+        return [entry for k, v in value.items() for entry in non_finite_entries(v, f"{prefix}{k}")]
+    if isinstance(value, float | np.floating) and not math.isfinite(value):
+        return [f"{where or 'the value'} = {float(value)}"]
+    return []
+
+
+def _json_default(value: Any) -> Any:
+    if isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    msg = f"A value of type {type(value).__name__} cannot be written as JSON: {value!r}."
+    raise TypeError(msg)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON text: numpy and JAX scalars become numbers, nan and infinity are refused.
+
+    Raises:
+        ValueError: a number is not finite; the message says where.
+        TypeError: a value has no JSON form.
+    """
+    found = non_finite_entries(value)
+    if found:
+        msg = f"JSON has no nan or infinity; the value to write holds {len(found)}: {'; '.join(found[:10])}."
+        raise ValueError(msg)
+    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False, default=_json_default)
+
+
+def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as indented strict JSON, whole or not at all. Raises as `to_json` does."""
+    atomic_write_text(path, to_json(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path} is not a JSON file: {error}."
+        raise ValueError(msg) from error
+
+
+@contextlib.contextmanager
+def exclusive_use(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds `directory` for this process, so that two trainings never write to one directory.
+
+    The lock belongs to the process and goes with it, however it ends.
+
+    Raises:
+        RuntimeError: another process holds the directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK_FILE
+    with open(path, "w") as file:
+        msg = f"Another process is writing to {directory}. Wait for it, or name another directory."
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that finished in between has removed the file, and a third may hold its successor.
+            current = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except BlockingIOError as error:
+            raise RuntimeError(msg) from error
+        if not current:
+            raise RuntimeError(msg)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

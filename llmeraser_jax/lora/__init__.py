@@ -1,0 +1,27 @@
+"""Adapters: a float32 pytree of its own, its configuration, and PEFT's format."""
+
+from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.lora.params import Lora, add_delta, init_lora, linear_shape, merge_lora, resolve_config
+from llmeraser_jax.lora.peft_io import (
+    adapter_config_from_peft,
+    adapter_config_to_peft,
+    load_adapter,
+    read_adapter_base,
+    save_adapter,
+)
+
+__all__ = [
+    "Lora",
+    "LoraConfig",
+    "adapter_config_from_peft",
+    "adapter_config_to_peft",
+    "add_delta",
+    "init_lora",
+    "linear_shape",
+    "load_adapter",
+    "merge_lora",
+    "read_adapter_base",
+    "resolve_config",
+    "resolve_target_modules",
+    "save_adapter",
+]

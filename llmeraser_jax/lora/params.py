@@ -1,0 +1,119 @@
+"""Owns the adapter: a float32 pytree of its own, apart from the base.
+
+Every vector of adapter space (a gradient, a step, a conjugate direction) is a `Lora` too, so that tree maps
+and inner products need no conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llmeraser_jax import trees
+from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.types import BaseParams, Key
+
+
+@flax.struct.dataclass
+class Lora:
+    """An adapter, or any vector of its space.
+
+    Attributes:
+        params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`.
+        config: static; its `target_modules` are the modules present, in the order of a decoder layer.
+    """
+
+    params: Any
+    config: LoraConfig = flax.struct.field(pytree_node=False)
+
+
+def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
+    """A fresh adapter that leaves the base's function unchanged.
+
+    A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
+
+    Args:
+        key: random key.
+        config: rank, scale and targets; `target_modules` is resolved against the model.
+        model_config: the base model.
+
+    Raises:
+        ValueError: `target_modules` cannot be honoured; see `resolve_target_modules`.
+    """
+    config = resolve_config(config, model_config)
+    modules = {}
+    for name, module_key in zip(
+        config.target_modules, jax.random.split(key, len(config.target_modules)), strict=True
+    ):
+        width_in, width_out = linear_shape(model_config, name)
+        bound = 1 / math.sqrt(width_in)
+        shape = (model_config.num_layers, config.rank, width_in)
+        modules[name] = {
+            "a": jax.random.uniform(module_key, shape, jnp.float32, -bound, bound),
+            "b": jnp.zeros((model_config.num_layers, width_out, config.rank), jnp.float32),
+        }
+    return Lora(params={"layers": modules}, config=config)
+
+
+def resolve_config(config: LoraConfig, model_config: ModelConfig) -> LoraConfig:
+    """`config` with its targets written out, so that equal adapters have equal tree structures."""
+    modules = resolve_target_modules(config.target_modules, model_config)
+    return LoraConfig(
+        rank=config.rank,
+        alpha=float(config.alpha),
+        target_modules=modules,
+        use_rslora=config.use_rslora,
+        dropout=float(config.dropout),
+    )
+
+
+def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
+    """Inputs and outputs of one of the seven linear layers."""
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (config.width, query),
+        "k_proj": (config.width, key_value),
+        "v_proj": (config.width, key_value),
+        "o_proj": (query, config.width),
+        "gate_proj": (config.width, config.mlp_width),
+        "up_proj": (config.width, config.mlp_width),
+        "down_proj": (config.mlp_width, config.width),
+    }[name]
+
+
+def add_delta(lora: Lora, delta: Lora) -> Lora:
+    """The adapter moved by `delta`, a vector of its space.
+
+    Raises:
+        ValueError: the two have different modules, shapes or configurations.
+    """
+    if jax.tree.structure(lora) != jax.tree.structure(delta):
+        msg = f"The delta's structure is {jax.tree.structure(delta)}, the adapter's {jax.tree.structure(lora)}."
+        raise ValueError(msg)
+    return trees.tree_add(lora, delta)
+
+
+def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
+    """The base with `scaling * B A` added to each targeted kernel, in the kernel's own dtype.
+
+    A base narrower than float32 rounds the sum; the adapter itself is not changed.
+
+    Raises:
+        ValueError: the base lacks a targeted module.
+    """
+    merged = dict(base, layers=dict(base["layers"]))
+    for name, leaves in lora.params["layers"].items():
+        if name not in merged["layers"]:
+            msg = f"The adapter targets layers/{name}, which the base lacks."
+            raise ValueError(msg)
+        kernel = merged["layers"][name]["kernel"]
+        product = jnp.einsum("lri,lor->lio", leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
+        dtype = jnp.promote_types(kernel.dtype, product.dtype)
+        total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)
+        merged["layers"][name] = dict(merged["layers"][name], kernel=total.astype(kernel.dtype))
+    return merged

@@ -1,0 +1,360 @@
+"""Owns the one network of the package: a decoder of the Llama kind as a pure function of base and adapter.
+
+The base is the linen collection "params", the adapter the collection "lora"; both are arguments. Layers are
+scanned, each under `jax.checkpoint`, so their parameters are stacked on a leading axis `layers`. Paths of the
+base, on which sharding rules and conversion tables rely (kernels are [in, out], the transpose of PyTorch's):
+
+    embed_tokens/embedding                      [vocab, width]
+    layers/input_norm/scale                     [layers, width]
+    layers/{q,k,v}_proj/kernel                  [layers, width, heads * head_dim], kv_heads for k and v
+    layers/o_proj/kernel                        [layers, heads * head_dim, width]
+    layers/{q,k}_norm/scale                     [layers, head_dim], with qk_norm
+    layers/post_attention_norm/scale            [layers, width]
+    layers/{gate,up}_proj/kernel                [layers, width, mlp_width]
+    layers/down_proj/kernel                     [layers, mlp_width, width]
+    layers/{any of the seven}_proj/bias         [layers, out], where the family has biases
+    final_norm/scale                            [width]
+    lm_head/kernel                              [width, vocab], unless tied to the embedding
+
+and of the adapter, for each targeted linear layer:
+
+    layers/{name}/a                             [layers, rank, in]
+    layers/{name}/b                             [layers, out, rank]
+
+The effective weight is `kernel + scaling * (B A)'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from llmeraser_jax.models import layers
+from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig
+from llmeraser_jax.types import BaseParams, Key, LoraParams
+
+
+@flax.struct.dataclass
+class Context:
+    """What every layer needs besides the activations: where tokens stand and which keys are real."""
+
+    cos: Float[Array, "batch time half"]
+    sin: Float[Array, "batch time half"]
+    query_positions: Int[Array, "batch time"]
+    key_positions: Int[Array, "batch keys"]
+    key_valid: Bool[Array, "batch keys"]
+    write_at: Int[Array, ""] | None  # slot of the cache that the first token of this call goes to
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Rotated keys, and values, of all layers; a slot is written once."""
+
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
+
+
+class Scale(nn.Module):
+    """An RMS norm with its learned scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return layers.rms_norm(x, scale, self.eps)
+
+
+class Linear(nn.Module):
+    """A linear layer and, where the collection "lora" has one for it, its low-rank update."""
+
+    features: int
+    use_bias: bool
+    init_range: float
+    lora_scaling: float
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(self.init_range)
+        out = layers.project(x, self.param("kernel", init, (x.shape[-1], self.features)))
+        if self.use_bias:
+            out = out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if self.lora_dropout > 0 and self.has_rng("dropout"):
+                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
+            out = out + layers.low_rank(x, a, b, self.lora_scaling)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    config: ModelConfig
+    lora_scaling: float = 1.0
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, cache, context):
+        """One layer.
+
+        Args:
+            x: [batch, time, width].
+            cache: None, or keys and values of this layer, each [batch, slots, kv_heads, head_dim].
+            context: see `Context`.
+
+        Returns:
+            The new residual stream, and the cache with this call's tokens written (None without one).
+        """
+        config = self.config
+        batch, time, _ = x.shape
+
+        def linear(name, features, use_bias):
+            return Linear(
+                features, use_bias, config.initializer_range, self.lora_scaling, self.lora_dropout, name=name
+            )
+
+        def heads(name, count):
+            out = linear(name, count * config.head_dim, config.qkv_bias)(h)
+            return out.reshape(batch, time, count, config.head_dim)
+
+        h = Scale(config.norm_eps, name="input_norm")(x)
+        q = heads("q_proj", config.num_heads)
+        k = heads("k_proj", config.num_kv_heads)
+        v = heads("v_proj", config.num_kv_heads)
+        if config.qk_norm:
+            q = Scale(config.norm_eps, name="q_norm")(q)
+            k = Scale(config.norm_eps, name="k_norm")(k)
+        q = layers.rotate(q, context.cos, context.sin)
+        k = layers.rotate(k, context.cos, context.sin)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, context.write_at, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, context.write_at, axis=1)
+            cache = (k, v)
+        attended = layers.attention(
+            q,
+            k,
+            v,
+            context.query_positions,
+            context.key_positions,
+            context.key_valid,
+            window=config.sliding_window,
+            chunk=layers.QUERY_CHUNK if time > layers.CHUNK_QUERIES_ABOVE else None,
+        )
+        x = x + linear("o_proj", config.width, config.o_bias)(attended.reshape(batch, time, -1))
+
+        h = Scale(config.norm_eps, name="post_attention_norm")(x)
+        gate = linear("gate_proj", config.mlp_width, config.mlp_bias)(h)
+        up = linear("up_proj", config.mlp_width, config.mlp_bias)(h)
+        x = x + linear("down_proj", config.width, config.mlp_bias)(nn.silu(gate) * up)
+        return x, cache
+
+
+class Embedding(nn.Module):
+    """The token embedding, which a tied head reads too."""
+
+    config: ModelConfig
+
+    def setup(self):
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.embedding = self.param("embedding", init, (self.config.vocab_size, self.config.width))
+
+    def __call__(self, tokens, dtype):
+        return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+
+    def attend(self, x):
+        return jnp.einsum("btd,vd->btv", x, self.embedding.astype(x.dtype), precision=layers.PRECISION)
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned layers, final norm and head.
+
+    Attributes:
+        config: the model.
+        lora_scaling: what multiplies B A.
+        lora_dropout: drawn only where an rng "dropout" is given.
+        dtype: dtype of activations and products; None is `promote_types(float32, dtype of the embedding)`.
+    """
+
+    config: ModelConfig
+    lora_scaling: float = 1.0
+    lora_dropout: float = 0.0
+    dtype: Any = None
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = Embedding(config)
+        in_axes: Any = (0, nn.broadcast)  # flax declares one number; it takes one per argument
+        scanned = nn.scan(
+            nn.remat(DecoderLayer, prevent_cse=False),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=in_axes,
+            length=config.num_layers,
+        )
+        self.layers = scanned(config, self.lora_scaling, self.lora_dropout)
+        self.final_norm = Scale(config.norm_eps)
+        if not config.tied_embeddings:
+            self.lm_head = Linear(config.vocab_size, False, config.initializer_range, 1.0, 0.0)
+
+    def __call__(self, tokens, attention_mask, positions=None):
+        """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only."""
+        valid = jnp.asarray(attention_mask).astype(bool)
+        where = token_positions(valid)
+        x, _ = self._hidden(tokens, where, where, valid, None, None)
+        return self._logits(x, positions)
+
+    def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions):
+        """Appends tokens to a cache.
+
+        Args:
+            tokens: [batch, time] new tokens.
+            where: [batch, time] their positions in their texts.
+            key_positions: [batch, slots] positions of what the cache holds, the new tokens included.
+            key_valid: [batch, slots] which slots hold real tokens, the new ones included.
+            cache: `KVCache`.
+            write_at: slot of the first new token.
+            positions: [batch, response] indices into `tokens` whose logits are wanted.
+
+        Returns:
+            Logits at `positions`, and the cache.
+        """
+        pair = (cache.keys, cache.values)
+        x, (keys, values) = self._hidden(tokens, where, key_positions, key_valid, pair, write_at)
+        return self._logits(x, positions), KVCache(keys=keys, values=values)
+
+    def _hidden(self, tokens, where, key_positions, key_valid, cache, write_at) -> tuple[Array, Any]:
+        config = self.config
+        embedding = self.embed_tokens.embedding
+        dtype = jnp.promote_types(jnp.float32, embedding.dtype) if self.dtype is None else self.dtype
+        cos, sin = layers.rope_angles(config.rope, config.head_dim, where, dtype)
+        context = Context(
+            cos=cos,
+            sin=sin,
+            query_positions=where,
+            key_positions=key_positions,
+            key_valid=key_valid,
+            write_at=write_at,
+        )
+        return self.layers(self.embed_tokens(tokens, dtype), cache, context)
+
+    def _logits(self, x, positions):
+        if positions is not None:
+            x = jnp.take_along_axis(x, positions[..., None], axis=1)
+        x = self.final_norm(x)
+        return self.embed_tokens.attend(x) if self.config.tied_embeddings else self.lm_head(x)
+
+
+def token_positions(valid: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
+    """A token's place in its text when padding is not counted; padding itself gets a place that is never seen."""
+    return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every base parameter, by path."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables: Any = jax.eval_shape(Decoder(config).init, key, tokens, tokens)
+    leaves: dict[str, Any] = flatten_dict(variables["params"], sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def init_base(config: ModelConfig, key: Key, dtype: str = "float32") -> BaseParams:
+    """A fresh random base: matrices normal with `config.initializer_range`, norms one, biases zero.
+
+    Args:
+        config: the model.
+        key: random key.
+        dtype: storage dtype.
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    base = jax.jit(Decoder(config).init)(key, tokens, tokens)["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+
+
+def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tuple[Decoder, dict[str, Any]]:
+    """The module and its variables for a base and an optional adapter.
+
+    Raises:
+        ValueError: the adapter has a module or a shape that this model has no place for.
+    """
+    dtype = jnp.promote_types(jnp.float32, base["embed_tokens"]["embedding"].dtype)
+    if lora is None:
+        return Decoder(config, dtype=dtype), {"params": base}
+    check_lora(config, base, lora)
+    dtype = jnp.result_type(dtype, *(leaf.dtype for leaf in jax.tree.leaves(lora.params)))
+    module = Decoder(config, lora.config.scaling, lora.config.dropout, dtype)
+    return module, {"params": base, "lora": lora.params}
+
+
+def check_lora(config: ModelConfig, base: BaseParams, lora: LoraParams) -> None:
+    """Refuses an adapter that does not fit: linen would pass over a module name that it does not know.
+
+    Raises:
+        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
+    """
+    stray = [name for name in lora.params if name != "layers"]
+    modules = lora.params.get("layers", {})
+    stray += [f"layers/{name}" for name in modules if name not in LINEAR_NAMES]
+    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
+    if stray:
+        msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
+        raise ValueError(msg)
+    for name, leaves in modules.items():
+        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
+        rank = lora.config.rank
+        expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
+        for leaf, shape in expected.items():
+            if leaf not in leaves or leaves[leaf].shape != shape:
+                got = leaves[leaf].shape if leaf in leaves else "missing"
+                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
+                raise ValueError(msg)
+
+
+@dataclasses.dataclass(frozen=True)
+class ApplyDecoder:
+    """`(base, lora, tokens, attention_mask, positions) -> logits`, hashable, equal for equal models."""
+
+    config: ModelConfig
+
+    def __call__(
+        self,
+        base: BaseParams,
+        lora: LoraParams | None,
+        tokens: Int[Array | np.ndarray, "batch time"],
+        attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
+        positions: Int[Array | np.ndarray, "batch response"] | None = None,
+        *,
+        dropout_key: Key | None = None,
+    ) -> Float[Array, "batch any_time vocab"]:
+        """Next-token logits.
+
+        Args:
+            base: frozen parameters, see the module's docstring.
+            lora: a `lora.Lora`; None is the base alone.
+            tokens: token ids, padded on either side.
+            attention_mask: nonzero for a real token.
+            positions: indices into time at which logits are wanted; None is everywhere.
+            dropout_key: turns the adapter's dropout on; only training gives one.
+
+        Returns:
+            Logits in `promote_types(float32, dtype of base and adapter)`.
+
+        Raises:
+            ValueError: the adapter does not fit the model.
+        """
+        module, variables = bind(self.config, base, lora)
+        tokens = jnp.asarray(tokens)
+        positions = None if positions is None else jnp.asarray(positions)
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return cast(Array, module.apply(variables, tokens, attention_mask, positions, rngs=rngs))

@@ -1,0 +1,170 @@
+"""Owns greedy text generation with a key/value cache."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
+from llmeraser_jax.models.loading import Model
+from llmeraser_jax.types import BaseParams, LoraParams
+
+_log = logging.getLogger(__name__)
+
+# Prompt lengths are rounded up to a multiple of this, so that few shapes are compiled.
+_LENGTH_STEP = 32
+
+
+def generate(
+    model: Model,
+    lora: LoraParams | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 16,
+    stop_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The most probable next token, again and again, until a stop token or `max_new_tokens`.
+
+    Args:
+        model: base and configuration.
+        lora: a `lora.Lora`, or None for the base alone.
+        prompts: token ids, of any lengths.
+        max_new_tokens: the most tokens to add to each prompt.
+        batch_size: prompts computed together; results do not depend on it beyond rounding.
+        stop_ids: tokens that end a text; None is the model's end-of-sequence tokens.
+
+    Returns:
+        New tokens of each prompt, in the order given, without the stop token.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, or a count below 1.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        msg = f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1."
+        raise ValueError(msg)
+    for index, prompt in enumerate(prompts):
+        outside = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        if not prompt or outside:
+            found = f"holds {outside[:3]} outside the vocabulary" if outside else "is empty"
+            msg = f"Prompt {index} {found}; every prompt needs tokens from 0 to {model.config.vocab_size - 1}."
+            raise ValueError(msg)
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    if longest > model.config.max_position:
+        _log.warning("Texts may reach %d tokens; the model was made for %d.", longest, model.config.max_position)
+    stops = np.asarray(model.config.eos_token_ids if stop_ids is None else list(stop_ids), np.int32)
+    batch_size = min(batch_size, len(prompts))
+    # Similar lengths together: a batch is as long as its longest prompt.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    out: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size or 1):
+        indices = order[start : start + batch_size]
+        rows = [list(prompts[index]) for index in indices]
+        rows += [rows[-1]] * (batch_size - len(rows))  # one shape for all batches
+        tokens, mask = pad_left(rows)
+        new, lengths = jax.device_get(
+            greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens)
+        )
+        for row, index in enumerate(indices):
+            out[index] = new[row, : lengths[row]].tolist()
+    return out
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one array with padding on the left, and the mask of real tokens."""
+    time = -(-max(len(row) for row in rows) // _LENGTH_STEP) * _LENGTH_STEP
+    tokens = np.zeros((len(rows), time), np.int32)
+    mask = np.zeros((len(rows), time), bool)
+    for index, row in enumerate(rows):
+        tokens[index, time - len(row) :] = row
+        mask[index, time - len(row) :] = True
+    return tokens, mask
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def greedy_decode(
+    config: ModelConfig,
+    base: BaseParams,
+    lora: LoraParams | None,
+    tokens: Int[Array | np.ndarray, "batch time"],
+    attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
+    stop_ids: Int[Array | np.ndarray, " stops"],
+    max_new_tokens: int,
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """Greedy continuation of padded prompts; padding may stand on either side.
+
+    Args:
+        config: the model.
+        base: frozen parameters.
+        lora: adapter or None.
+        tokens: padded prompts.
+        attention_mask: nonzero for a real token; each row has at least one.
+        stop_ids: tokens that end a text.
+        max_new_tokens: the most tokens to add.
+
+    Returns:
+        New tokens (0 after the end), and how many each row has, the stop token not counted.
+    """
+    module, variables = bind(config, base, lora)
+    valid = jnp.asarray(attention_mask).astype(bool)
+    batch, time = valid.shape
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    where = token_positions(valid)
+    # The slots after the prompt hold the new tokens. A slot not written yet has a later position than any
+    # query, so causality hides it and the mask need not change from step to step.
+    ahead = jnp.arange(max_new_tokens, dtype=jnp.int32)
+    key_positions = jnp.concatenate([where, lengths[:, None] + ahead], axis=1)
+    key_valid = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
+    shape = (config.num_layers, batch, time + max_new_tokens, config.num_kv_heads, config.head_dim)
+    empty = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
+
+    def append(new, new_where, cache, write_at, positions):
+        logits, cache = module.apply(
+            variables,
+            new,
+            new_where,
+            key_positions,
+            key_valid,
+            cache,
+            write_at,
+            positions,
+            method=Decoder.decode,
+        )
+        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache
+
+    def record(out, counts, done, token, step):
+        done = done | jnp.isin(token, stop_ids)
+        out = out.at[:, step].set(jnp.where(done, 0, token))
+        return out, counts + ~done, done
+
+    last = (time - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)
+    token, cache = append(jnp.asarray(tokens), where, empty, jnp.int32(0), last[:, None])
+    out, counts, done = record(
+        jnp.zeros((batch, max_new_tokens), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((batch,), bool),
+        token,
+        0,
+    )
+
+    def unfinished(state):
+        step, _, _, _, _, done = state
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def advance(state):
+        step, token, cache, out, counts, done = state
+        place = (lengths + step - 1)[:, None]
+        first = jnp.zeros((batch, 1), jnp.int32)
+        token, cache = append(token[:, None], place, cache, time + step - 1, first)
+        out, counts, done = record(out, counts, done, token, step)
+        return step + 1, token, cache, out, counts, done
+
+    state = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, cache, out, counts, done))
+    return state[3], state[4]

@@ -1,0 +1,145 @@
+"""Owns the pure mathematics of a decoder layer: norms, rotary positions, attention, low-rank products.
+
+No parameters and no modules here. Everything runs in the dtype of the activations, which is float32 or wider;
+products ask for full precision, because the default of accelerators (bfloat16 or TF32 passes) makes a
+curvature product asymmetric enough to stop conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from llmeraser_jax.models.config import RopeConfig
+
+PRECISION = jax.lax.Precision.HIGHEST
+QUERY_CHUNK = 512
+CHUNK_QUERIES_ABOVE = 1024
+_MASKED = -1e30
+
+
+def rms_norm(x: Float[Array, "*lead n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*lead n"]:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(x.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each of the `head_dim / 2` rotations, float64.
+
+    llama3 scaling divides the frequencies of long wavelengths by `factor`, keeps those of short ones and blends
+    linearly in (original context / wavelength) between.
+    """
+    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_max_position * frequencies / (2 * math.pi)
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / rope.factor
+    return frequencies
+
+
+def rope_angles(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "batch time"], dtype: jnp.dtype
+) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
+    """Cosines and sines of the rotations at `positions`."""
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim), dtype)
+    angles = positions[..., None].astype(dtype) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch time any_heads head_dim"],
+    cos: Float[Array, "batch time half"],
+    sin: Float[Array, "batch time half"],
+) -> Float[Array, "batch time any_heads head_dim"]:
+    """Rotates entry i with entry i + head_dim / 2 (Hugging Face's layout, not the interleaved one)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def project(x: Float[Array, "*lead n"], kernel: Float[Array, "n m"]) -> Float[Array, "*lead m"]:
+    """`x @ kernel` in the dtype of `x`, however narrow the kernel is stored."""
+    return jnp.einsum("...n,nm->...m", x, kernel.astype(x.dtype), precision=PRECISION)
+
+
+def low_rank(
+    x: Float[Array, "*lead n"], a: Float[Array, "rank n"], b: Float[Array, "m rank"], scaling: float
+) -> Float[Array, "*lead m"]:
+    """`scaling * B A x`, without forming B A."""
+    inner = jnp.einsum("...n,rn->...r", x, a.astype(x.dtype), precision=PRECISION)
+    return scaling * jnp.einsum("...r,mr->...m", inner, b.astype(x.dtype), precision=PRECISION)
+
+
+def visible(
+    query_positions: Int[Array, "batch queries"],
+    key_positions: Int[Array, "batch keys"],
+    key_valid: Bool[Array, "batch keys"],
+    window: int | None,
+) -> Bool[Array, "batch queries keys"]:
+    """Which keys a query sees: real tokens, not after it, and less than `window` tokens before it."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = key_valid[:, None, :] & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    query_positions: Int[Array, "batch queries"],
+    key_positions: Int[Array, "batch keys"],
+    key_valid: Bool[Array, "batch keys"],
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Softmax attention with grouped key/value heads, optionally over chunks of queries.
+
+    Each query's row is computed from the same numbers either way, so chunking changes memory
+    (`chunk * keys` scores at a time instead of `queries * keys`) and nothing else.
+
+    Args:
+        q: rotated queries.
+        k: rotated keys.
+        v: values.
+        query_positions: place of each query in its text, padding not counted.
+        key_positions: the same for keys.
+        key_valid: False for padding.
+        window: sliding window in tokens; None for all.
+        chunk: queries computed at a time; None for all.
+    """
+    if chunk is None or q.shape[1] <= chunk:
+        return _attend(q, k, v, visible(query_positions, key_positions, key_valid, window))
+
+    batch, queries = query_positions.shape
+    fill = -queries % chunk
+    q_parts = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0))).reshape(batch, -1, chunk, *q.shape[2:])
+    position_parts = jnp.pad(query_positions, ((0, 0), (0, fill))).reshape(batch, -1, chunk)
+
+    # Recomputed in the backward pass: otherwise the scores of all chunks would be kept after all.
+    @jax.checkpoint
+    def one_chunk(parts):
+        q_part, positions = parts
+        return _attend(q_part, k, v, visible(positions, key_positions, key_valid, window))
+
+    out = jax.lax.map(one_chunk, (jnp.moveaxis(q_parts, 1, 0), jnp.moveaxis(position_parts, 1, 0)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :queries]
+
+
+def _attend(q, k, v, mask):
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=PRECISION) * head_dim**-0.5
+    # A finite number: a row of padding that sees nothing stays free of nan, also in derivatives.
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=PRECISION)
+    return out.reshape(batch, queries, heads, head_dim)

@@ -1,0 +1,465 @@
+"""Owns the run directory: an adapter together with all that has to be known to erase from it later.
+
+A run directory holds
+
+    run.json            what was done: model and its fingerprint, recipe, configurations, versions, training
+                        examples by id and content hash, final losses, the parent run, the receipts since
+    adapter/            the adapter, in PEFT's format
+    initial_adapter/    what training started from, in PEFT's format; absent where it is not known
+    metrics.jsonl       one line per training step; absent where the training was not ours
+    train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
+
+`run.json` is written last: a directory without it is no run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llmeraser_jax import data, files
+from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
+from llmeraser_jax.environment import library_versions
+from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
+from llmeraser_jax.models import Model, load_model
+from llmeraser_jax.training.config import TrainConfig
+
+FORMAT_VERSION = 1
+KINDS = ("finetune", "adopt", "erase", "retrain")
+RUN_FILE = "run.json"
+ADAPTER_DIRECTORY = "adapter"
+INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
+EXAMPLES_FILE = "train.jsonl"
+_MAX_LISTED = 10
+_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab.*", "merges.txt")
+
+
+class RunError(ValueError):
+    """A run directory, or the data or model it refers to, that is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run directory, read and validated. Its arrays, examples and model are loaded on demand.
+
+    Attributes:
+        path: the directory.
+        kind: "finetune", "adopt", "erase" or "retrain".
+        model_path: directory or hub id of the base model.
+        model_dtype: the dtype that the base was stored in while it was used.
+        model_sha256: fingerprint of the base model, see `model_fingerprint`.
+        recipe: how examples become tokens, resolved.
+        normalizer: with reduction "token", the constant that sums over tokens are divided by; else None.
+        lora_config: of the adapter.
+        train_config: how it was trained.
+        unstated: fields of `train_config` that the recipe of an adopted adapter left out: nobody knows them.
+        data_path: the training examples; inside the directory where it holds them.
+        data_ids: their ids, in order.
+        data_sha256: their content hashes, in the same order.
+        knows_initial_adapter: whether `initial_adapter/` is there.
+        result: final losses, gradient norms and cost.
+        parent: path and `run.json` hash of the run that this one was derived from, or None.
+        receipts: of all erasures since the training, earliest first.
+        versions: of Python and of the packages that computed it.
+    """
+
+    path: Path
+    kind: str
+    model_path: str
+    model_dtype: str
+    model_sha256: str
+    recipe: Recipe
+    normalizer: float | None
+    lora_config: LoraConfig
+    train_config: TrainConfig
+    unstated: tuple[str, ...]
+    data_path: Path
+    data_ids: tuple[str, ...]
+    data_sha256: tuple[str, ...]
+    knows_initial_adapter: bool
+    result: Mapping[str, Any]
+    parent: Mapping[str, str] | None
+    receipts: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str | None]
+
+    def load_examples(self, data_path: str | os.PathLike[str] | None = None) -> tuple[Example, ...]:
+        """The examples that the adapter was trained on, in the order of training's indices.
+
+        Args:
+            data_path: where they are now; None is where they were.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RunError: they are not those that were trained on; missing, additional and changed ids are named.
+        """
+        path = self.data_path if data_path is None else Path(data_path)
+        if not path.exists():
+            msg = f"{path}: the training data of {self.path} is not there; say where it is now."
+            raise FileNotFoundError(msg)
+        examples = data.load_examples(path)
+        self.verify_examples(examples, source=str(path))
+        by_id = {example.id: example for example in examples}
+        return tuple(by_id[id_] for id_ in self.data_ids)
+
+    def verify_examples(self, examples: Iterable[Example], *, source: str = "the data given") -> None:
+        """Refuses examples that are not those that were trained on; their order does not matter.
+
+        Raises:
+            RunError: names missing, additional and changed ids.
+        """
+        now = {example.id: data.content_hash(example) for example in examples}
+        then = dict(zip(self.data_ids, self.data_sha256, strict=True))
+        problems = [
+            f"{len(ids)} {what}: {_listed(ids)}"
+            for what, ids in (
+                ("missing", [id_ for id_ in then if id_ not in now]),
+                ("that were not there", [id_ for id_ in now if id_ not in then]),
+                ("changed", [id_ for id_ in then if id_ in now and now[id_] != then[id_]]),
+            )
+            if ids
+        ]
+        if problems:
+            msg = (
+                f"{source} is not what {self.path} was trained on ({len(then)} examples). Examples "
+                f"{'; '.join(problems)}. Give the data as it was, or train on the data as it is."
+            )
+            raise RunError(msg)
+
+    def encode(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        *,
+        buckets: Sequence[BucketShape] | None = None,
+    ) -> TokenDataset:
+        """Examples as this run's training saw them: its recipe, and its normaliser of sums over tokens.
+
+        Args:
+            examples: any, such as the edited or the held-out ones.
+            tokenizer: the model's.
+            buckets: shapes to share with another data set.
+        """
+        return data.encode_examples(examples, self.recipe, tokenizer, buckets=buckets, normalizer=self.normalizer)
+
+    def load_model(self, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+        """The base model, after comparing its files with those that were used.
+
+        Args:
+            dtype: None is the dtype it had.
+            mesh: devices to shard it over.
+
+        Raises:
+            RunError: the files have changed.
+        """
+        self._verify_fingerprint(self.model_path)
+        return load_model(self.model_path, dtype=dtype or self.model_dtype, mesh=mesh)
+
+    def verify_model(self, model: Model) -> None:
+        """Refuses a loaded base model that is not the one that was used.
+
+        Raises:
+            RunError: its files or its dtype differ.
+        """
+        self._verify_fingerprint(model.path)
+        if base_dtype(model) != self.model_dtype:
+            msg = f"The base model is in {base_dtype(model)}; {self.path} was trained in {self.model_dtype}."
+            raise RunError(msg)
+
+    def _verify_fingerprint(self, model_path: str) -> None:
+        found = model_fingerprint(model_path)
+        if found != self.model_sha256:
+            msg = (
+                f"The base model at {model_path} is not the one that {self.path} was trained on: its "
+                f"fingerprint is {found[:16]}, expected {self.model_sha256[:16]}."
+            )
+            raise RunError(msg)
+
+    def load_adapter(self, model: Model) -> Lora:
+        """The adapter of this run."""
+        return load_adapter(self.path / ADAPTER_DIRECTORY, model)
+
+    def load_initial_adapter(self, model: Model) -> Lora | None:
+        """The adapter that training started from, or None where it is not known."""
+        if not self.knows_initial_adapter:
+            return None
+        return load_adapter(self.path / INITIAL_ADAPTER_DIRECTORY, model)
+
+    def reference(self) -> dict[str, str]:
+        """What a run derived from this one records as its `parent`."""
+        return {"path": str(self.path.resolve()), "sha256": _file_sha256(self.path / RUN_FILE)}
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the adapter: two runs with equal settings are the same run."""
+        return run_settings(
+            kind=self.kind,
+            model_sha256=self.model_sha256,
+            model_dtype=self.model_dtype,
+            recipe=self.recipe,
+            lora_config=self.lora_config,
+            train_config=self.train_config,
+            data_ids=self.data_ids,
+            data_sha256=self.data_sha256,
+            parent=self.parent,
+        )
+
+
+def run_settings(
+    *,
+    kind: str,
+    model_sha256: str,
+    model_dtype: str,
+    recipe: Recipe,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    data_ids: Sequence[str],
+    data_sha256: Sequence[str],
+    parent: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Names and values of all that determines a trained adapter, one level deep, for comparing runs."""
+    examples = hashlib.sha256("\n".join(map(repr, zip(data_ids, data_sha256, strict=True))).encode())
+    flat = {
+        **recipe.to_mapping(),
+        **{f"lora.{k}": v for k, v in dataclasses.asdict(lora_config).items()},
+        **train_config.to_mapping(),
+        "kind": kind,
+        "model_sha256": model_sha256,
+        "model_dtype": model_dtype,
+        "training data": examples.hexdigest(),
+        "parent": None if parent is None else parent["sha256"],
+    }
+    # How often a checkpoint is written changes nothing in the result.
+    return {k: v for k, v in flat.items() if k != "checkpoint_every_steps"}
+
+
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What two settings differ in, in words; empty when they are equal."""
+    return [
+        f"{key} ({found.get(key)!r} there, {wanted.get(key)!r} now)"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def write_run(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    model: Model,
+    recipe: Recipe,
+    normalizer: float | None,
+    train_config: TrainConfig,
+    examples: Sequence[Example],
+    data_path: str | os.PathLike[str] | None,
+    lora: Lora,
+    initial_lora: Lora | None,
+    result: Mapping[str, Any],
+    unstated: Sequence[str] = (),
+    parent: Mapping[str, str] | None = None,
+    receipts: Sequence[Mapping[str, Any]] = (),
+) -> Run:
+    """Writes everything of a run directory but `metrics.jsonl`.
+
+    The directory may hold other files. What an interrupted call left of the parts named here is replaced.
+
+    Args:
+        path: the directory; it must not be a finished run.
+        kind: one of `KINDS`.
+        model: the base model.
+        recipe: resolved.
+        normalizer: `TokenDataset.normalizer` of the training set.
+        train_config: how the adapter was trained.
+        examples: the training examples, in order.
+        data_path: the file they are in; None writes them to `train.jsonl` inside the directory.
+        lora: the adapter.
+        initial_lora: the adapter that training started from, or None where it is not known.
+        result: JSON-like; final losses, gradient norms, cost.
+        unstated: fields of `train_config` that are not known.
+        parent: `Run.reference` of the run that this one was derived from.
+        receipts: of all erasures since the training, earliest first.
+
+    Returns:
+        The run as `load_run` reads it back.
+
+    Raises:
+        FileExistsError: `path` is a finished run.
+        ValueError: unknown kind, or a recipe that is not resolved.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        msg = f"kind is {kind!r}; it must be one of {', '.join(KINDS)}."
+        raise ValueError(msg)
+    if not recipe.is_resolved:
+        msg = "The recipe is not resolved; pass TokenDataset.recipe."
+        raise ValueError(msg)
+    if (path / RUN_FILE).exists():
+        msg = f"{path} is a finished run; name another directory."
+        raise FileExistsError(msg)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
+        shutil.rmtree(path / name, ignore_errors=True)
+        if adapter is not None:
+            save_adapter(path / name, adapter, model)
+    if data_path is None:
+        data.save_examples(path / EXAMPLES_FILE, examples)
+    recorded = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": {
+            "path": _absolute_if_local(model.path),
+            "dtype": base_dtype(model),
+            "sha256": model_fingerprint(model.path),
+        },
+        "recipe": recipe.to_mapping(),
+        "normalizer": normalizer,
+        "lora": dataclasses.asdict(lora.config),
+        "train": train_config.to_mapping(),
+        "unstated": list(unstated),
+        "seed": None if "seed" in unstated else train_config.seed,
+        "initial_adapter_known": initial_lora is not None,
+        "result": dict(result),
+        "parent": None if parent is None else dict(parent),
+        "receipts": [dict(receipt) for receipt in receipts],
+        "versions": library_versions(),
+        "data": {
+            "path": EXAMPLES_FILE if data_path is None else str(Path(data_path).resolve()),
+            "ids": [example.id for example in examples],
+            "sha256": [data.content_hash(example) for example in examples],
+        },
+    }
+    files.atomic_write_json(path / RUN_FILE, recorded)
+    return load_run(path)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Reads and validates `run.json`; loads no arrays.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        RunError: no run, an unfinished one, one of another format version, or a damaged one.
+    """
+    path = Path(path)
+    if not (path / RUN_FILE).is_file():
+        state = "holds an unfinished training" if (path / "training.json").exists() else "is not a run directory"
+        msg = f"{path} {state}: there is no {RUN_FILE}."
+        raise RunError(msg)
+    recorded = files.read_json(path / RUN_FILE)
+    version = recorded.get("format_version") if isinstance(recorded, dict) else None
+    if version != FORMAT_VERSION:
+        msg = f"{path / RUN_FILE} has format_version {version!r}; this package reads {FORMAT_VERSION}."
+        raise RunError(msg)
+    try:
+        run = _from_recorded(path, recorded)
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {error}."
+        raise RunError(msg) from error
+    if run.kind not in KINDS or len(run.data_ids) != len(run.data_sha256):
+        msg = f"{path / RUN_FILE} is damaged: kind {run.kind!r}, {len(run.data_ids)} ids."
+        raise RunError(msg)
+    expected = [ADAPTER_DIRECTORY] + [INITIAL_ADAPTER_DIRECTORY] * run.knows_initial_adapter
+    missing = [name for name in expected if not (path / name).is_dir()]
+    if missing:
+        msg = f"{path} is damaged: {' and '.join(missing)} is missing."
+        raise RunError(msg)
+    return run
+
+
+def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
+    lora = dict(recorded["lora"])
+    if not isinstance(lora["target_modules"], str):
+        lora["target_modules"] = tuple(lora["target_modules"])
+    return Run(
+        path=path,
+        kind=recorded["kind"],
+        model_path=recorded["model"]["path"],
+        model_dtype=recorded["model"]["dtype"],
+        model_sha256=recorded["model"]["sha256"],
+        recipe=Recipe.from_mapping(recorded["recipe"]),
+        normalizer=recorded["normalizer"],
+        lora_config=LoraConfig(**lora),
+        train_config=TrainConfig.from_mapping(recorded["train"]),
+        unstated=tuple(recorded["unstated"]),
+        data_path=path / recorded["data"]["path"],  # an absolute path stays as it is
+        data_ids=tuple(recorded["data"]["ids"]),
+        data_sha256=tuple(recorded["data"]["sha256"]),
+        knows_initial_adapter=recorded["initial_adapter_known"],
+        result=recorded["result"],
+        parent=recorded["parent"],
+        receipts=tuple(recorded["receipts"]),
+        versions=recorded["versions"],
+    )
+
+
+def model_directory(path: str | os.PathLike[str]) -> Path:
+    """The local directory of a model: `path` itself, or the downloaded snapshot of a hub id.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(os.fspath(path), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        msg = f"There is no model directory {path}, and no downloaded model of that name."
+        raise FileNotFoundError(msg) from error
+
+
+def model_fingerprint(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) over names and contents of all that determines a model's tokens and logits.
+
+    These are `config.json`, the safetensors files, and whatever tokenizer files there are. Files are streamed; a
+    file unchanged since the last call of this process is not read again.
+
+    Raises:
+        FileNotFoundError: no such model, or a directory without these files.
+    """
+    directory = model_directory(path)
+    parts = sorted({part for pattern in _MODEL_FILES for part in directory.glob(pattern)})
+    if not (directory / "config.json").exists() or not any(part.suffix == ".safetensors" for part in parts):
+        msg = f"{directory} is not a model: it needs config.json and at least one .safetensors file."
+        raise FileNotFoundError(msg)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part.name}\0{_file_sha256(part)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    status = path.stat()
+    return _file_sha256_at(str(path.resolve()), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sha256_at(path: str, mtime_ns: int, size: int) -> str:
+    """The arguments besides `path` make the cache notice that a file was written to."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(id_) for id_ in ids[:_MAX_LISTED])
+    return shown + (f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else "")
+
+
+def _absolute_if_local(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def base_dtype(model: Model) -> str:
+    """The dtype that the base is stored in."""
+    return str(jax.tree.leaves(model.base)[0].dtype)

@@ -1,0 +1,354 @@
+"""Owns the training loop of an adapter: Adam on the batch mean of `l(z)`, restartable at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from llmeraser_jax import files, losses, parallel, trees
+from llmeraser_jax.checkpoint import StepCheckpoints
+from llmeraser_jax.data import TokenDataset
+from llmeraser_jax.environment import peak_memory_bytes
+from llmeraser_jax.losses import Objective
+from llmeraser_jax.tracking import MetricsLogger, progress
+from llmeraser_jax.training.batches import lay_out_mean, step_indices
+from llmeraser_jax.training.config import TrainConfig, refuse_dropout
+from llmeraser_jax.training.measure import data_sums, measure
+from llmeraser_jax.types import LoraParams
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_DIRECTORY = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+IDENTITY_FILE = "training.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A trained adapter and what it took.
+
+    Attributes:
+        lora: the adapter after the last step.
+        num_steps: optimiser steps in all.
+        loss: mean data loss over the training data, without the L2 term.
+        gradient_norm: norm of the gradient of the objective over all training data.
+        data_gradient_norm: the same without the L2 term.
+        seconds: spent on steps, over all restarts up to the last checkpoint before each.
+        peak_memory_bytes: see `environment.peak_memory_bytes`.
+        resumed_from: the step of the checkpoint that training went on from, or None.
+    """
+
+    lora: LoraParams
+    num_steps: int
+    loss: float
+    gradient_norm: float
+    data_gradient_norm: float
+    seconds: float
+    peak_memory_bytes: int
+    resumed_from: int | None
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the adapter, as a JSON-like mapping."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lora"}
+
+
+class Adam(NamedTuple):
+    """What the compiled update depends on; learning rates are arguments, so that they trace nothing anew."""
+
+    b1: float
+    b2: float
+    eps: float
+    max_grad_norm: float | None
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Clipping, where asked for, then Adam's direction."""
+        adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        if self.max_grad_norm is None:
+            return adam
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam)
+
+
+def adam_of(config: TrainConfig) -> Adam:
+    """The part of the configuration that the update is compiled for."""
+    return Adam(config.adam_b1, config.adam_b2, config.adam_eps, config.max_grad_norm)
+
+
+def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
+    """The learning rate of each step [num_steps]: linear warm-up, then a cosine towards zero.
+
+    No step is spent at a rate of zero: the warm-up begins one increment above it, and the cosine would reach
+    it one step after the last.
+    """
+    warmup_steps = int(config.warmup_ratio * num_steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=num_steps,
+    )
+    return np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
+
+
+@partial(jax.jit, static_argnames=("adam", "l2"))
+def adam_step(
+    params: LoraParams,
+    opt_state: optax.OptState,
+    data_gradient: LoraParams,
+    from_prior: LoraParams,
+    learning_rate: Float[Array, ""],
+    *,
+    adam: Adam,
+    l2: float,
+) -> tuple[LoraParams, optax.OptState, Float[Array, ""]]:
+    """One update with the gradient of the objective.
+
+    Args:
+        params: the adapter.
+        opt_state: of `adam.transformation()`.
+        data_gradient: batch mean of the data term's gradient.
+        from_prior: `params - prior`, the gradient of the L2 term per unit of `l2`.
+        learning_rate: of this step.
+        adam: the transformation's settings.
+        l2: lambda.
+
+    Returns:
+        The adapter, the optimiser's state, and the norm of the gradient before clipping.
+    """
+    gradient = trees.tree_axpy(l2, from_prior, data_gradient)
+    direction, opt_state = adam.transformation().update(gradient, opt_state, params)
+    return trees.tree_axpy(-learning_rate, direction, params), opt_state, trees.tree_norm(gradient)
+
+
+def _digest(tree: Any) -> str:
+    """SHA-256 over structure, shapes, dtypes and bytes of a pytree of arrays."""
+    digest = hashlib.sha256(str(jax.tree.structure(tree)).encode())
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> dict[str, Any]:
+    """What a checkpoint has to have in common with the training that goes on from it."""
+    everything = dataset.stack_uniform(np.arange(len(dataset)), np.ones(len(dataset)), chunk_size=config.batch_size)
+    numerical = {k: v for k, v in config.to_mapping().items() if k != "checkpoint_every_steps"}
+    return {"config": numerical, "data_sha256": _digest(everything), "initial_adapter_sha256": _digest(lora)}
+
+
+def _claim(workdir: Path, identity: dict[str, Any]) -> None:
+    """Refuses to go on in a directory where something else was being trained, or that holds something else.
+
+    Raises:
+        ValueError: names what differs.
+        FileExistsError: names what is there.
+    """
+    path = workdir / IDENTITY_FILE
+    if not path.exists():
+        files.require_empty(workdir)
+        files.atomic_write_json(path, identity)
+        return
+    found = files.read_json(path)
+    expected = {**identity.pop("config"), **identity}
+    stored = {**found.pop("config"), **found}
+    different = [
+        f"{key} ({stored.get(key)!r} there, {expected.get(key)!r} now)"
+        for key in sorted(expected.keys() | stored.keys())
+        if stored.get(key) != expected.get(key)
+    ]
+    if different:
+        msg = (
+            f"{workdir} holds an unfinished training that differs in {', '.join(different)}. "
+            "Repeat its settings to go on, or name another directory."
+        )
+        raise ValueError(msg)
+
+
+def finetune(
+    model: Any,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    *,
+    lora: LoraParams,
+    workdir: str | os.PathLike[str] | None = None,
+    tensorboard: bool = False,
+) -> TrainResult:
+    """Trains an adapter on `L(theta) = (1/n) sum_i l(z_i; theta)`, the L2 term inside each `l`.
+
+    With a `workdir` the training can be killed at any moment, SIGKILL included: the same call goes on from
+    the last checkpoint and ends with the same adapter, bit for bit (same devices, same number of threads).
+
+    Args:
+        model: a `models.Model`, or anything with its `apply`, `base` and `mesh`.
+        dataset: the training examples.
+        config: hyper-parameters.
+        lora: the adapter to start from.
+        workdir: where checkpoints and `metrics.jsonl` go; None keeps nothing.
+        tensorboard: also write TensorBoard events to `workdir/tensorboard`.
+
+    Returns:
+        The adapter, with loss and gradient norm of the objective over all training data.
+
+    Raises:
+        ValueError: the data set is empty, the adapter has dropout, or `workdir` holds another training.
+        FileExistsError: `workdir` holds something that is no training.
+        RuntimeError: another process is training in `workdir`.
+        FloatingPointError: loss or gradient is no longer finite.
+    """
+    if not len(dataset):
+        msg = "The training set is empty; give at least one example."
+        raise ValueError(msg)
+    refuse_dropout(getattr(getattr(lora, "config", None), "dropout", 0.0))
+    if tensorboard and workdir is None:
+        msg = "TensorBoard output was asked for without a workdir to write it to; give a workdir."
+        raise ValueError(msg)
+    with _held(workdir):
+        return finetune_held(model, dataset, config, lora=lora, workdir=workdir, tensorboard=tensorboard)
+
+
+def _held(workdir: str | os.PathLike[str] | None) -> contextlib.AbstractContextManager[None]:
+    if workdir is None or jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return files.exclusive_use(workdir)
+
+
+def finetune_held(
+    model: Any,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    *,
+    lora: LoraParams,
+    workdir: str | os.PathLike[str] | None,
+    tensorboard: bool,
+) -> TrainResult:
+    """`finetune` for a caller that holds `workdir` for itself; same arguments, result and errors."""
+    objective = losses.lm_objective(model.apply, model.base, l2=config.l2)
+    lora = parallel.replicate(jax.tree.map(jnp.asarray, lora), model.mesh)
+    with contextlib.ExitStack() as stack:
+        checkpoints = metrics = None
+        if workdir is not None:
+            workdir = Path(workdir)
+            if jax.process_index() == 0:
+                _claim(workdir, _identity(dataset, config, lora))
+            checkpoints = stack.enter_context(StepCheckpoints(workdir / CHECKPOINT_DIRECTORY))
+            metrics = stack.enter_context(
+                MetricsLogger(
+                    workdir / METRICS_FILE,
+                    last_step=checkpoints.latest_step() or 0,
+                    tensorboard_dir=workdir / "tensorboard" if tensorboard else None,
+                )
+            )
+        return _train(model, objective, dataset, config, lora, checkpoints, metrics)
+
+
+def _train(
+    model: Any,
+    objective: Objective,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    params: LoraParams,
+    checkpoints: StepCheckpoints | None,
+    metrics: MetricsLogger | None,
+) -> TrainResult:
+    num_steps = config.num_steps(len(dataset))
+    rates = learning_rates(config, num_steps)
+    adam = adam_of(config)
+    opt_state = parallel.replicate(adam.transformation().init(params), model.mesh)
+    first_step, seconds_before, resumed_from = 0, 0.0, None
+    if checkpoints is not None and (resumed_from := checkpoints.latest_step()) is not None:
+        (params, opt_state), info = checkpoints.restore(resumed_from, (params, opt_state))
+        first_step, seconds_before = resumed_from, info["seconds"]
+        _log.info("Going on after step %d of %d.", first_step, num_steps)
+
+    start = time.perf_counter()
+    steps_per_epoch = num_steps // config.epochs
+    bar = progress(description="fine-tuning", total=num_steps, initial=first_step)
+    unreported: tuple[int, Any, Any] | None = None
+
+    def report() -> None:
+        # One step late, so that reading a loss off the device does not keep the next step from starting.
+        nonlocal unreported
+        if unreported is None:
+            return
+        step, loss, norm = unreported[0], float(unreported[1]), float(unreported[2])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            msg = (
+                f"At step {step} of {num_steps} the loss is {loss} and the gradient's norm {norm}. "
+                f"Lower the learning rate ({config.learning_rate}) or set max_grad_norm."
+            )
+            raise FloatingPointError(msg)
+        if metrics is not None:
+            metrics.log(
+                step,
+                epoch=(step - 1) // steps_per_epoch,
+                loss=loss,
+                gradient_norm=norm,
+                learning_rate=float(rates[step - 1]),
+                seconds=seconds_before + time.perf_counter() - start,
+            )
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update()
+        unreported = None
+
+    with contextlib.closing(bar):
+        for step in range(first_step, num_steps):
+            indices = step_indices(step, seed=config.seed, num_examples=len(dataset), batch_size=config.batch_size)
+            stack = lay_out_mean(
+                dataset,
+                indices,
+                1.0 / len(indices),
+                batch_size=config.batch_size,
+                microbatch_size=config.examples_per_pass,
+            )
+            loss, data_gradient = data_sums(objective, params, parallel.place_stack(stack, model.mesh))
+            params, opt_state, norm = adam_step(
+                params,
+                opt_state,
+                data_gradient,
+                objective.from_prior(params),
+                jnp.asarray(rates[step]),
+                adam=adam,
+                l2=objective.l2,
+            )
+            report()
+            unreported = (step + 1, loss, norm)
+            done = step + 1 == num_steps
+            if checkpoints is not None and (done or (step + 1) % config.checkpoint_every_steps == 0):
+                report()  # a checkpoint never lies beyond what was found finite and logged
+                seconds = seconds_before + time.perf_counter() - start
+                checkpoints.save(step + 1, (params, opt_state), {"seconds": seconds})
+        report()
+    jax.block_until_ready(params)
+    seconds = seconds_before + time.perf_counter() - start
+    measured = measure(
+        objective,
+        params,
+        dataset,
+        batch_size=config.batch_size,
+        microbatch_size=config.examples_per_pass,
+        mesh=model.mesh,
+    )
+    return TrainResult(
+        lora=params,
+        num_steps=num_steps,
+        loss=measured.loss,
+        gradient_norm=measured.gradient_norm,
+        data_gradient_norm=measured.data_gradient_norm,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        resumed_from=resumed_from,
+    )

@@ -1,0 +1,157 @@
+"""Owns fine-tuning from files to a run directory: what `llmeraser finetune` and every retraining do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from llmeraser_jax import data, files
+from llmeraser_jax.data import Example, Recipe, TokenDataset
+from llmeraser_jax.lora import Lora, LoraConfig
+from llmeraser_jax.models import Model
+from llmeraser_jax.runs import (
+    RUN_FILE,
+    Run,
+    RunError,
+    base_dtype,
+    differing_settings,
+    load_run,
+    model_fingerprint,
+    run_settings,
+    write_run,
+)
+from llmeraser_jax.training.config import TrainConfig, refuse_dropout
+from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, IDENTITY_FILE, finetune_held
+
+_log = logging.getLogger(__name__)
+
+
+def finetune_run(
+    model: Model,
+    data_path: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    recipe: Recipe | None = None,
+    lora: LoraConfig | None = None,
+    config: TrainConfig | None = None,
+    tensorboard: bool = False,
+) -> Run:
+    """Fine-tunes an adapter on a data file and makes `workdir` a run directory.
+
+    The initial adapter is drawn from `config.seed`. Killed at any moment and called again it goes on; called
+    once more after the end it does nothing.
+
+    Args:
+        model: the base model.
+        data_path: the training examples, see `data.load_examples`.
+        workdir: new, empty, or left by an interrupted call with the same settings.
+        recipe: how examples become tokens; None is the defaults.
+        lora: what the adapter looks like; None is the defaults.
+        config: how it is trained; None is the defaults.
+        tensorboard: also write TensorBoard events.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunError: `workdir` is a run with other settings.
+        ValueError: unusable data or settings, see `data.encode_examples` and `training.finetune`.
+    """
+    lora, config = lora or LoraConfig(), config or TrainConfig()
+    refuse_dropout(lora.dropout)
+    examples = data.load_examples(data_path)
+    return train_run(
+        model,
+        data.encode_examples(examples, recipe or Recipe(), model.tokenizer),
+        workdir,
+        kind="finetune",
+        examples=examples,
+        data_path=data_path,
+        config=config,
+        initial_lora=model.init_lora(jax.random.key(config.seed), lora),
+        tensorboard=tensorboard,
+    )
+
+
+def train_run(
+    model: Model,
+    dataset: TokenDataset,
+    workdir: str | os.PathLike[str],
+    *,
+    kind: str,
+    examples: Sequence[Example],
+    data_path: str | os.PathLike[str] | None,
+    config: TrainConfig,
+    initial_lora: Lora,
+    parent: Mapping[str, str] | None = None,
+    tensorboard: bool = False,
+) -> Run:
+    """Trains in `workdir` and makes a run directory of it, or goes on, or finds it done.
+
+    Args:
+        model: the base model.
+        dataset: `examples`, encoded.
+        workdir: new, empty, or left by an interrupted call with the same settings.
+        kind: see `runs.KINDS`.
+        examples: the training examples.
+        data_path: the file they are in; None stores them in the run directory.
+        config: how the adapter is trained.
+        initial_lora: the adapter to start from.
+        parent: the run that this one is derived from.
+        tensorboard: also write TensorBoard events.
+
+    Raises:
+        RunError: `workdir` is a run with other settings.
+        ValueError: see `training.finetune`.
+    """
+    workdir = Path(workdir)
+    wanted = run_settings(
+        kind=kind,
+        model_sha256=model_fingerprint(model.path),
+        model_dtype=base_dtype(model),
+        recipe=dataset.recipe,
+        lora_config=initial_lora.config,
+        train_config=config,
+        data_ids=[example.id for example in examples],
+        data_sha256=[data.content_hash(example) for example in examples],
+        parent=parent,
+    )
+    with files.exclusive_use(workdir):
+        if (workdir / RUN_FILE).exists():
+            run = load_run(workdir)
+            differing = differing_settings(run.settings(), wanted)
+            if differing:
+                msg = f"{workdir} is a finished run that differs in {', '.join(differing)}. Name another directory."
+                raise RunError(msg)
+            _log.info("%s is finished already, with the same settings; nothing is done.", workdir)
+        else:
+            result = finetune_held(
+                model, dataset, config, lora=initial_lora, workdir=workdir, tensorboard=tensorboard
+            )
+            run = write_run(
+                workdir,
+                kind=kind,
+                model=model,
+                recipe=dataset.recipe,
+                normalizer=dataset.normalizer,
+                train_config=config,
+                examples=examples,
+                data_path=data_path,
+                lora=result.lora,
+                initial_lora=initial_lora,
+                result={
+                    **result.summary(),
+                    "num_truncated": dataset.num_truncated,
+                    "gradient_equivalents": float(config.epochs * len(dataset)),
+                },
+                parent=parent,
+            )
+        # Only now: until run.json is there, a restart needs them.
+        shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
+        (workdir / IDENTITY_FILE).unlink(missing_ok=True)
+    return run

@@ -1,0 +1,138 @@
+"""Everything numerical on a 4 x 2 mesh of CPU devices matches one device."""
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from llmeraser_jax import trees
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
+from llmeraser_jax.losses import gradient_sum, loss_sum
+from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base, spec_for
+from llmeraser_jax.solvers import ConjugateGradients, Status
+from tests.small_lm import random_stack, small_config, small_lora, small_objective
+
+
+def setup(dtype: str, mesh):
+    config = small_config()
+    objective, lora = small_objective(config, dtype), small_lora(config, dtype)
+    stack = random_stack(2, 8, dtype)
+    if mesh is not None:
+        objective = objective.replace(frozen=shard_base(objective.frozen, mesh))
+        lora, stack = replicate(lora, mesh), place_stack(stack, mesh)
+    return objective, lora, stack
+
+
+def random_direction(lora):
+    return jax.tree.map(
+        lambda x, z: jax.device_put(z, x.sharding), lora, trees.tree_random_normal(jax.random.key(9), lora)
+    )
+
+
+def relative_difference(a, b) -> float:
+    a, b = jax.device_get((a, b))
+    difference = np.sqrt(
+        sum(float(np.sum((x - y) ** 2)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    )
+    return difference / np.sqrt(sum(float(np.sum(x**2)) for x in jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=4, model=2)
+
+
+def test_the_base_is_really_sharded_and_the_adapter_replicated(mesh):
+    objective, lora, stack = setup("float32", mesh)
+    kernel = objective.frozen["layers"]["q_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 8)
+    assert stack.batches[0].tokens.addressable_shards[0].data.shape == (2, 2, 12)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(lora))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        pytest.param(lambda o, l, s: loss_sum(o, l, s), id="loss"),
+        pytest.param(lambda o, l, s: gradient_sum(o, l, s), id="gradient"),
+        *(
+            pytest.param(
+                lambda o, l, s, kind=kind: jax.jit(lambda op, v: op.mv(v))(
+                    DatasetCurvature(o, l, s, CURVATURES[kind]), random_direction(l)
+                ),
+                id=kind,
+            )
+            for kind in CURVATURES
+        ),
+    ],
+)
+def test_float32_sums_match_one_device(mesh, compute):
+    one, eight = (compute(*setup("float32", m)) for m in (None, mesh))
+    assert relative_difference(eight, one) < 1e-5
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_conjugate_gradients_match_one_device_in_float64(mesh, kind):
+    with jax.enable_x64(True):
+        solver = ConjugateGradients(rtol=1e-10, max_steps=6)
+        solutions = []
+        for m in (None, mesh):
+            chex.clear_trace_counter()
+            objective, lora, stack = setup("float64", m)
+            operator = Damped(DatasetCurvature(objective, lora, stack, CURVATURES[kind]), 3.0)
+            rhs = gradient_sum(objective, lora, stack)
+            solve = jax.jit(chex.assert_max_traces(lambda op, b: solver.solve(op, b), n=1))
+            solutions.append(solve(operator, rhs))
+            solve(operator, rhs)
+        one, eight = solutions
+        assert relative_difference(eight.value, one.value) < 1e-5
+        assert int(one.num_steps) == int(eight.num_steps) > 0
+        assert Status(int(one.status)) == Status(int(eight.status))
+
+
+def test_ten_optimiser_steps_match_one_device_in_float64(mesh):
+    with jax.enable_x64(True):
+        results = []
+        for m in (None, mesh):
+            objective, lora, stack = setup("float64", m)
+            optimiser = optax.adam(1e-2)
+
+            @jax.jit
+            @chex.assert_max_traces(n=1)
+            def step(objective, lora, state, stack, optimiser=optimiser):
+                updates, state = optimiser.update(gradient_sum(objective, lora, stack), state, lora)
+                return optax.apply_updates(lora, updates), state
+
+            chex.clear_trace_counter()
+            start, state = lora, replicate(optimiser.init(lora), m)
+            for _ in range(10):
+                lora, state = step(objective, lora, state, stack)
+            assert float(trees.tree_norm(trees.tree_sub(lora, start))) > 0.1
+            results.append(lora)
+        assert relative_difference(results[1], results[0]) < 1e-5
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    with pytest.raises(ValueError, match="rotary/table"):
+        spec_for("rotary/table")
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_refused():
+    mesh = make_mesh(data=1, model=3)
+    with pytest.raises(ValueError, match="q_proj/kernel"):
+        shard_base({"layers": {"q_proj": {"kernel": np.zeros((2, 8, 8))}}}, mesh)
+    with pytest.raises(ValueError, match="micro-batch"):
+        place_stack(random_stack(1, 8, "float32"), make_mesh(data=3))
+
+
+@pytest.mark.parametrize("text", ["data=x", "tensor=2", "data=2,data=2", "data=64", "data=0"])
+def test_a_mesh_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match=r"[Mm]esh"):
+        parse_mesh(text)
+
+
+def test_a_mesh_is_read_from_text():
+    mesh = parse_mesh("data=4,model=2")
+    assert mesh is not None and dict(mesh.shape) == {"data": 4, "model": 2}
+    assert parse_mesh("") is None

@@ -1,0 +1,117 @@
+"""Adapters against PEFT: what it saves loads here, what we save loads there, with the same logits."""
+
+import jax
+import numpy as np
+import pytest
+
+from llmeraser_jax.lora import load_adapter, merge_lora, save_adapter
+from llmeraser_jax.models import load_model
+from tests.golden.cases import CASES, case_tokens, largest_relative_difference
+from tests.models.tiny import random_lora
+
+pytestmark = pytest.mark.torch
+
+SETTINGS = {
+    "two modules": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 3, "target_modules": ["o_proj", "up_proj"], "use_rslora": True},
+    "regex": {"r": 2, "lora_alpha": 8, "target_modules": r".*\.(k_proj|down_proj)"},
+    "all linear": {"r": 5, "lora_alpha": 5, "target_modules": "all-linear", "lora_dropout": 0.1},
+    "rank one, gaussian": {"r": 1, "target_modules": ["gate_proj"], "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.fixture(scope="module", params=["llama_gqa_tied_llama3_rope", "qwen3_mha_attention_bias"])
+def base(request, tmp_path_factory):
+    """A checkpoint directory and the case it was made from."""
+    from tests.torch_parity import reference
+
+    directory = tmp_path_factory.mktemp("base")
+    reference.build(CASES[request.param]).save_pretrained(directory)
+    return directory, CASES[request.param]
+
+
+def _theirs(directory):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_what_peft_saves_loads_here_with_the_same_logits(base, settings, tmp_path):
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    plain = reference.logits(_theirs(directory))
+    adapted = reference.adapt(_theirs(directory), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = reference.logits(adapted)
+
+    model = load_model(directory)
+    lora = load_adapter(tmp_path / "adapter", model)
+    tokens, mask = case_tokens()
+    apply = jax.jit(model.apply)
+    assert largest_relative_difference(apply(model.base, lora, tokens, mask), expected, mask) < 1e-5
+    merged = apply(merge_lora(model.base, lora), None, tokens, mask)
+    assert largest_relative_difference(merged, expected, mask) < 1e-5
+    assert largest_relative_difference(plain, expected, mask) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ("q_proj", "v_proj")},
+        {"target_modules": "all-linear", "use_rslora": True, "rank": 4, "alpha": 3.0},
+        {"target_modules": r".*mlp\.\w+_proj", "alpha": 2.5},
+    ],
+)
+def test_peft_loads_what_we_save_with_the_same_logits(base, changes, tmp_path):
+    import peft
+
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    model = load_model(directory)
+    lora = random_lora(model, **changes)
+    save_adapter(tmp_path / "adapter", lora, model)
+    adapted = peft.PeftModel.from_pretrained(_theirs(directory), tmp_path / "adapter").eval()
+    tokens, mask = case_tokens()
+    expected = reference.logits(adapted)
+    assert largest_relative_difference(jax.jit(model.apply)(model.base, lora, tokens, mask), expected, mask) < 1e-5
+    assert largest_relative_difference(reference.logits(_theirs(directory)), expected, mask) > 1e-2
+    names = {name.split(".")[-2] for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
+    assert names == set(lora.config.target_modules)
+
+
+def test_a_round_trip_through_peft_is_bit_exact(base, tmp_path):
+    import peft
+
+    directory, _ = base
+    model = load_model(directory)
+    lora = random_lora(model)
+    save_adapter(tmp_path / "ours", lora, model)
+    peft.PeftModel.from_pretrained(_theirs(directory), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = load_adapter(tmp_path / "theirs", model)
+    assert again.config == lora.config
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_what_peft_saves_with_an_option_that_is_not_honoured_is_refused(base, settings, name, tmp_path):
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    adapted = reference.adapt(_theirs(directory), {"r": 2, "target_modules": ["q_proj"], **settings})
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=name):
+        load_adapter(tmp_path / "adapter", load_model(directory))
