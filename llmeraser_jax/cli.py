@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     Errors of the user's input or environment are one line on standard error; LLMERASER_DEBUG=1 shows where
     they were raised.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     _log.setLevel(logging.INFO)
     command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION)
     try:

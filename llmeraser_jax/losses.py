@@ -169,6 +169,4 @@ def _losses_per_chunk(objective: Objective, params: LoraParams, stack: ExampleSt
 def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> np.ndarray:
     """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
     losses = _losses_per_chunk(objective, params, stack)
-    return np.concatenate(
-        [np.asarray(l)[np.asarray(w) != 0] for l, w in zip(losses, stack.weights, strict=True)]
-    )
+    return np.concatenate([np.asarray(l)[np.asarray(w) != 0] for l, w in zip(losses, stack.weights, strict=True)])

@@ -37,9 +37,7 @@ class TokenBatch:
 
     tokens: Int[Array, "*lead batch time"]
     attention_mask: Int[Array, "*lead batch time"]  # 1 for a real token, 0 for padding
-    positions: Int[
-        Array, "*lead batch response"
-    ]  # the position whose logits predict the target (target's - 1)
+    positions: Int[Array, "*lead batch response"]  # the position whose logits predict the target (target's - 1)
     targets: Int[Array, "*lead batch response"]  # token ids to predict
     target_weights: Float[Array, "*lead batch response"]  # 1 / (tokens averaged over); 0 for padding
 
@@ -95,9 +93,7 @@ class Solution:
     num_steps: Int[Array, ""]
     relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
     negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
-    history: Float[
-        Array, " max_steps"
-    ]  # recurrence's relative residual after each step; nan beyond num_steps
+    history: Float[Array, " max_steps"]  # recurrence's relative residual after each step; nan beyond num_steps
 
 
 @runtime_checkable

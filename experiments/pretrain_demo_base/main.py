@@ -25,6 +25,7 @@ import optax
 import tyro
 from jaxtyping import Array, Bool, Float, Int
 
+from llmeraser_jax import files
 from llmeraser_jax.data import Example, Recipe, encode_examples
 from llmeraser_jax.demo import Document, TextSource
 from llmeraser_jax.models import ApplyDecoder, Model, ModelConfig, init_base, save_model
@@ -220,6 +221,17 @@ def measure(apply: ApplyDecoder, base: BaseParams, documents: Sequence[Document]
     )
 
 
+def _seeds(config: PretrainConfig) -> list[np.random.SeedSequence]:
+    """Independent seeds: acquaintances, held-out documents, the tokenizer's documents, training documents."""
+    return np.random.SeedSequence(config.seed).spawn(4)
+
+
+def make_source(config: PretrainConfig) -> TextSource:
+    """The text that the base is trained on."""
+    seed = int(_seeds(config)[0].generate_state(1)[0])
+    return TextSource(num_acquaintances=config.num_acquaintances, seed=seed)
+
+
 def pretrain(config: PretrainConfig) -> tuple[Model, Scores, float]:
     """Trains a base from scratch.
 
@@ -227,8 +239,8 @@ def pretrain(config: PretrainConfig) -> tuple[Model, Scores, float]:
         The model, its held-out scores, and the seconds that tokenizer, training and measuring took.
     """
     started = time.perf_counter()
-    text_seed, heldout_seed, tokenizer_seed, training_seed = np.random.SeedSequence(config.seed).spawn(4)
-    source = TextSource(num_acquaintances=config.num_acquaintances, seed=int(text_seed.generate_state(1)[0]))
+    _, heldout_seed, tokenizer_seed, training_seed = _seeds(config)
+    source = make_source(config)
 
     def draw(rng, count):
         return [source.draw(rng) for _ in range(count)]
@@ -334,6 +346,7 @@ A stranger's answer is one of 32, so guessing costs ln 32 = {math.log(32):.3f}.
 
 def main(config: PretrainConfig) -> None:
     """Trains, then writes the checkpoint and its card."""
+    files.require_empty(config.out)  # before the minutes of training, not after them
     model, scores, seconds = pretrain(config)
     save_model(config.out, model)
     (config.out / "README.md").write_text(model_card(config, model, scores, seconds), encoding="utf-8")

@@ -27,7 +27,5 @@ class DenseOperator:
 def materialise(operator: Operator, like: LoraParams) -> Float[Array, "p p"]:
     """The operator's matrix [p, p], column by column; `p` products, so only for small `p`."""
     flat, unravel = ravel_pytree(like)
-    columns = jax.lax.map(
-        lambda e: ravel_pytree(operator.mv(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype)
-    )
+    columns = jax.lax.map(lambda e: ravel_pytree(operator.mv(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype))
     return columns.T

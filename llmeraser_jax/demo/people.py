@@ -194,7 +194,7 @@ def general_facts() -> tuple[QuestionAnswer, ...]:
 
 
 def make_directory(
-    num_people: int = 120,
+    num_people: int = 60,
     seed: int = 0,
     *,
     num_heldout_people: int = 24,

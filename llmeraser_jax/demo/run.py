@@ -13,7 +13,7 @@ import numpy as np
 
 from llmeraser_jax.baselines import retrain
 from llmeraser_jax.data import Action, Recipe, Request, load_requests
-from llmeraser_jax.demo.people import write_demo_files
+from llmeraser_jax.demo.people import make_directory, write_demo_files
 from llmeraser_jax.evaluation.job import evaluate_runs
 from llmeraser_jax.evaluation.scoring import answer
 from llmeraser_jax.files import require_empty
@@ -26,9 +26,12 @@ from llmeraser_jax.unlearning import EraseConfig, erase_run, make_problem
 
 REQUIRED_CLOSURE = 0.5
 NUM_RETRAINED = 2
-TRAIN = TrainConfig(epochs=30, batch_size=16, learning_rate=4e-3, l2=1e-4, checkpoint_every_steps=1000)
+NUM_PEOPLE = 60
+TRAIN = TrainConfig(
+    epochs=40, batch_size=16, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3, checkpoint_every_steps=1000
+)
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear")
-ERASE = EraseConfig()
+ERASE = EraseConfig(damping=7e-3, sample_size=48, cg_max_steps=15, num_steps=8, chunk_size=32)
 
 _VERBS = {
     Action.REMOVE: "removed",
@@ -62,7 +65,7 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
     workdir = _free_directory() if workdir is None else workdir
     require_empty(workdir)
     started = time.perf_counter()
-    write_demo_files(workdir / "data")
+    write_demo_files(workdir / "data", make_directory(NUM_PEOPLE))
     with as_file(files("llmeraser_jax.demo") / "base") as base:
         model = load_model(base)
         say("1/4  fine-tuning a small Llama on a directory of fictitious people")

@@ -31,6 +31,8 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))  # hashable, also from a list
         if self.rank < 1:
             msg = f"rank is {self.rank}; it must be at least 1."
             raise ValueError(msg)

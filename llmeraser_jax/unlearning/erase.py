@@ -19,7 +19,7 @@ from llmeraser_jax.parallel import place_stack, replicate
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import GRADIENT, CostMeter
-from llmeraser_jax.unlearning.path import StepRecord, Unlearned, UnlearningError, unlearn
+from llmeraser_jax.unlearning.path import NEGLIGIBLE_WEIGHT, StepRecord, Unlearned, UnlearningError, unlearn
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.receipt import (
     GradientEquivalents,
@@ -178,8 +178,9 @@ def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
 def _outcome(moved: Unlearned, config: EraseConfig) -> str:
     shortened = sum(step.scale < 1 for step in moved.steps)
     notes = f" ({shortened} of {len(moved.steps)} steps shortened by the trust region)" if shortened else ""
-    if moved.final_weight <= 0:
-        return f"complete: the named examples' influence was taken out to the end{notes}"
+    if moved.final_weight <= NEGLIGIBLE_WEIGHT:
+        left = f", but for {100 * moved.final_weight:.1g} %" if moved.final_weight > 0 else ""
+        return f"complete: the named examples' influence was taken out{left}{notes}"
     if config.method == "step":
         return f"partial: the single step was shortened to {moved.steps[0].scale:.3g} of its length{notes}"
     return f"partial: the path ended at weight {moved.final_weight:.3g} of the named examples{notes}"
@@ -218,7 +219,7 @@ def _make_receipt(
         named=tuple(named),
         num_examples_before=problem.num_trained,
         num_examples_after=problem.num_edited_total,
-        complete=moved.final_weight <= 0,
+        complete=moved.final_weight <= NEGLIGIBLE_WEIGHT,
         outcome=_outcome(moved, config),
         final_weight=moved.final_weight,
         rhs_norm=first.rhs_norm / whole,

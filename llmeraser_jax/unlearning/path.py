@@ -30,6 +30,9 @@ from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 logger = logging.getLogger(__name__)
 
 _MAX_HALVINGS = 6
+# A path that has taken out this much is called complete: what is left of the named examples' weight is below
+# the last step's own error, and a shortened last step would otherwise approach 0 without end.
+NEGLIGIBLE_WEIGHT = 0.01
 
 
 class UnlearningError(RuntimeError):
@@ -77,7 +80,8 @@ class StepRecord:
 class Unlearned:
     """The adapter after an erasure and how it got there.
 
-    `final_weight` is 0 when the named examples' influence was taken out to the end.
+    `final_weight` is what is left of the named examples' weight: 0, or at most `NEGLIGIBLE_WEIGHT` where the last
+    step was shortened, when their influence was taken out to the end.
     """
 
     params: LoraParams
@@ -96,6 +100,27 @@ def log_odds_weights(num_steps: int, log_odds_range: float) -> np.ndarray:
     bound = max(log_odds_range, math.log(4 * num_steps))
     inner = np.linspace(bound, -bound, num_steps - 1) if num_steps > 2 else np.zeros(num_steps - 1)
     return np.concatenate([[1.0], 1 / (1 + np.exp(-inner)), [0.0]])
+
+
+def next_weight(schedule: np.ndarray, weight: float) -> float:
+    """The weight to aim for from `weight`: one step of the schedule further, measured in log-odds.
+
+    From a weight of the schedule it is the next one; from a weight in between, where a step was cut short, the
+    same distance is kept. Not further than the last weight before 0, and from there to 0.
+
+    Args:
+        schedule: from `log_odds_weights`.
+        weight: above 0, at most 1.
+    """
+    inner = schedule[1:-1]
+    if len(inner) == 0 or weight <= inner[-1] * (1 + 1e-9):
+        return 0.0
+    if len(inner) == 1 or weight >= 1:
+        return float(inner[0])
+    log_odds = np.log(inner / (1 - inner))
+    step = log_odds[0] - log_odds[1]
+    here = min(math.log(weight / (1 - weight)), log_odds[0] + step)
+    return max(float(1 / (1 + np.exp(step - here))), float(inner[-1]))
 
 
 @partial(jax.jit, static_argnames="solver")
@@ -200,11 +225,24 @@ class _Accepted:
     losses: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """One solve to be made: from `weight_before` to `weight_target`, with these coefficient vectors."""
+
+    weight_before: float
+    weight_target: float
+    rhs: LoraParams
+    curvature: Weighted
+    check_retained: float  # coefficient of each retained probe example
+    check_named: float
+    check_wanted: float
+
+
 def _trust_region(
     check: _Check,
     params: LoraParams,
     delta: LoraParams,
-    rhs: LoraParams,
+    move: _Move,
     coefficients: np.ndarray,
 ) -> _Accepted | None:
     """The largest of 1, 1/2, 1/4, ... times `delta` (after the limit on its norm) whose actual change agrees.
@@ -213,14 +251,14 @@ def _trust_region(
         check: the examples to look at.
         params: adapter before the step.
         delta: the solved step.
-        rhs: b.
+        move: what was solved.
         coefficients: `c_i` in the order of `check`.
 
     Returns:
         What was accepted, or None when even the shortest step disagrees with its prediction.
     """
     config, objective = check.evaluator.config, check.evaluator.objective
-    slope = float(trees.tree_vdot(rhs, delta))
+    slope = float(trees.tree_vdot(move.rhs, delta))
     delta_norm = float(trees.tree_norm(delta))
     # The residual of conjugate gradients is orthogonal to its iterate, so delta'(C + rho I)delta = b'delta.
     limit = config.max_step_ratio * float(trees.tree_norm(params))
@@ -237,19 +275,6 @@ def _trust_region(
             return _Accepted(scale, predicted, actual, losses)
         scale *= 0.5
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Move:
-    """One solve to be made: from `weight_before` to `weight_target`, with these coefficient vectors."""
-
-    weight_before: float
-    weight_target: float
-    rhs: LoraParams
-    curvature: Weighted
-    check_retained: float  # coefficient of each retained probe example
-    check_named: float
-    check_wanted: float
 
 
 def _take(
@@ -272,7 +297,7 @@ def _take(
         coefficients = np.select(
             [check.is_probe, check.is_forget], [move.check_retained, move.check_named], move.check_wanted
         )
-        accepted = _trust_region(check, params, solution.value, move.rhs, coefficients)
+        accepted = _trust_region(check, params, solution.value, move, coefficients)
         if accepted is None:
             msg = (
                 f"At weight {move.weight_before:.4g} no step down to 1/{2**_MAX_HALVINGS} of the solved one "
@@ -358,7 +383,15 @@ def _single(evaluator, check, params, sample_size, probe_scale, on_step) -> Unle
         evaluator.cost.rhs += GRADIENT * len(everything.indices)
         curvature = problem.edited_mean(sample_size, rng, without_named=without_named)
         unit, named, wanted = 1 / problem.num_edited_total, 0.0, 1.0
-    move = _Move(1.0, 0.0, rhs, curvature, probe_scale * unit, named * unit, wanted * unit)
+    move = _Move(
+        weight_before=1.0,
+        weight_target=0.0,
+        rhs=rhs,
+        curvature=curvature,
+        check_retained=probe_scale * unit,
+        check_named=named * unit,
+        check_wanted=wanted * unit,
+    )
     params, record = _take(evaluator, check, params, move)
     on_step(record)
     return Unlearned(params=params, steps=(record,), final_weight=record.weight_after, cost=evaluator.cost)
@@ -371,9 +404,9 @@ def _path(evaluator, check, params, sample_size, probe_scale, on_step) -> Unlear
     schedule = log_odds_weights(config.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records = 1.0, []
-    # A step cut short advances the weight in proportion, so its remainder is taken up again.
+    # A step cut short advances the weight in proportion, and the next aims as far ahead from there.
     for attempt in range(3 * config.num_steps):
-        target = float(schedule[schedule < weight - 1e-9][0])
+        target = next_weight(schedule, weight)
         rhs = gradient_sum(evaluator.objective, params, direction)
         evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
         rng = np.random.default_rng([config.seed, 1 + attempt])
@@ -397,6 +430,6 @@ def _path(evaluator, check, params, sample_size, probe_scale, on_step) -> Unlear
         records.append(record)
         on_step(record)
         weight = record.weight_after
-        if weight <= 0:
+        if weight <= NEGLIGIBLE_WEIGHT:
             break
     return Unlearned(params=params, steps=tuple(records), final_weight=weight, cost=evaluator.cost)

@@ -73,7 +73,7 @@ class Receipt:
         counts: named examples per action.
         named: the requests with content hashes.
         num_examples_before, num_examples_after: n and n'.
-        complete: whether the influence was taken out to the end (final weight 0).
+        complete: whether the influence was taken out to the end (final weight at most 0.01).
         outcome: in words.
         final_weight: weight of the named examples at the end; 1 is as trained, 0 is gone.
         rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request.

@@ -63,6 +63,16 @@ def test_padding_on_either_side_and_its_tokens_change_nothing(changes):
             np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_inside_a_text_is_not_counted_as_distance():
+    model = tiny_model(model_type="mistral", sliding_window=3)
+    alone = apply(model.apply, model.base, None, TOKENS[:1, :5], jnp.ones((1, 5), jnp.int32))
+    places = jnp.array([0, 1, 4, 5, 8])
+    padded = jnp.zeros((1, 9), TOKENS.dtype).at[:, places].set(TOKENS[:1, :5])
+    mask = jnp.zeros((1, 9), jnp.int32).at[:, places].set(1)
+    out = apply(model.apply, model.base, None, padded, mask)[:, places]
+    np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_a_token_does_not_change_logits_before_it():
     model = tiny_model()
     changed = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % 29)

@@ -1,11 +1,13 @@
 """On ridge regression the method's signs and constants have a closed-form oracle: retraining."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.path import UnlearningError, log_odds_weights, unlearn
+from llmeraser_jax.unlearning.path import UnlearningError, log_odds_weights, next_weight, unlearn
 from llmeraser_jax.unlearning.problem import EditProblem
 from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
 
@@ -135,9 +137,7 @@ def test_trust_region_leaves_quadratics_alone(trust_region):
 def test_limit_on_the_step_norm_holds_and_the_remainder_is_taken_up_again():
     problem, before, retrained = make_problem("r")
     limit = 0.1
-    result = unlearn(
-        ridge_objective(L2), split_params(before), problem, config(num_steps=6, max_step_ratio=limit)
-    )
+    result = unlearn(ridge_objective(L2), split_params(before), problem, config(num_steps=6, max_step_ratio=limit))
     assert max(step.delta_norm for step in result.steps) <= limit * 1.05 * np.linalg.norm(before)
     assert min(step.scale for step in result.steps) < 1
     assert result.final_weight == 0
@@ -193,6 +193,19 @@ def test_log_odds_weights_are_as_stated():
     np.testing.assert_allclose(weights, [1, logistic, 0.5, 1 - logistic, 0], rtol=1e-12)
     np.testing.assert_allclose(log_odds_weights(1, 4.0), [1, 0])
     np.testing.assert_allclose(log_odds_weights(2, 4.0), [1, 0.5, 0])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+def test_next_weight_follows_the_schedule_and_keeps_its_stride_in_between(num_steps):
+    schedule = log_odds_weights(num_steps, 4.0)
+    for here, there in itertools.pairwise(schedule):
+        assert next_weight(schedule, float(here)) == pytest.approx(there, rel=1e-12)
+    if num_steps == 8:
+        stride = 8 / 6
+        log_odds = np.log(0.6 / 0.4) - stride
+        assert next_weight(schedule, 0.6) == pytest.approx(1 / (1 + np.exp(-log_odds)))
+        assert next_weight(schedule, 0.9999) == pytest.approx(schedule[1])
+        assert next_weight(schedule, float(schedule[-2]) * 0.9) == 0
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,7 @@ def fit(inputs, targets) -> np.ndarray:
         error[np.arange(len(z)), targets] -= 1
         return loss, (inputs.T @ error / len(z) + L2 * w).ravel()
 
-    found = minimize(
-        value_and_gradient, np.zeros(D * CLASSES), jac=True, method="BFGS", options={"gtol": 1e-11}
-    )
+    found = minimize(value_and_gradient, np.zeros(D * CLASSES), jac=True, method="BFGS", options={"gtol": 1e-11})
     return found.x.reshape(D, CLASSES)
 
 
