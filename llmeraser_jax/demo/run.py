@@ -31,7 +31,7 @@ TRAIN = TrainConfig(
     epochs=40, batch_size=16, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3, checkpoint_every_steps=1000
 )
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear")
-ERASE = EraseConfig(damping=7e-3, sample_size=48, cg_max_steps=15, num_steps=8, chunk_size=32)
+ERASE = EraseConfig(sample_size=48, chunk_size=32)
 
 _VERBS = {
     Action.REMOVE: "removed",

@@ -45,13 +45,13 @@ class EraseConfig:
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
     curvature_data: Literal["sample", "all", "retained"] = "sample"
     sample_size: int = 64
-    damping: float = 1e-3
+    damping: float = 7e-3
     num_steps: int = 8
     log_odds_range: float = 4.0
     trust_region: bool = True
     min_ratio: float = 0.25
     max_step_ratio: float = 0.05
-    cg_max_steps: int = 10
+    cg_max_steps: int = 15
     cg_rtol: float = 0.05
     l2: Annotated[float, tyro.conf.Suppress] = 0.0  # no flag: a run directory states it
     chunk_size: int = 16
