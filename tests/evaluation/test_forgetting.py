@@ -102,9 +102,7 @@ def test_jax_float32_arrays_give_the_float64_result():
 
 def test_probability_zero_costs_nothing_in_the_reference_and_everything_in_the_model():
     retrained = [_logs([1.0, 0.0]), _logs([1.0, 0.0])]
-    result = heldout_kl(
-        {"fits": _logs([0.5, 0.5]), "excludes": _logs([0.0, 1.0])}, retrained, np.array([True])
-    )
+    result = heldout_kl({"fits": _logs([0.5, 0.5]), "excludes": _logs([0.0, 1.0])}, retrained, np.array([True]))
     assert result.heldout_kl("fits") == pytest.approx(np.log(2))
     assert result.heldout_kl("excludes") == np.inf
     assert result.seed_floor == 0.0

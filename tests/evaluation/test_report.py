@@ -145,9 +145,7 @@ def test_losses_split_by_action_and_average_over_seeds():
         {"modify_query": 1.0, "correct_response": 0.5}
     )
     assert models["retrained"]["forget_loss"] == pytest.approx(1.25)
-    assert [seed["forget_loss"] for seed in models["retrained"]["per_seed"]] == pytest.approx(
-        [1.15, 1.25, 1.35]
-    )
+    assert [seed["forget_loss"] for seed in models["retrained"]["per_seed"]] == pytest.approx([1.15, 1.25, 1.35])
     assert models["retrained"]["seed_standard_deviation"]["forget_loss"] == pytest.approx(0.1)
     assert models["retrained"]["task_metrics"]["accuracy"]["value"] == pytest.approx(0.5)
     assert models["retrained"]["task_metrics"]["accuracy"]["seed_standard_deviation"] == pytest.approx(0.1)
@@ -285,9 +283,7 @@ def test_removals_only_have_no_wanted_loss_and_no_empty_rows():
     comparison = _comparison()
 
     def without_edits(model):
-        return dataclasses.replace(
-            model, forget_losses=model.forget_losses[[0, 2]], wanted_losses=np.zeros(0)
-        )
+        return dataclasses.replace(model, forget_losses=model.forget_losses[[0, 2]], wanted_losses=np.zeros(0))
 
     report = build_report(
         dataclasses.replace(

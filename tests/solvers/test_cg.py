@@ -75,18 +75,14 @@ def test_both_loops_make_the_same_iterates():
 
 def test_exact_after_as_many_steps_as_distinct_eigenvalues():
     matrix, b = symmetric([1.0] * 4 + [3.0] * 4 + [10.0] * 4), rhs()
-    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     assert int(solution.num_steps) == 3
     np.testing.assert_allclose(as_vector(solution.value), np.linalg.solve(matrix, b), rtol=1e-10)
 
 
 def test_max_steps_is_not_called_convergence():
     matrix = symmetric(np.geomspace(1, 1e4, D))
-    solution = ConjugateGradients(rtol=1e-10, max_steps=3).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(rhs())
-    )
+    solution = ConjugateGradients(rtol=1e-10, max_steps=3).solve(DenseOperator(jnp.asarray(matrix)), as_tree(rhs()))
     assert Status(int(solution.status)) is Status.MAX_STEPS
     assert describe(solution.status).startswith("not converged")
     assert int(solution.num_steps) == 3
@@ -105,9 +101,7 @@ def test_zero_rhs_gives_zero_and_a_failure_not_nan():
 def test_indefinite_system_stops_with_the_iterate_reached_and_says_so():
     eigenvalues = np.concatenate([np.linspace(1, 5, D - 1), [-0.5]])
     matrix, b = symmetric(eigenvalues), rhs()
-    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     assert Status(int(solution.status)) is Status.NEGATIVE_CURVATURE
     assert bool(solution.negative_curvature)
     steps = int(solution.num_steps)
@@ -115,9 +109,7 @@ def test_indefinite_system_stops_with_the_iterate_reached_and_says_so():
     # The iterate is the minimiser over the Krylov space built so far: a descent step of the quadratic.
     x = as_vector(solution.value)
     assert 0.5 * x @ matrix @ x - b @ x < 0
-    stopped = ConjugateGradients(rtol=1e-10, max_steps=steps).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    stopped = ConjugateGradients(rtol=1e-10, max_steps=steps).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     np.testing.assert_allclose(x, as_vector(stopped.value), rtol=1e-12)
 
 
@@ -131,17 +123,13 @@ def test_negative_curvature_at_the_start_is_a_failure_with_a_zero_step():
 def test_singular_consistent_system_gives_the_minimum_norm_solution():
     matrix = symmetric(np.concatenate([np.zeros(4), np.linspace(1, 3, 8)]))
     b = matrix @ rhs()
-    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=1e-10, max_steps=50).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     np.testing.assert_allclose(as_vector(solution.value), np.linalg.pinv(matrix) @ b, atol=1e-8)
 
 
 def test_singular_inconsistent_system_stays_finite_and_is_not_called_converged():
     matrix = symmetric(np.concatenate([np.zeros(4), np.linspace(1, 3, 8)]))
-    solution = ConjugateGradients(rtol=1e-8, max_steps=60).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(rhs())
-    )
+    solution = ConjugateGradients(rtol=1e-8, max_steps=60).solve(DenseOperator(jnp.asarray(matrix)), as_tree(rhs()))
     assert Status(int(solution.status)) is not Status.CONVERGED
     assert np.all(np.isfinite(as_vector(solution.value)))
 
@@ -151,9 +139,7 @@ def test_singular_inconsistent_system_stays_finite_and_is_not_called_converged()
 def test_tiny_and_huge_right_hand_sides_scale_the_solution(size, dtype):
     matrix, b = symmetric(np.geomspace(1, 10, D)).astype(dtype), (size * rhs()).astype(dtype)
     rtol = 1e-5 if dtype == np.float32 else 1e-12
-    solution = ConjugateGradients(rtol=rtol, max_steps=50).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=rtol, max_steps=50).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     assert Status(int(solution.status)) is Status.CONVERGED
     exact = np.linalg.solve(matrix.astype(np.float64), b.astype(np.float64))
     error = np.linalg.norm(as_vector(solution.value) - exact) / np.linalg.norm(exact)
@@ -173,9 +159,7 @@ def test_non_finite_numbers_are_a_failure_and_never_returned(bad):
 
 def test_going_on_after_convergence_keeps_the_solution():
     matrix, b = symmetric(np.geomspace(1, 5, D)), rhs()
-    solution = ConjugateGradients(rtol=0.0, max_steps=300).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=0.0, max_steps=300).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     np.testing.assert_allclose(as_vector(solution.value), np.linalg.solve(matrix, b), rtol=1e-10)
 
 
@@ -194,9 +178,7 @@ def test_asymmetric_product_is_caught_by_the_true_residual():
 
 def test_history_holds_the_recurrence_and_nan_beyond_it():
     matrix, b = symmetric(np.geomspace(1, 20, D)), rhs()
-    solution = ConjugateGradients(rtol=1e-6, max_steps=40).solve(
-        DenseOperator(jnp.asarray(matrix)), as_tree(b)
-    )
+    solution = ConjugateGradients(rtol=1e-6, max_steps=40).solve(DenseOperator(jnp.asarray(matrix)), as_tree(b))
     steps, history = int(solution.num_steps), np.asarray(solution.history)
     assert np.all(np.isfinite(history[:steps])) and np.all(np.isnan(history[steps:]))
     assert history[steps - 1] <= 1e-6 < history[steps - 2]
