@@ -107,4 +107,8 @@ def _open(path: Path):
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors with the metadata that transformers and PEFT look for."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
     save_file(contiguous, os.fspath(path), metadata={"format": "pt"})
+    # save_file renames a private temporary file into place; others may read this one as any other new file.
+    Path(path).chmod(mode)

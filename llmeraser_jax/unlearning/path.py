@@ -430,6 +430,6 @@ def _path(evaluator, check, params, sample_size, probe_scale, on_step) -> Unlear
         records.append(record)
         on_step(record)
         weight = record.weight_after
-        if weight <= NEGLIGIBLE_WEIGHT:
+        if weight <= 0 or (target == 0 and weight <= NEGLIGIBLE_WEIGHT):
             break
     return Unlearned(params=params, steps=tuple(records), final_weight=weight, cost=evaluator.cost)

@@ -74,3 +74,9 @@ def test_a_table_without_an_inverse_is_refused():
 def test_a_leaf_that_no_rule_writes_is_refused():
     with pytest.raises(ValueError, match="'tail'"):
         export_tensors(TABLE, {"tail": np.zeros(1)})
+
+
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros((2, 3), np.float32)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -72,15 +72,16 @@ def test_float32_sums_match_one_device(mesh, compute):
     assert relative_difference(eight, one) < 1e-5
 
 
-@pytest.mark.parametrize("kind", CURVATURES)
-def test_conjugate_gradients_match_one_device_in_float64(mesh, kind):
+# The Hessian of this random network has eigenvalues in the hundreds below zero.
+@pytest.mark.parametrize(("kind", "damping"), [("gauss-newton", 3.0), ("hessian", 1000.0)])
+def test_conjugate_gradients_match_one_device_in_float64(mesh, kind, damping):
     with jax.enable_x64(True):
         solver = ConjugateGradients(rtol=1e-10, max_steps=6)
         solutions = []
         for m in (None, mesh):
             chex.clear_trace_counter()
             objective, lora, stack = setup("float64", m)
-            operator = Damped(DatasetCurvature(objective, lora, stack, CURVATURES[kind]), 3.0)
+            operator = Damped(DatasetCurvature(objective, lora, stack, CURVATURES[kind]), damping)
             rhs = gradient_sum(objective, lora, stack)
             solve = jax.jit(chex.assert_max_traces(lambda op, b: solver.solve(op, b), n=1))
             solutions.append(solve(operator, rhs))
