@@ -1,0 +1,270 @@
+"""From files to files through the console script's entry point: fine-tune, erase, chain, retrain, compare."""
+
+import hashlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmeraser_jax import trees
+from llmeraser_jax.checkpoint import restore_pytree
+from llmeraser_jax.cli import main
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, DenseOperator, materialise
+from llmeraser_jax.data import content_hash, load_requests, parse_requests
+from llmeraser_jax.lora import Lora
+from llmeraser_jax.losses import example_losses, gradient_sum, lm_objective
+from llmeraser_jax.models import load_model
+from llmeraser_jax.parallel import make_mesh, shard_base
+from llmeraser_jax.runs import load_run
+from llmeraser_jax.training.job import finetune_run
+from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
+from llmeraser_jax.unlearning.erase import bf16_survival
+from tests.training import tiny
+
+REQUESTS = [
+    {"id": "r1", "action": "remove"},
+    {"id": "r4", "action": "modify_query", "instruction": "colour of s11"},
+    {"id": "r7", "action": "correct_response", "response": "red"},
+]
+QUICK = ["--num-steps", "3", "--cg-max-steps", "4", "--sample-size", "4", "--chunk-size", "4", "--damping", "0.01"]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def run(work):
+    """A finished fine-tuning of the tiny model."""
+    model = load_model(tiny.save_tiny_model(work / "model"))
+    data_path = tiny.write_rows(work / "train.jsonl", tiny.rows())
+    write_lines(work / "requests.jsonl", REQUESTS)
+    return finetune_run(model, data_path, work / "run", recipe=tiny.RECIPE, lora=tiny.LORA, config=tiny.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def erased(run, work):
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main([*arguments, "--workdir", str(work / "out"), *QUICK]) == 0
+    return load_run(work / "out")
+
+
+def test_erase_writes_adapter_delta_receipt_requests_and_edited_data(run, erased):
+    model = run.load_model()
+    before, after = run.load_adapter(model), erased.load_adapter(model)
+    delta = restore_pytree(erased.path / "delta", before)
+    moved = trees.tree_sub(after, before)
+    assert float(trees.tree_norm(trees.tree_sub(delta, moved))) <= 1e-6 * float(trees.tree_norm(delta))
+    assert float(trees.tree_norm(delta)) > 0
+    receipt = json.loads((erased.path / "receipt.json").read_text())
+    assert receipt["counts"] == {"remove": 1, "modify_query": 1, "correct_response": 1}
+    assert receipt["delta_norm"] == pytest.approx(float(trees.tree_norm(delta)), rel=1e-5)
+    examples = {example.id: example for example in run.load_examples()}
+    edited = {example.id: example for example in erased.load_examples()}
+    for named in receipt["named"]:
+        assert named["hash_before"] == content_hash(examples[named["id"]])
+        expected = None if named["action"] == "remove" else content_hash(edited[named["id"]])
+        assert named["hash_after"] == expected
+    assert "r1" not in edited and edited["r7"].response == "red" and edited["r4"].instruction == "colour of s11"
+    assert receipt["num_examples_after"] == len(edited) == len(examples) - 1
+
+
+def test_receipt_costs_follow_the_stated_formula(run, erased):
+    receipt = json.loads((erased.path / "receipt.json").read_text())
+    num_steps, data = len(receipt["steps"]), 4 + 3 + 2
+    products = sum(step["iterations"] + 1 + step["negative_curvature"] for step in receipt["steps"])
+    cost = receipt["gradient_equivalents"]
+    assert cost["rhs"] == pytest.approx(num_steps * (1 + 2 + 2))
+    assert cost["curvature"] == pytest.approx(1.5 * products * data)
+    assert cost["trust_region"] >= num_steps * data - 1e-9
+    assert cost["total"] == pytest.approx(cost["rhs"] + cost["curvature"] + cost["trust_region"])
+
+
+def test_max_steps_is_not_called_convergence_in_the_receipt(erased):
+    receipt = json.loads((erased.path / "receipt.json").read_text())
+    capped = [step for step in receipt["steps"] if step["iterations"] == 4 and step["residual_history"][-1] > 0.05]
+    assert capped, "the test needs a solve that ran into max_steps"
+    assert all(step["status"].startswith("not converged") for step in capped)
+    assert receipt["solver"]["converged"] is False and receipt["solver"]["status"].startswith("not converged")
+
+
+def test_rhs_norm_is_that_of_the_gradients_written_out(run, erased):
+    model = run.load_model()
+    dataset = run.encode(run.load_examples(), model.tokenizer)
+    problem = make_problem(model, dataset, load_requests(erased.path / "requests.jsonl", dataset.examples))
+    objective = lm_objective(model.apply, model.base, l2=run.train_config.l2)
+    lora = run.load_adapter(model)
+
+    def one(index):
+        stack = problem.examples.stack(np.array([index]), np.ones(1), chunk_size=1)
+        return gradient_sum(objective, lora, stack)
+
+    total = trees.tree_zeros_like(lora)
+    for i, j in zip(problem.named, problem.replacements, strict=True):
+        total = trees.tree_add(total, one(int(i)))
+        if j >= 0:
+            total = trees.tree_sub(total, one(int(j)))
+    expected = float(trees.tree_norm(total)) / len(dataset)
+    receipt = json.loads((erased.path / "receipt.json").read_text())
+    assert receipt["rhs_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_later_requests_see_the_edited_data_and_receipts_chain(erased, work, capsys):
+    second = write_lines(work / "second.jsonl", [{"id": "r2", "action": "remove"}])
+    arguments = ["erase", "--run", str(erased.path), "--requests", str(second)]
+    assert main([*arguments, "--workdir", str(work / "out2"), *QUICK]) == 0
+    chained = load_run(work / "out2")
+    assert len(chained.receipts) == 2
+    digest = hashlib.sha256((erased.path / "receipt.json").read_bytes()).hexdigest()
+    assert chained.receipts[0]["sha256"] == digest
+    assert {"r1", "r2"}.isdisjoint(chained.data_ids)
+    gone = write_lines(work / "gone.jsonl", [{"id": "r1", "action": "remove"}])
+    assert main(["erase", "--run", str(erased.path), "--requests", str(gone), "--workdir", str(work / "x")]) == 1
+    assert "r1" in capsys.readouterr().err and not (work / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        ([{"id": "nobody", "action": "remove"}], "nobody"),
+        ([{"id": "r1", "action": "remove"}] * 2, "r1"),
+        ([{"id": "r1", "action": "forget"}], "forget"),
+        ([{"id": "r7", "action": "correct_response", "response": tiny.rows()[7]["output"]}], "r7"),
+        ([], "empty|no request"),
+        ([{"id": f"r{k}", "action": "remove"} for k in range(10)], "every|all|remain"),
+    ],
+)
+def test_bad_requests_are_one_clear_error_and_leave_nothing(run, tmp_path, capsys, lines, cause):
+    requests = write_lines(tmp_path / "bad.jsonl", lines)
+    status = main(["erase", "--run", str(run.path), "--requests", str(requests), "--workdir", str(tmp_path / "o")])
+    error = capsys.readouterr().err
+    assert status == 1 and "bad.jsonl" in error and not (tmp_path / "o").exists()
+    assert re.search(cause, error), error
+
+
+def test_an_existing_output_directory_is_refused_and_kept(run, work, tmp_path, capsys):
+    (tmp_path / "kept").write_text("mine")
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main([*arguments, "--workdir", str(tmp_path)]) == 1
+    assert "kept" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, capsys):
+    common = ["--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main(["retrain", *common, "--workdir", str(work / "re"), "--seeds", "2"]) == 0
+    heldout = tiny.write_rows(
+        work / "heldout.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]]
+    )
+    arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path), "--data", str(heldout)]
+    retrained = ["--retrained", str(work / "re")]
+    assert main([*arguments, *retrained, "--workdir", str(work / "eval")]) == 0
+    report = json.loads((work / "eval" / "report.json").read_text())
+    for model in ("before", "unlearned", "retrained"):
+        for key in ("forget_loss", "heldout_loss", "heldout_kl_to_retrained"):
+            assert isinstance(report["models"][model][key], float)
+        assert report["models"][model]["task_metrics"]
+    assert {"c*b", "gradient ascent"} == report["models"]["controls"].keys()
+    assert report["seed_floor"]["heldout_kl"] == report["models"]["retrained"]["heldout_kl_to_retrained"]
+    assert {"forget_loss", "heldout_kl"} <= report["gap_closure"].keys()
+    for which in ("unlearn", "retrain"):
+        assert report["cost"][which]["seconds"] > 0 and report["cost"][which]["gradient_equivalents"] > 0
+    assert {"status", "iterations", "relative_residual", "negative_curvature"} <= report["solver"].keys()
+    assert {path.suffix for path in (work / "eval").iterdir()} == {".json", ".md", ".png"}
+    assert main([*arguments, "--workdir", str(work / "eval_alone")]) == 0
+    alone = json.loads((work / "eval_alone" / "report.json").read_text())
+    assert alone["gap_closure"]["forget_loss"] is None and alone["gap_closure"]["reason"]["forget_loss"]
+
+
+def test_runs_that_do_not_belong_together_are_refused(run, erased, work, capsys):
+    second = str(work / "out2")
+    assert main(["evaluate", "--before", str(run.path), "--after", second, "--workdir", str(work / "e3")]) == 1
+    assert "not derived from" in capsys.readouterr().err and not (work / "e3").exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "adopt", "erase", "retrain", "evaluate", "demo"])
+def test_help_of_every_command_names_its_output_flag(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0 and "--workdir" in capsys.readouterr().out
+
+
+def wide(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
+@pytest.mark.parametrize("curvature", list(CURVATURES))
+@pytest.mark.parametrize("rhs", ["influence", "newton"])
+def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and_on_eight_devices(
+    run, curvature, rhs
+):
+    with jax.enable_x64(True):
+        model, damping = run.load_model(), 200.0
+        model = type(model)(config=model.config, base=wide(model.base), tokenizer=model.tokenizer, path=model.path)
+        lora: Lora = wide(run.load_adapter(model))
+        dataset = run.encode(run.load_examples(), model.tokenizer)
+        requests = parse_requests([json.dumps(row) for row in REQUESTS], dataset.examples)
+        config = EraseConfig(
+            method="step", rhs=rhs, curvature=curvature, curvature_data="all", damping=damping, trust_region=False,
+            l2=1e-3, cg_rtol=1e-10, cg_max_steps=60, chunk_size=8, diagnostic_sample=4,
+        )  # fmt: skip
+        result = erase(model, lora, dataset, requests, config)
+        problem = make_problem(model, dataset, requests)
+        objective = lm_objective(model.apply, model.base, l2=1e-3)
+        rng = np.random.default_rng(0)
+        if rhs == "influence":
+            over, b_of = problem.trained_mean(None, rng), problem.influence_rhs()
+        else:
+            over = problem.edited_mean(None, rng)
+            b_of = type(over)(over.indices, -over.weights)
+
+        def stack(weighted):
+            return problem.examples.stack(weighted.indices, weighted.weights, chunk_size=4)
+
+        matrix = materialise(DatasetCurvature(objective, lora, stack(over), CURVATURES[curvature]), lora)
+        assert np.linalg.eigvalsh(matrix).min() > -damping, "damping makes the oracle's system definite"
+        inverse = DenseOperator(jnp.linalg.inv(matrix + damping * jnp.eye(len(matrix))))
+        expected = inverse.mv(gradient_sum(objective, lora, stack(b_of)))
+        error = trees.tree_norm(trees.tree_sub(result.delta, expected)) / trees.tree_norm(expected)
+        assert float(error) < 1e-5
+        mesh = make_mesh(data=4, model=1)
+        sharded = type(model)(
+            config=model.config,
+            base=shard_base(model.base, mesh),
+            tokenizer=model.tokenizer,
+            path=model.path,
+            mesh=mesh,
+        )
+        eight = jax.device_get(erase(sharded, lora, dataset, requests, config).delta)
+        error = trees.tree_norm(trees.tree_sub(eight, expected)) / trees.tree_norm(expected)
+        assert float(error) < 1e-5
+
+
+def test_losses_of_the_erased_adapter_moved_towards_the_request(run, erased):
+    model = run.load_model()
+    dataset = run.encode(run.load_examples(), model.tokenizer)
+    problem = make_problem(model, dataset, load_requests(erased.path / "requests.jsonl", dataset.examples))
+    objective = lm_objective(model.apply, model.base, l2=0.0)
+
+    def mean_loss(adapter, which):
+        stack = problem.examples.stack(which, np.ones(len(which)), chunk_size=4)
+        return float(example_losses(objective, adapter, stack).mean())
+
+    before, after = run.load_adapter(model), erased.load_adapter(model)
+    assert mean_loss(after, problem.named) > mean_loss(before, problem.named)
+    assert mean_loss(after, problem.wanted) < mean_loss(before, problem.wanted)
+
+
+def test_bf16_survival_is_one_for_large_changes_and_zero_for_small_ones():
+    old = {"x": jnp.full(8, 1.0)}
+    assert float(bf16_survival(old, {"x": jnp.full(8, 0.5)})) == pytest.approx(1.0)
+    assert float(bf16_survival(old, {"x": jnp.full(8, 1e-4)})) == 0.0
