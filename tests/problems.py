@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +14,8 @@ from llmeraser_jax.types import ExampleStack
 class ArrayBatch(NamedTuple):
     """Rows of a design matrix with a target each."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    inputs: Any
+    targets: Any
 
 
 class ArrayExamples:

@@ -33,7 +33,9 @@ def small_config(**changes) -> ModelConfig:
     return ModelConfig.from_hf({**sizes, **changes})
 
 
-def small_lora(config: ModelConfig, dtype: str, *, rank: int = 2, targets="all-linear") -> Lora:
+def small_lora(
+    config: ModelConfig, dtype: str, *, rank: int = 2, targets: tuple[str, ...] | str = "all-linear"
+) -> Lora:
     """An adapter away from its initialisation, so that both factors matter."""
     lora = init_lora(jax.random.key(1), LoraConfig(rank=rank, alpha=4.0, target_modules=targets), config)
     lora = jax.tree.map(lambda x: x.astype(dtype), lora)

@@ -1,0 +1,109 @@
+"""Owns which rows the experiment uses and what it requests: pure functions of TALLRec's files and a seed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmeraser_jax.data import Action, Example, Request, load_examples
+
+OPPOSITE = {"Yes.": "No.", "No.": "Yes."}
+
+
+def load_rows(directory: Path, split: str) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """Reads one split: `<split>.json` and, row for row, the users in `<split>.csv`.
+
+    Returns:
+        The examples, whose ids are row numbers, and the `user_id` of each.
+
+    Raises:
+        ValueError: the two files have different numbers of rows.
+    """
+    examples = load_examples(directory / f"{split}.json")
+    with (directory / f"{split}.csv").open(newline="") as file:
+        users = tuple(row["user_id"] for row in csv.DictReader(file))
+    if len(users) != len(examples):
+        msg = f"{split}.csv has {len(users)} rows and {split}.json {len(examples)}; expected them row for row."
+        raise ValueError(msg)
+    return examples, users
+
+
+def choose_rows(users: Sequence[str], num_rows: int, rows_per_user: int, seed: int) -> np.ndarray:
+    """Draws at most `rows_per_user` rows of each user, users in a seeded order, until there are `num_rows`.
+
+    Args:
+        users: the user of each row.
+        num_rows: rows wanted.
+        rows_per_user: so that the subset has many users, and several rows of most.
+        seed: of users and rows.
+
+    Returns:
+        Row numbers, ascending.
+
+    Raises:
+        ValueError: the users do not have that many rows.
+    """
+    rng = np.random.default_rng(seed)
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, user in enumerate(users):
+        rows_of[user].append(row)
+    chosen: list[int] = []
+    for user in rng.permutation(sorted(rows_of)):
+        rows = rng.permutation(rows_of[str(user)])
+        chosen += rows[: min(rows_per_user, num_rows - len(chosen))].tolist()
+    if len(chosen) < num_rows:
+        msg = f"{len(rows_of)} users with {rows_per_user} rows each give {len(chosen)} rows, not {num_rows}."
+        raise ValueError(msg)
+    return np.sort(np.array(chosen, np.int64))
+
+
+def choose_users(users: Sequence[str], num_rows: int, seed: int) -> tuple[str, ...]:
+    """A set of users who together have exactly `num_rows` rows: seeded order, whoever still fits.
+
+    Raises:
+        ValueError: this order does not come out exactly.
+    """
+    counts = {user: list(users).count(user) for user in sorted(set(users))}
+    chosen, total = [], 0
+    for user in np.random.default_rng(seed).permutation(list(counts)):
+        if total + counts[str(user)] <= num_rows:
+            chosen.append(str(user))
+            total += counts[str(user)]
+    if total != num_rows:
+        msg = f"The users drawn have {total} rows, not {num_rows}; choose another seed or share."
+        raise ValueError(msg)
+    return tuple(chosen)
+
+
+def removal_requests(examples: Sequence[Example], users: Sequence[str], gone: Sequence[str]) -> tuple[Request, ...]:
+    """Removal of all rows of the users `gone`."""
+    return tuple(
+        Request(id=example.id, action=Action.REMOVE)
+        for example, user in zip(examples, users, strict=True)
+        if user in gone
+    )
+
+
+def flip_labels(
+    examples: Sequence[Example], num_flipped: int, seed: int
+) -> tuple[tuple[Example, ...], tuple[Request, ...]]:
+    """Flips the labels of a seeded choice of rows.
+
+    Returns:
+        All examples, those flipped; and the requests that correct them.
+    """
+    flipped = set(np.random.default_rng(seed).choice(len(examples), num_flipped, replace=False).tolist())
+    wrong = tuple(
+        dataclasses.replace(example, response=OPPOSITE[example.response]) if row in flipped else example
+        for row, example in enumerate(examples)
+    )
+    requests = tuple(
+        Request(id=examples[row].id, action=Action.CORRECT_RESPONSE, changes={"response": examples[row].response})
+        for row in sorted(flipped)
+    )
+    return wrong, requests

@@ -1,0 +1,145 @@
+"""Which rows the TALLRec experiment takes and what it requests, on four rows of two users."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.tallrec_movie import prepare
+from experiments.tallrec_movie.main import TallrecConfig, render_table, write_scenario
+from llmeraser_jax.data import Action, Request, apply_requests, encode_examples, load_examples, load_requests
+from llmeraser_jax.models import load_model
+from tests.training import tiny
+
+USERS = ("7", "7", "7", "9")
+LABELS = ("Yes.", "No.", "Yes.", "No.")
+
+
+def _write_split(directory: Path, split: str) -> None:
+    rows = [{"instruction": "colour of", "input": f"s{k}", "output": label} for k, label in enumerate(LABELS)]
+    (directory / f"{split}.json").write_text(json.dumps(rows))
+    with (directory / f"{split}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_id", "movie_id"])
+        writer.writerows([user, k] for k, user in enumerate(USERS))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    _write_split(tmp_path, "train")
+    _write_split(tmp_path, "test")
+    return tmp_path
+
+
+@pytest.fixture
+def examples(directory):
+    return prepare.load_rows(directory, "train")[0]
+
+
+def _config(directory: Path, **changes) -> TallrecConfig:
+    settings = {"num_rows": 4, "num_heldout": 2, "removed_share": 0.25, "flipped_share": 0.5, "max_length": 32}
+    return TallrecConfig(base=directory, data=directory, workdir=directory / "out", **{**settings, **changes})
+
+
+def test_rows_carry_their_number_as_id_and_their_user(directory):
+    examples, users = prepare.load_rows(directory, "train")
+    assert [e.id for e in examples] == ["0", "1", "2", "3"]
+    assert [e.response for e in examples] == list(LABELS)
+    assert users == USERS
+
+
+def test_files_that_do_not_pair_up_are_refused(directory):
+    (directory / "train.csv").write_text("user_id,movie_id\n7,0\n")
+    with pytest.raises(ValueError, match=r"train.csv has 1 rows and train.json 4"):
+        prepare.load_rows(directory, "train")
+
+
+def test_no_user_gives_more_rows_than_allowed():
+    for seed in range(5):
+        chosen = prepare.choose_rows(USERS, 3, 2, seed)
+        assert sorted(USERS[row] for row in chosen) == ["7", "7", "9"]
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+
+
+def test_all_rows_are_taken_where_all_are_asked_for():
+    assert prepare.choose_rows(USERS, 4, 3, 0).tolist() == [0, 1, 2, 3]
+
+
+def test_more_rows_than_the_users_have_are_refused():
+    with pytest.raises(ValueError, match="2 users with 2 rows each give 3 rows, not 4"):
+        prepare.choose_rows(USERS, 4, 2, 0)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(1, {"9"}), (4, {"7", "9"})])
+def test_users_are_chosen_to_have_exactly_the_rows_wanted(num_rows, expected):
+    for seed in range(5):
+        assert set(prepare.choose_users(USERS, num_rows, seed)) == expected
+
+
+def test_a_number_of_rows_that_no_set_of_users_has_is_refused():
+    with pytest.raises(ValueError, match="have 1 rows, not 2"):
+        prepare.choose_users(USERS, 2, 0)
+
+
+def test_removal_names_every_row_of_the_user_and_no_other(examples):
+    assert prepare.removal_requests(examples, USERS, ["7"]) == tuple(
+        Request(id=id_, action=Action.REMOVE) for id_ in ("0", "1", "2")
+    )
+
+
+def test_flipping_inverts_the_labels_named_and_no_other(examples):
+    wrong, requests = prepare.flip_labels(examples, 2, 0)
+    named = {int(request.id) for request in requests}
+    assert len(named) == 2
+    opposite = {"Yes.": "No.", "No.": "Yes."}
+    assert [e.response for e in wrong] == [opposite[y] if k in named else y for k, y in enumerate(LABELS)]
+    assert {r.action for r in requests} == {Action.CORRECT_RESPONSE}
+
+
+def test_the_corrections_restore_the_labels(examples):
+    wrong, requests = prepare.flip_labels(examples, 2, 1)
+    assert wrong != examples
+    assert apply_requests(wrong, requests) == examples
+
+
+@pytest.mark.parametrize("scenario", ["removal", "correction"])
+def test_a_scenario_is_written_as_files_the_library_reads_and_encodes(directory, tmp_path, scenario):
+    config = _config(directory)
+    out = tmp_path / scenario
+    write_scenario(config, scenario, out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    examples = load_examples(out / "train.jsonl")
+    requests = load_requests(out / "requests.jsonl", examples)
+    model = load_model(tiny.save_tiny_model(tmp_path / "base"))
+    dataset = encode_examples(apply_requests(examples, requests), config.recipe, model.tokenizer)
+    if scenario == "removal":
+        assert [(r.id, r.action) for r in requests] == [("3", Action.REMOVE)]
+        assert dataset.ids == ("0", "1", "2")
+    else:
+        assert {r.action for r in requests} == {Action.CORRECT_RESPONSE}
+        assert [e.response for e in dataset.examples] == list(LABELS)
+    assert len(load_examples(out / "heldout.jsonl")) == 2
+    write_scenario(config, scenario, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+
+def test_the_single_step_is_the_papers_and_shares_its_settings_with_the_path(directory):
+    methods = _config(directory, damping=0.25, sample_size=5).methods
+    assert [(m.method, m.curvature, m.trust_region) for m in methods.values()] == [
+        ("path", "gauss-newton", True),
+        ("step", "hessian", False),
+        ("step", "gauss-newton", False),
+    ]
+    assert {(m.damping, m.sample_size, m.l2) for m in methods.values()} == {(0.25, 5, 1e-3)}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_that_names_nothing_or_everything_is_refused(directory, share):
+    with pytest.raises(ValueError, match="removed_share is"):
+        _config(directory, removed_share=share)
+
+
+def test_a_method_without_a_step_stays_in_the_table():
+    table = render_table({"step-hessian": {"failed": "negative curvature at once"}})
+    assert "| step-hessian | no step: negative curvature at once |" in table
