@@ -180,7 +180,7 @@ def _outcome(moved: Unlearned, config: EraseConfig) -> str:
     notes = f" ({shortened} of {len(moved.steps)} steps shortened by the trust region)" if shortened else ""
     if moved.final_weight <= NEGLIGIBLE_WEIGHT:
         left = f", but for {100 * moved.final_weight:.1g} %" if moved.final_weight > 0 else ""
-        return f"complete: the path took out the weight of the named examples{left}{notes}"
+        return f"complete: the weight of the named examples was taken out{left}{notes}"
     if config.method == "step":
         return f"partial: the single step was shortened to {moved.steps[0].scale:.3g} of its length{notes}"
     return f"partial: the path ended at weight {moved.final_weight:.3g} of the named examples{notes}"
