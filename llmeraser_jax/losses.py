@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.types import Batch, ExampleStack, LoraParams, Outputs, PyTree, TokenBatch
+from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
 @flax.struct.dataclass
@@ -31,6 +31,8 @@ class Objective:
         outputs_fn: `(frozen, params, batch) -> outputs`, leaves beginning with the axis "batch". Hashable.
         output_loss_fn: `(outputs, batch) -> [batch]`, convex in `outputs`. Hashable.
         l2: lambda of the method, at least 0.
+        output_root_fn: `(outputs, batch, key) -> c` with `E[c c'] = H_out` of each example, the Hessian of
+            `output_loss_fn` with respect to its outputs; None where no sketch of the curvature is offered.
     """
 
     frozen: PyTree
@@ -38,6 +40,9 @@ class Objective:
     outputs_fn: Callable[[PyTree, LoraParams, Batch], Outputs] = flax.struct.field(pytree_node=False)
     output_loss_fn: Callable[[Outputs, Batch], Float[Array, " batch"]] = flax.struct.field(pytree_node=False)
     l2: float = flax.struct.field(pytree_node=False, default=0.0)
+    output_root_fn: Callable[[Outputs, Batch, Key], Outputs] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     def outputs(self, params: LoraParams, batch: Batch) -> Outputs:
         """Network outputs, e.g. logits at the response positions."""
@@ -66,9 +71,28 @@ def response_cross_entropy(
     return -jnp.sum(picked * batch.target_weights.astype(logits.dtype), axis=-1)
 
 
+def response_cross_entropy_root(
+    logits: Float[Array, "batch response vocab"], batch: TokenBatch, key: Key
+) -> Float[Array, "batch response vocab"]:
+    """A random square root of cross entropy's Hessian: `sqrt(w) (sqrt(p) e - p <sqrt(p), e>)`, `e` signs.
+
+    `diag(p) - p p'` is `B B'` with `B = diag(sqrt p) - p sqrt(p)'`, and independent signs (Rademacher) make
+    `E[(B e)(B e)'] = B B'` without the variance that normal numbers would have on a matrix of rank one.
+    """
+    root = jnp.exp(0.5 * jax.nn.log_softmax(logits, axis=-1))
+    noisy = root * jax.random.rademacher(key, logits.shape, logits.dtype)
+    draw = noisy - root**2 * jnp.sum(noisy, axis=-1, keepdims=True)
+    return draw * jnp.sqrt(batch.target_weights.astype(logits.dtype))[..., None]
+
+
 def half_squared_error(outputs: Float[Array, " batch"], batch: Batch) -> Float[Array, " batch"]:
     """`(output - y)^2 / 2` on batches with a field `targets`: the loss of ridge regression."""
     return 0.5 * (outputs - batch.targets) ** 2
+
+
+def half_squared_error_root(outputs: Float[Array, " batch"], batch: Batch, key: Key) -> Float[Array, " batch"]:
+    """The root of squared error's Hessian, which is 1 and needs no randomness."""
+    return jnp.ones_like(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +129,7 @@ def lm_objective(
         outputs_fn=LogitsAtResponse(apply),
         output_loss_fn=response_cross_entropy,
         l2=float(l2),
+        output_root_fn=response_cross_entropy_root,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -94,6 +95,10 @@ class Solution:
     relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
     negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
     history: Float[Array, " max_steps"]  # recurrence's relative residual after each step; nan beyond num_steps
+    # Least and largest Ritz value of the operator on the Krylov space explored; nan where a solver has none.
+    ritz_extremes: Float[Array, " least_and_largest"] = flax.struct.field(
+        default_factory=lambda: jnp.full((2,), jnp.nan, jnp.float32)
+    )
 
 
 @runtime_checkable
@@ -101,6 +106,27 @@ class Solver(Protocol):
     """Hyper-parameters only; sees an operator and a right-hand side, never data."""
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution: ...
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """A symmetric positive definite approximate inverse. A pytree, so that jit takes it."""
+
+    def solve(self, v: LoraParams) -> LoraParams:
+        """`P^-1 v`, where `P` approximates the operator."""
+        ...
+
+
+@runtime_checkable
+class FiniteSum(Operator, Protocol):
+    """An operator that is a mean of terms: what stochastic solvers draw mini-batch products from."""
+
+    @property
+    def num_terms(self) -> int: ...
+
+    def term_mv(self, k: Int[Array, ""], v: LoraParams) -> LoraParams:
+        """The product of term `k` in [0, num_terms), scaled so that the mean over `k` is `mv(v)`."""
+        ...
 
 
 Key: TypeAlias = jax.Array

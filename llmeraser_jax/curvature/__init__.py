@@ -1,24 +1,55 @@
 """Curvature matrices as operators: products with vectors, never the matrix."""
 
-from llmeraser_jax.curvature.damping import Damped
+from llmeraser_jax.curvature.damping import (
+    BlockDamped,
+    Damped,
+    block_mean_eigenvalues,
+    mean_eigenvalue,
+    relative_damping,
+    stacked_axes,
+)
 from llmeraser_jax.curvature.dense import DenseOperator, materialise
+from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product
 from llmeraser_jax.curvature.hessian import hessian_product
+from llmeraser_jax.curvature.linearised import (
+    LinearisedCurvature,
+    choose_linearisation,
+    linearisation_bytes,
+    make_linearised,
+    product_cost,
+)
 from llmeraser_jax.curvature.operators import (
     CURVATURES,
     Curvature,
     DatasetCurvature,
+    mv_many,
     product_asymmetry,
 )
+from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
 
 __all__ = [
     "CURVATURES",
+    "BlockDamped",
     "Curvature",
     "Damped",
     "DatasetCurvature",
     "DenseOperator",
+    "LinearisedCurvature",
+    "block_mean_eigenvalues",
+    "choose_linearisation",
+    "empirical_fisher_product",
     "gauss_newton_product",
     "hessian_product",
+    "importance_probabilities",
+    "importance_sample",
+    "linearisation_bytes",
+    "make_linearised",
     "materialise",
+    "mean_eigenvalue",
+    "mv_many",
     "product_asymmetry",
+    "product_cost",
+    "relative_damping",
+    "stacked_axes",
 ]

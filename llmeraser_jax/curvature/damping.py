@@ -1,17 +1,24 @@
-"""Damping as a wrapper around any operator."""
+"""Damping as a wrapper around any operator, and scales for it: mean eigenvalues, estimated by products.
+
+A block is one LoRA matrix: one leaf of one layer, where leaves are stacked over layers.
+"""
 
 from __future__ import annotations
 
+from functools import reduce
+
 import flax.struct
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.types import LoraParams, Operator
+from llmeraser_jax.types import FiniteSum, LoraParams, Operator, PyTree
 
 
 @flax.struct.dataclass
 class Damped:
-    """`A + rho I`."""
+    """`A + rho I`. A `types.FiniteSum` where `A` is one."""
 
     operator: Operator
     rho: Float[Array, ""] | float  # damping, at least 0
@@ -20,6 +27,172 @@ class Damped:
     def positive_semidefinite(self) -> bool:
         return self.operator.positive_semidefinite
 
+    @property
+    def min_rho(self) -> Float[Array, ""] | float:
+        """Where `A` is positive semidefinite, no eigenvalue is below this."""
+        return self.rho
+
+    @property
+    def num_terms(self) -> int:
+        return _finite_sum(self.operator).num_terms
+
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho v`."""
         return trees.tree_axpy(self.rho, v, self.operator.mv(v))
+
+    def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
+        """`A_k v + rho v`, the mean of which over `k` is `mv(v)`."""
+        return trees.tree_axpy(self.rho, v, _finite_sum(self.operator).term_mv(jnp.asarray(k), v))
+
+
+@flax.struct.dataclass
+class BlockDamped:
+    """`A + diag(rho_b I)`: one damping for each block. A `types.FiniteSum` where `A` is one.
+
+    Attributes:
+        operator: `A`.
+        rhos: a pytree prefix of adapter space. Each leaf's shape is the beginning of the shapes of the leaves
+            below it: `[]` for one number, `[layers]` for one per layer of leaves stacked over layers.
+    """
+
+    operator: Operator
+    rhos: PyTree
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        return self.operator.positive_semidefinite
+
+    @property
+    def min_rho(self) -> Float[Array, ""]:
+        """The smallest damping of any block: where `A` is positive semidefinite, no eigenvalue is below it."""
+        return reduce(jnp.minimum, (jnp.min(jnp.asarray(rho)) for rho in jax.tree.leaves(self.rhos)))
+
+    @property
+    def num_terms(self) -> int:
+        return _finite_sum(self.operator).num_terms
+
+    def mv(self, v: LoraParams) -> LoraParams:
+        """`A v + rho_b v_b`."""
+        return self._add_damping(v, self.operator.mv(v))
+
+    def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
+        """`A_k v + rho_b v_b`, the mean of which over `k` is `mv(v)`."""
+        return self._add_damping(v, _finite_sum(self.operator).term_mv(jnp.asarray(k), v))
+
+    def _add_damping(self, v: LoraParams, product: LoraParams) -> LoraParams:
+        def add_leaf(rho, x, y):
+            rho = jnp.asarray(rho)
+            if rho.shape != x.shape[: rho.ndim]:
+                msg = f"A damping of shape {rho.shape} was given for a leaf of shape {x.shape}; the leaf's shape "
+                msg += "must begin with it."
+                raise ValueError(msg)
+            rho = rho.reshape(rho.shape + (1,) * (x.ndim - rho.ndim))
+            return (y + rho * x).astype(y.dtype)
+
+        def add(rho, v_below, product_below):
+            return jax.tree.map(lambda x, y: add_leaf(rho, x, y), v_below, product_below)
+
+        return jax.tree.map(add, self.rhos, v, product)
+
+
+def _finite_sum(operator: Operator) -> FiniteSum:
+    if not isinstance(operator, FiniteSum):
+        msg = f"{type(operator).__name__} is no mean of terms; num_terms and term_mv need one that is."
+        raise AttributeError(msg)
+    return operator
+
+
+def stacked_axes(like: LoraParams) -> PyTree:
+    """For each leaf how many leading axes count blocks: 1 below a key "layers", as in `lora.Lora`, else 0."""
+
+    def axes(path, _):
+        return int(any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path))
+
+    return jax.tree_util.tree_map_with_path(axes, like)
+
+
+def mean_eigenvalue(operator: Operator, key: Array, like: LoraParams, num_probes: int = 8) -> Float[Array, ""]:
+    """Estimate of `trace(A) / p`, without bias.
+
+    Hutchinson (1990): the mean of `z'Az` over vectors z of random signs; exact for a diagonal `A`.
+
+    Args:
+        operator: `A`, without damping.
+        key: random key.
+        like: the structure, shapes and dtypes of adapter space.
+        num_probes: products that it takes; the standard error falls as one over its root.
+
+    Raises:
+        ValueError: `num_probes` is below 1.
+    """
+    estimates = _block_traces(operator, key, like, num_probes, jax.tree.map(lambda _: 0, like))
+    return reduce(jnp.add, jax.tree.leaves(estimates)) / trees.tree_size(like)
+
+
+def block_mean_eigenvalues(
+    operator: Operator, key: Array, like: LoraParams, num_probes: int = 8, axes: PyTree | None = None
+) -> PyTree:
+    """Estimate of `trace(A_bb) / p_b` for every block's own `p_b x p_b` matrix on the diagonal, without bias.
+
+    The blocks of one probe share its products. Off-diagonal blocks add variance, none to the expectation.
+
+    Args:
+        operator: `A`, without damping.
+        key: random key.
+        like: the structure, shapes and dtypes of adapter space.
+        num_probes: products that it takes.
+        axes: for each leaf of `like` how many leading axes count blocks; None is `stacked_axes(like)`.
+
+    Returns:
+        The structure of `like`, each leaf [] or [layers]: what `BlockDamped` takes, once scaled.
+
+    Raises:
+        ValueError: `num_probes` is below 1.
+    """
+    axes = stacked_axes(like) if axes is None else axes
+    traces = _block_traces(operator, key, like, num_probes, axes)
+    return jax.tree.map(lambda t, x: t / (x.size // max(t.size, 1)), traces, like)
+
+
+def relative_damping(mean_eigenvalues: PyTree, factor: float, *, floor: float) -> PyTree:
+    """`rho = max(factor * mean eigenvalue, floor)`, for one number or for each block.
+
+    Args:
+        mean_eigenvalues: from `mean_eigenvalue` or `block_mean_eigenvalues`; may be negative where the operator
+            is indefinite or the estimate noisy.
+        factor: above 0.
+        floor: the least damping, above 0. Memorised data shrink the eigenvalues, and a certificate divides by it.
+
+    Raises:
+        ValueError: `factor` or `floor` is not above 0.
+    """
+    if not factor > 0 or not floor > 0:
+        msg = f"factor is {factor} and floor {floor}; both must be above 0."
+        raise ValueError(msg)
+    return jax.tree.map(lambda mean: jnp.maximum(factor * mean, floor), mean_eigenvalues)
+
+
+def _block_traces(operator: Operator, key: Array, like: LoraParams, num_probes: int, axes: PyTree) -> PyTree:
+    if num_probes < 1:
+        msg = f"num_probes is {num_probes}; it must be at least 1."
+        raise ValueError(msg)
+
+    def probe(probe_key):
+        signs = _random_signs(probe_key, like)
+        product = operator.mv(signs)
+
+        def inner(z, az, num_axes):
+            dtype = jnp.promote_types(z.dtype, jnp.float32)
+            return jnp.sum(z.astype(dtype) * az.astype(dtype), axis=tuple(range(num_axes, z.ndim)))
+
+        return jax.tree.map(inner, signs, product, axes)
+
+    samples = jax.lax.map(probe, jax.random.split(key, num_probes))
+    return jax.tree.map(lambda sample: jnp.mean(sample, axis=0), samples)
+
+
+def _random_signs(key: Array, like: LoraParams) -> LoraParams:
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return treedef.unflatten(signs)

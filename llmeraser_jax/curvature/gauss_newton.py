@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from llmeraser_jax.curvature.rematerialisation import store_everything
 from llmeraser_jax.losses import Objective
-from llmeraser_jax.types import Batch, LoraParams
+from llmeraser_jax.types import Batch, ExampleStack, LoraParams
 
 
 def gauss_newton_product(
@@ -34,4 +38,36 @@ def gauss_newton_product(
 
     _, cotangent = jax.jvp(output_gradient, (outputs,), (tangent,))
     (product,) = jax.linear_transpose(jacobian_product, params)(cotangent)
+    return product
+
+
+def linearise_gauss_newton(
+    objective: Objective, params: LoraParams, stack: ExampleStack
+) -> Callable[[LoraParams], LoraParams]:
+    """`v -> sum_i weights_i * J_i' H_out J_i v` over a whole stack, its forward pass made once, here.
+
+    The linear map is a pytree whose leaves are the values that its products need. A product holds the
+    tangents of all examples' outputs at once.
+
+    Args:
+        objective: the loss, convex in the outputs.
+        params: where the matrix is taken.
+        stack: the data and their coefficients.
+    """
+
+    def outputs_fn(p):
+        return tuple(jax.lax.map(lambda b: objective.outputs(p, b), batches) for batches in stack.batches)
+
+    def weighted_loss(outputs):
+        losses = [jax.vmap(objective.output_loss_fn)(o, b) for o, b in zip(outputs, stack.batches, strict=True)]
+        return sum(jnp.sum(w * l) for w, l in zip(stack.weights, losses, strict=True))
+
+    outputs, jacobian_product = jax.linearize(store_everything(outputs_fn), params)
+    _, output_hessian_product = jax.linearize(jax.grad(weighted_loss), outputs)
+    return Partial(sandwich, jacobian_product, output_hessian_product)
+
+
+def sandwich(jacobian_product: Callable, middle: Callable, v: LoraParams) -> LoraParams:
+    """`J' M J v`, with `J'` the transpose of the linear map `jacobian_product`."""
+    (product,) = jax.linear_transpose(jacobian_product, v)(middle(jacobian_product(v)))
     return product

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 from jaxtyping import Array, Float
 
-from llmeraser_jax.losses import Objective, chunk_gradient_sum
-from llmeraser_jax.types import Batch, LoraParams
+from llmeraser_jax import trees
+from llmeraser_jax.curvature.rematerialisation import store_everything
+from llmeraser_jax.losses import Objective, chunk_gradient_sum, scan_weighted_sum
+from llmeraser_jax.types import Batch, ExampleStack, LoraParams
 
 
 def hessian_product(
@@ -28,3 +31,23 @@ def hessian_product(
     """
     gradient = partial(chunk_gradient_sum, objective, batch=batch, weights=weights)
     return jax.jvp(gradient, (params,), (v,))[1]
+
+
+def linearise_hessian(
+    objective: Objective, params: LoraParams, stack: ExampleStack
+) -> Callable[[LoraParams], LoraParams]:
+    """`v -> sum_i weights_i * hess(data loss_i) v` over a whole stack, its gradient computed once, here.
+
+    The linear map is a pytree whose leaves are the values that its products need.
+
+    Args:
+        objective: the loss.
+        params: where the Hessian is taken.
+        stack: the data and their coefficients.
+    """
+
+    def gradient(p):
+        return scan_weighted_sum(partial(chunk_gradient_sum, objective, p), stack, trees.tree_zeros_like(p))
+
+    _, product = jax.linearize(store_everything(gradient), params)
+    return product

@@ -9,11 +9,14 @@ from types import MappingProxyType
 
 import flax.struct
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.gauss_newton import gauss_newton_product
-from llmeraser_jax.curvature.hessian import hessian_product
+from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product, linearise_empirical_fisher
+from llmeraser_jax.curvature.gauss_newton import gauss_newton_product, linearise_gauss_newton
+from llmeraser_jax.curvature.hessian import hessian_product, linearise_hessian
 from llmeraser_jax.losses import Objective, scan_weighted_sum, weight_sum
 from llmeraser_jax.types import ExampleStack, LoraParams, Operator
 
@@ -26,17 +29,46 @@ class Curvature:
         product: `(objective, params, batch, weights, v) -> sum_i weights_i * C_i v` over one micro-batch.
         positive_semidefinite: whether that holds for every data set (weights at least 0).
         gradient_equivalents: cost of the product with one example, in units of one gradient.
+        linearise: `(objective, params, stack) -> (v -> sum_i weights_i * C_i v)`, a linear map that is a pytree
+            and has made its primal pass; None where a kind has none. See `curvature.linearised`.
+        linearise_gradient_equivalents: cost of `linearise` with one example: a gradient for the Hessian, a
+            forward pass where only the network is linearised.
     """
 
     product: Callable[..., LoraParams]
     positive_semidefinite: bool
     gradient_equivalents: float
+    linearise: Callable[..., Callable[[LoraParams], LoraParams]] | None = None
+    linearise_gradient_equivalents: float = 0.0
 
 
+_FORWARD = 1 / 3
+
+# On a frozen base a matrix multiplication forward, its tangent and its transpose cost the same; a gradient is
+# two of them, a Hessian product four, and the two kinds that sandwich a Jacobian three.
 CURVATURES: Mapping[str, Curvature] = MappingProxyType(
     {
-        "hessian": Curvature(hessian_product, positive_semidefinite=False, gradient_equivalents=2.0),
-        "gauss-newton": Curvature(gauss_newton_product, positive_semidefinite=True, gradient_equivalents=1.5),
+        "hessian": Curvature(
+            hessian_product,
+            positive_semidefinite=False,
+            gradient_equivalents=2.0,
+            linearise=linearise_hessian,
+            linearise_gradient_equivalents=1.0,
+        ),
+        "gauss-newton": Curvature(
+            gauss_newton_product,
+            positive_semidefinite=True,
+            gradient_equivalents=1.5,
+            linearise=linearise_gauss_newton,
+            linearise_gradient_equivalents=_FORWARD,
+        ),
+        "empirical-fisher": Curvature(
+            empirical_fisher_product,
+            positive_semidefinite=True,
+            gradient_equivalents=1.5,
+            linearise=linearise_empirical_fisher,
+            linearise_gradient_equivalents=_FORWARD,
+        ),
     }
 )
 
@@ -46,7 +78,7 @@ class DatasetCurvature:
     """`sum_i weights_i * C(z_i)`, each term with the L2 term's `l2 * I`.
 
     The data, and so the linear map, are fixed when the operator is made: the recurrence of a Krylov solver is
-    valid on it. Memory is that of one micro-batch.
+    valid on it. Memory is that of one micro-batch. Its micro-batches are the terms of a `types.FiniteSum`.
     """
 
     objective: Objective
@@ -58,13 +90,61 @@ class DatasetCurvature:
     def positive_semidefinite(self) -> bool:
         return self.kind.positive_semidefinite
 
+    @property
+    def num_terms(self) -> int:
+        """Micro-batches, over all buckets."""
+        return sum(weights.shape[0] for weights in self.stack.weights)
+
+    def _l2(self) -> Float[Array, ""]:
+        return self.objective.l2 * weight_sum(self.stack)
+
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`, micro-batch by micro-batch."""
         product = partial(self.kind.product, self.objective, self.params, v=v)
         data_term = scan_weighted_sum(
             lambda batch, weights: product(batch=batch, weights=weights), self.stack, trees.tree_zeros_like(v)
         )
-        return trees.tree_axpy(self.objective.l2 * weight_sum(self.stack), v, data_term)
+        return trees.tree_axpy(self._l2(), v, data_term)
+
+    def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
+        """`num_terms` times micro-batch `k`'s share of the product, so that the mean over `k` is `mv(v)`.
+
+        Every term has the whole L2 term, which is the same for all of them.
+
+        Args:
+            k: in [0, num_terms), buckets in order; may be traced.
+            v: a vector of adapter space.
+        """
+        counts = [weights.shape[0] for weights in self.stack.weights]
+        starts = np.cumsum([0, *counts])[:-1]
+
+        def from_bucket(bucket):
+            def term(k, v):
+                batch, weights = jax.tree.map(
+                    lambda x: jax.lax.dynamic_index_in_dim(x, k - starts[bucket], keepdims=False),
+                    (self.stack.batches[bucket], self.stack.weights[bucket]),
+                )
+                return self.kind.product(self.objective, self.params, batch, weights, v)
+
+            return term
+
+        k = jnp.asarray(k)
+        bucket = jnp.sum(k >= jnp.asarray(starts)) - 1
+        data_term = jax.lax.switch(bucket, [from_bucket(b) for b in range(len(counts))], k, v)
+        return trees.tree_axpy(self._l2(), v, trees.tree_scale(float(self.num_terms), data_term))
+
+
+def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
+    """`operator` times several vectors, which share the pass over the primal values.
+
+    Args:
+        operator: any.
+        vs: vectors of adapter space on a leading axis `k` of every leaf; memory grows with it.
+
+    Returns:
+        The products, on the same axis.
+    """
+    return jax.vmap(operator.mv)(vs)
 
 
 def product_asymmetry(operator: Operator, key: Array, like: LoraParams) -> Float[Array, ""]:

@@ -1,0 +1,154 @@
+"""Cached linearisation: the same products, without the primal pass, where memory allows."""
+
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llmeraser_jax import trees
+from llmeraser_jax.curvature import (
+    CURVATURES,
+    Curvature,
+    Damped,
+    DatasetCurvature,
+    LinearisedCurvature,
+    choose_linearisation,
+    hessian_product,
+    linearisation_bytes,
+    make_linearised,
+    product_cost,
+)
+from llmeraser_jax.curvature.rematerialisation import store_everything
+from llmeraser_jax.solvers import ConjugateGradients
+from tests.curvature.problem import Compiled, compile_product, decoder_problem, relative_difference
+from tests.small_lm import random_stack
+
+
+def operator_of(kind, dtype):
+    return DatasetCurvature(*decoder_problem(dtype), CURVATURES[kind])
+
+
+class Case(NamedTuple):
+    """A float32 operator, its linearisation, and the products of both."""
+
+    operator: DatasetCurvature
+    cached: LinearisedCurvature
+    recomputed_product: Compiled
+    cached_product: Compiled
+
+
+@pytest.fixture(scope="module", params=list(CURVATURES))
+def case(request):
+    operator = operator_of(request.param, "float32")
+    cached, v = make_linearised(operator), operator.params
+    return Case(operator, cached, *(compile_product(o, v) for o in (operator, cached)))
+
+
+def test_cached_products_equal_recomputed_ones_in_float32(case):
+    v = trees.tree_random_normal(jax.random.key(3), case.operator.params)
+    cached, recomputed = case.cached_product(case.cached, v), case.recomputed_product(case.operator, v)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(cached))
+    assert relative_difference(cached, recomputed) < 1e-6
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_cached_products_equal_recomputed_ones_in_float64(kind):
+    with jax.enable_x64(True):
+        operator = operator_of(kind, "float64")
+        v = trees.tree_random_normal(jax.random.key(3), operator.params)
+        both = jax.jit(lambda op, v: (make_linearised(op).mv(v), op.mv(v)))
+        assert relative_difference(*both(operator, v)) < 1e-13
+
+
+def test_cached_products_are_symmetric_and_as_definite_as_declared(case):
+    u, v = (trees.tree_random_normal(jax.random.key(k), case.operator.params) for k in (1, 2))
+    au, av = (case.cached_product(case.cached, x) for x in (u, v))
+    difference = abs(float(trees.tree_vdot(u, av) - trees.tree_vdot(v, au)))
+    assert difference < 1e-6 * float(trees.tree_norm(u) * trees.tree_norm(av))
+    assert case.cached.positive_semidefinite == case.operator.positive_semidefinite
+    assert not case.cached.positive_semidefinite or float(trees.tree_vdot(u, au)) > 0
+
+
+def test_one_compiled_product_serves_every_linearisation(case):
+    moved = case.operator.replace(params=trees.tree_scale(1.1, case.operator.params))
+    v = case.operator.params
+    got = case.cached_product(choose_linearisation(moved, 10**9), v)
+    assert relative_difference(got, case.recomputed_product(moved, v)) < 1e-6
+    assert relative_difference(got, case.recomputed_product(case.operator, v)) > 1e-3
+
+
+def test_a_cached_product_does_less_work(case):
+    assert case.cached_product.flops < 0.8 * case.recomputed_product.flops
+
+
+def test_conjugate_gradients_take_a_linearised_operator():
+    operator = operator_of("gauss-newton", "float32")
+    solver = ConjugateGradients(rtol=1e-3, max_steps=5)
+    solve = jax.jit(lambda op, b: solver.solve(op, b).value)
+    rhs = operator.params
+    cached, recomputed = (solve(Damped(o, 1.0), rhs) for o in (make_linearised(operator), operator))
+    assert relative_difference(cached, recomputed) < 1e-4
+
+
+def test_the_base_and_the_data_are_not_held_twice(case):
+    operator, cached = case.operator, case.cached
+    kernels = {leaf.shape for leaf in jax.tree.leaves(operator.objective.frozen["layers"]) if leaf.ndim == 3}
+    assert not kernels & {value.shape for value in cached.residuals.values}
+    assert cached.operator.objective.frozen is operator.objective.frozen
+
+
+def test_bytes_are_known_from_shapes(case):
+    assert linearisation_bytes(case.operator) == sum(value.nbytes for value in case.cached.residuals.values) > 0
+
+
+def test_residuals_grow_with_the_data_alone():
+    objective, lora, _ = decoder_problem("float32")
+    one, two, four = (
+        linearisation_bytes(DatasetCurvature(objective, lora, random_stack(n, 3, "float32"), CURVATURES["hessian"]))
+        for n in (1, 2, 4)
+    )
+    assert four - two == 2 * (two - one) > 0
+
+
+def test_the_budget_decides(case):
+    operator = case.operator
+    needed = linearisation_bytes(operator)
+    assert choose_linearisation(operator, needed - 1) is operator
+    assert choose_linearisation(operator, 0) is operator
+    assert isinstance(choose_linearisation(operator, needed), LinearisedCurvature)
+    with pytest.raises(ValueError, match="memory_budget_bytes is -1"):
+        choose_linearisation(operator, -1)
+
+
+def test_a_kind_without_a_linearisation_is_recomputed_or_refused():
+    bare = Curvature(hessian_product, positive_semidefinite=False, gradient_equivalents=2.0)
+    operator = DatasetCurvature(*decoder_problem("float32"), bare)
+    assert choose_linearisation(operator, 10**9) is operator
+    with pytest.raises(ValueError, match="linearise"):
+        make_linearised(operator)
+
+
+def test_costs_are_the_stated_ones():
+    assert [product_cost(kind, cached=False) for kind in CURVATURES.values()] == [2.0, 1.5, 1.5]
+    assert [product_cost(kind, cached=True) for kind in CURVATURES.values()] == [1.0] * 3
+    assert [k.linearise_gradient_equivalents for k in CURVATURES.values()] == [1.0, 1 / 3, 1 / 3]
+
+
+def test_storing_everything_takes_a_checkpoint_apart_at_any_depth():
+    @partial(jax.checkpoint, prevent_cse=False)
+    def layer(x, w):
+        return jnp.sin(x) * w
+
+    def fn(x, ws):
+        return jax.lax.scan(lambda c, w: (jax.jit(layer)(c, w), None), x, ws)[0]
+
+    x, ws = jnp.arange(3.0), jnp.array([0.5, 2.0])
+    value, plain = jax.linearize(fn, x, ws)
+    stored_value, stored = jax.linearize(store_everything(fn), x, ws)
+    chex.assert_trees_all_equal(value, stored_value)
+    chex.assert_trees_all_close(plain(x, ws), stored(x, ws), rtol=1e-6)
+    sines = [str(jax.make_jaxpr(f)(x, ws)).count("cos") for f in (plain, stored)]
+    assert sines[0] > 0 and sines[1] == 0
