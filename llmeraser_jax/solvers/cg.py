@@ -1,13 +1,16 @@
-"""Conjugate gradients (Hestenes and Stiefel 1952) for operators that may turn out indefinite.
+"""Preconditioned conjugate gradients (Hestenes and Stiefel 1952) for operators that may turn out indefinite.
 
 Differs from `jax.scipy.sparse.linalg.cg` in that non-positive curvature stops it with a flag and the iterate
-reached, that the true residual is recomputed at the end, and that the loop is a parameter:
-`jax.lax.while_loop` inside jit, `python_while_loop` over an operator whose products run on streamed data.
+reached, or on the boundary of a trust region (Steihaug 1983), that the true residual is recomputed at the end,
+that the recurrence's coefficients give the extreme Ritz values of the operator, and that the loop is a
+parameter: `jax.lax.while_loop` inside jit, `python_while_loop` over an operator whose products run on streamed
+data (`solvers.streamed`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.status import Status
-from llmeraser_jax.types import LoraParams, Operator, Solution
+from llmeraser_jax.types import LoraParams, Operator, Preconditioner, Solution
 
 
 @flax.struct.dataclass
@@ -29,10 +33,17 @@ class CGState:
     residual: LoraParams  # b - A x by the recurrence
     direction: LoraParams  # A-conjugate to all earlier ones
     residual_sq: Float[Array, ""]  # ||residual||^2
+    residual_dot: Float[Array, ""]  # residual' P^-1 residual; residual_sq without a preconditioner
     num_steps: Int[Array, ""]
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
+    indefinite_preconditioner: Bool[Array, ""]
+    on_boundary: Bool[Array, ""]  # the last step ended at the trust radius
+    # Coefficients of the recurrence, nan where there was no such step. The inverse of alpha, because that stays
+    # finite at zero curvature, and it is kept for a direction of negative curvature too.
+    inverse_alphas: Float[Array, " max_steps"]  # p'Ap / r'P^-1 r
+    betas: Float[Array, " max_steps"]
     history: Float[Array, " max_steps"]
 
 
@@ -43,18 +54,26 @@ def python_while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], st
     return state
 
 
+def _unbounded(radius: float | Array) -> bool:
+    return isinstance(radius, (int, float)) and math.isinf(radius)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConjugateGradients:
     """The solver: hyper-parameters only.
 
     Attributes:
-        rtol: stop when `||b - A x|| <= rtol * ||b||`, by the recurrence; at least the dtype's epsilon.
+        rtol: stop when `||b - A x|| <= rtol * ||b||`, by the recurrence; at least the dtype's epsilon. The norm is
+            Euclidean with and without a preconditioner.
         max_steps: stop after so many products; this is not convergence, and the status says so.
+        radius: stop on the sphere `||x|| = radius` where the next step would leave it, or where the curvature
+            along a direction is not positive (Steihaug 1983).
         while_loop: `(cond, body, state) -> state`.
     """
 
     rtol: float = 1e-2
     max_steps: int = 20
+    radius: float = math.inf
     while_loop: Callable[..., Any] = jax.lax.while_loop
 
     def __post_init__(self) -> None:
@@ -64,81 +83,192 @@ class ConjugateGradients:
         if self.max_steps < 1:
             msg = f"max_steps is {self.max_steps}; it must be at least 1."
             raise ValueError(msg)
+        if not self.radius > 0:
+            msg = f"radius is {self.radius}; it must be above 0 (infinity for no trust region)."
+            raise ValueError(msg)
 
     def _tolerance(self, dtype) -> float:
-        return max(self.rtol, float(jnp.finfo(dtype).eps))
+        return common.effective_tolerance(self.rtol, dtype)
 
-    def init(self, rhs: LoraParams) -> CGState:
+    def init(self, rhs: LoraParams, preconditioner: Preconditioner | None = None) -> CGState:
         """The state at x = 0."""
         rhs_sq = trees.tree_vdot(rhs, rhs)
-        finite = jnp.isfinite(rhs_sq)
+        direction = rhs if preconditioner is None else preconditioner.solve(rhs)
+        rhs_dot = rhs_sq if preconditioner is None else trees.tree_vdot(rhs, direction)
+        finite = jnp.isfinite(rhs_sq) & jnp.isfinite(rhs_dot)
+        positive = rhs_sq > 0
+        never = jnp.zeros((), bool)
+        nothing = jnp.full((self.max_steps,), jnp.nan, rhs_sq.dtype)
         return CGState(
             x=trees.tree_zeros_like(rhs),
             residual=rhs,
-            direction=rhs,
+            direction=direction,
             residual_sq=rhs_sq,
+            residual_dot=rhs_dot,
             num_steps=jnp.zeros((), jnp.int32),
-            running=finite & (rhs_sq > 0),
-            negative_curvature=jnp.zeros((), bool),
+            running=finite & positive & (rhs_dot > 0),
+            negative_curvature=never,
             non_finite=~finite,
-            history=jnp.full((self.max_steps,), jnp.nan, rhs_sq.dtype),
+            indefinite_preconditioner=finite & positive & (rhs_dot <= 0),
+            on_boundary=never,
+            inverse_alphas=nothing,
+            betas=nothing,
+            history=nothing,
         )
 
-    def step(self, operator: Operator, state: CGState, rhs_sq: Float[Array, ""]) -> CGState:
-        """One product. A step that cannot be taken leaves the iterate as it was."""
-        product = operator.mv(state.direction)
-        curvature = trees.tree_vdot(state.direction, product)
+    def step(
+        self,
+        operator: Operator,
+        state: CGState,
+        rhs_sq: Float[Array, ""],
+        preconditioner: Preconditioner | None = None,
+        radius: float | Array = math.inf,
+    ) -> CGState:
+        """One product and what follows from it. A step that cannot be taken leaves the iterate as it was."""
+        return self.advance(state, operator.mv(state.direction), rhs_sq, preconditioner, radius)
+
+    def advance(
+        self,
+        state: CGState,
+        product: LoraParams,
+        rhs_sq: Float[Array, ""],
+        preconditioner: Preconditioner | None = None,
+        radius: float | Array = math.inf,
+    ) -> CGState:
+        """The recurrence after the product `A direction`.
+
+        Args:
+            state: where the recurrence stands.
+            product: `A state.direction`.
+            rhs_sq: `||b||^2`, in the units of the state.
+            preconditioner: the one that `init` had.
+            radius: the trust radius in the units of the state; `self.radius` is not read here.
+        """
+        direction = state.direction
+        curvature = trees.tree_vdot(direction, product)
         negative = curvature <= 0
-        alpha = state.residual_sq / jnp.where(negative, 1, curvature)
+        alpha = state.residual_dot / jnp.where(negative, 1, curvature)
+        x = trees.tree_axpy(alpha, direction, state.x)
+        leaves = jnp.zeros((), bool)
+        if not _unbounded(radius):
+            leaves = (negative | (trees.tree_norm(x) >= radius)) & jnp.isfinite(radius)
+            alpha = jnp.where(leaves, _step_to_sphere(state.x, direction, radius), alpha)
+            x = trees.tree_where(leaves, trees.tree_axpy(alpha, direction, state.x), x)
         residual = trees.tree_axpy(-alpha, product, state.residual)
         residual_sq = trees.tree_vdot(residual, residual)
-        x = trees.tree_axpy(alpha, state.direction, state.x)
-        finite = jnp.isfinite(curvature) & jnp.isfinite(residual_sq) & trees.tree_all_finite(x)
-        taken = finite & ~negative
-        beta = residual_sq / state.residual_sq
-        direction = trees.tree_axpy(beta, state.direction, residual)
-        num_steps = state.num_steps + taken.astype(state.num_steps.dtype)
+        # In the units of a tiny right-hand side a radius may be so large that only the residual's square overflows.
+        finite = jnp.isfinite(curvature) & (jnp.isfinite(residual_sq) | leaves) & trees.tree_all_finite(x)
+        taken = finite & (leaves | ~negative)
         relative = jnp.sqrt(residual_sq / rhs_sq)
+        num_steps = state.num_steps + taken.astype(state.num_steps.dtype)
+        unfinished = (relative > self._tolerance(relative.dtype)) & (num_steps < self.max_steps)
+        running = taken & ~leaves & unfinished
+
+        preconditioned = residual if preconditioner is None else preconditioner.solve(residual)
+        residual_dot = residual_sq if preconditioner is None else trees.tree_vdot(residual, preconditioned)
+        beta = residual_dot / state.residual_dot
+        new_direction = trees.tree_axpy(beta, direction, preconditioned)
+        useless = running & ~(residual_dot > 0)
+        non_finite_dot = running & ~jnp.isfinite(residual_dot)
+
+        at = state.num_steps
+        inverse_alpha = jnp.where(finite, curvature / state.residual_dot, jnp.nan)
+        moved = taken & ~leaves
         return CGState(
             x=trees.tree_where(taken, x, state.x),
             residual=trees.tree_where(taken, residual, state.residual),
-            direction=trees.tree_where(taken, direction, state.direction),
+            direction=trees.tree_where(moved, new_direction, direction),
             residual_sq=jnp.where(taken, residual_sq, state.residual_sq),
+            residual_dot=jnp.where(moved, residual_dot, state.residual_dot),
             num_steps=num_steps,
-            running=taken & (relative > self._tolerance(relative.dtype)) & (num_steps < self.max_steps),
+            running=running & ~useless & ~non_finite_dot,
             negative_curvature=state.negative_curvature | (finite & negative),
-            non_finite=state.non_finite | ~finite,
-            history=jnp.where(taken, state.history.at[state.num_steps].set(relative), state.history),
+            non_finite=state.non_finite | ~finite | non_finite_dot,
+            indefinite_preconditioner=state.indefinite_preconditioner | (useless & ~non_finite_dot),
+            on_boundary=state.on_boundary | (taken & leaves),
+            inverse_alphas=state.inverse_alphas.at[at].set(inverse_alpha),
+            betas=state.betas.at[at].set(jnp.where(moved, beta, jnp.nan)),
+            history=jnp.where(taken, state.history.at[at].set(relative), state.history),
         )
 
-    def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
+    def solve(
+        self,
+        operator: Operator,
+        rhs: LoraParams,
+        preconditioner: Preconditioner | None = None,
+        radius: float | Array | None = None,
+    ) -> Solution:
         """Solves `A x = rhs` from x = 0.
 
         Args:
             operator: symmetric; where it is not positive definite the solution says so.
             rhs: a vector of adapter space, float32 or wider.
+            preconditioner: symmetric positive definite; where a residual shows that it is not, the status says so.
+            radius: the trust radius, where it changes from solve to solve under one jit; `self.radius` if None.
+                The ball is Euclidean. With a preconditioner the norm of the iterates need not grow
+                (that of `P` does), and the first step that leaves the ball ends the solve.
 
         Returns:
             The solution; `relative_residual` is recomputed from the definition, at one more product.
+            `ritz_extremes` are those of `A`, and with a preconditioner those of `P^-1 A` (equally of
+            `P^-1/2 A P^-1/2`); a direction of non-positive curvature that stopped the solve is in them.
         """
-        # In units of its largest entry, so that neither a huge nor a tiny right-hand side leaves the range.
-        scale = trees.tree_max_abs(rhs)
-        scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
-        unit_rhs = trees.tree_scale(1 / scale, rhs)
-        start = self.init(unit_rhs)
+        unit_rhs, unit = common.to_units(rhs)
+        unit_radius = self.unit_radius(radius, unit)
+        start = self.init(unit_rhs, preconditioner)
         rhs_sq = start.residual_sq
-        state = self.while_loop(lambda s: s.running, lambda s: self.step(operator, s, rhs_sq), start)
-        true_residual = trees.tree_norm(trees.tree_sub(unit_rhs, operator.mv(state.x)))
-        positive = jnp.isfinite(rhs_sq) & (rhs_sq > 0)
-        relative = jnp.where(positive, true_residual / jnp.sqrt(jnp.where(positive, rhs_sq, 1)), 0.0)
+        state = self.while_loop(
+            lambda s: s.running, lambda s: self.step(operator, s, rhs_sq, preconditioner, unit_radius), start
+        )
+        return self.finish(operator, unit_rhs, unit, rhs_sq, state)
+
+    def unit_radius(self, radius: float | Array | None, unit: Float[Array, ""]) -> float | Array:
+        """The trust radius in the units of the state; a plain infinity, which costs nothing, stays one."""
+        radius = self.radius if radius is None else radius
+        return math.inf if _unbounded(radius) else jnp.asarray(radius) / unit
+
+    def finish(
+        self,
+        operator: Operator,
+        unit_rhs: LoraParams,
+        unit: Float[Array, ""],
+        rhs_sq: Float[Array, ""],
+        state: CGState,
+    ) -> Solution:
+        """The solution that a stopped loop stands for, at one more product."""
+        relative = common.true_relative_residual(operator, unit_rhs, state.x)
         return Solution(
-            value=trees.tree_scale(scale, state.x),
+            value=trees.tree_scale(unit, state.x),
             status=_status(state, rhs_sq, relative, self._tolerance(rhs_sq.dtype)),
             num_steps=state.num_steps,
             relative_residual=relative,
             negative_curvature=state.negative_curvature,
             history=state.history,
+            ritz_extremes=_ritz_extremes(state.inverse_alphas, state.betas),
         )
+
+
+def _step_to_sphere(x: LoraParams, direction: LoraParams, radius: float | Array) -> Float[Array, ""]:
+    """The positive `t` with `||x + t direction|| = radius`, for `||x|| < radius`."""
+    # In units of the radius and of the direction's length, so that no square leaves the range.
+    length = trees.tree_norm(direction)
+    inside = trees.tree_scale(1 / radius, x)
+    along = trees.tree_vdot(inside, direction) / length
+    room = jnp.maximum((1 - trees.tree_norm(inside)) * (1 + trees.tree_norm(inside)), 0)
+    root = jnp.sqrt(along**2 + room)
+    # The form without cancellation, whichever way the direction points.
+    t = jnp.where(along > 0, room / jnp.where(along > 0, root + along, 1), root - along)
+    return t * radius / length
+
+
+def _ritz_extremes(inverse_alphas: Float[Array, " n"], betas: Float[Array, " n"]) -> Float[Array, 2]:
+    """Extremes of the Lanczos matrix: `T_kk = 1/alpha_k + beta_k-1/alpha_k-1`, `T_k,k+1 = sqrt(beta_k)/alpha_k`.
+
+    Golub and Van Loan, Matrix Computations, section on the conjugate gradient and Lanczos connection.
+    """
+    earlier = jnp.concatenate([jnp.zeros_like(betas[:1]), (betas * inverse_alphas)[:-1]])
+    off_diagonal = jnp.sqrt(jnp.maximum(betas, 0)) * inverse_alphas
+    return common.tridiagonal_extremes(inverse_alphas + earlier, off_diagonal, ~jnp.isnan(inverse_alphas))
 
 
 def _status(
@@ -150,5 +280,7 @@ def _status(
     ended = jnp.where(converged, reached, Status.MAX_STEPS)
     at_start = jnp.where(state.num_steps == 0, Status.NEGATIVE_CURVATURE_AT_START, Status.NEGATIVE_CURVATURE)
     ended = jnp.where(state.negative_curvature, at_start, ended)
+    ended = jnp.where(state.on_boundary, Status.TRUST_RADIUS, ended)
+    ended = jnp.where(state.indefinite_preconditioner, Status.INDEFINITE_PRECONDITIONER, ended)
     ended = jnp.where(rhs_sq == 0, Status.ZERO_RHS, ended)
     return jnp.where(state.non_finite, Status.NON_FINITE, ended).astype(jnp.int32)

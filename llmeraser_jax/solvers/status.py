@@ -18,6 +18,10 @@ class Status(IntEnum):
     ZERO_RHS = 4
     NON_FINITE = 5
     RESIDUAL_DRIFT = 6
+    TRUST_RADIUS = 7
+    DIVERGED = 8
+    INDEFINITE_PRECONDITIONER = 9
+    LEAST_SQUARES = 10
 
 
 _WORDS = {
@@ -36,9 +40,29 @@ _WORDS = {
     ),
     Status.ZERO_RHS: "failed: the right-hand side is zero, so there is nothing to solve",
     Status.NON_FINITE: "failed: a product or the right-hand side was not finite",
+    Status.TRUST_RADIUS: "stopped on the boundary of the trust region: the solution is longer than the radius",
+    Status.DIVERGED: (
+        "failed: the iteration diverged; lower the learning rate, raise the scale or the damping, "
+        "or use conjugate gradients"
+    ),
+    Status.INDEFINITE_PRECONDITIONER: (
+        "failed: the preconditioner is not positive definite; damp it, or solve without one"
+    ),
+    Status.LEAST_SQUARES: (
+        "not converged: no exact solution exists; stopped at a least-squares solution, whose residual the "
+        "operator maps to zero"
+    ),
 }
 
-_FAILURES = frozenset({Status.NEGATIVE_CURVATURE_AT_START, Status.ZERO_RHS, Status.NON_FINITE})
+_FAILURES = frozenset(
+    {
+        Status.NEGATIVE_CURVATURE_AT_START,
+        Status.ZERO_RHS,
+        Status.NON_FINITE,
+        Status.DIVERGED,
+        Status.INDEFINITE_PRECONDITIONER,
+    }
+)
 
 
 class SolverError(RuntimeError):

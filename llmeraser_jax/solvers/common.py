@@ -1,0 +1,66 @@
+"""What several solvers need: units, the residual by its definition, extremes of a tridiagonal matrix."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llmeraser_jax import trees
+from llmeraser_jax.types import LoraParams, Operator
+
+
+def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:
+    """The right-hand side in units of its largest entry, and that unit.
+
+    Squares of a huge or a tiny right-hand side leave the range of float32; those of one in its own units do not.
+    The unit of a zero or non-finite right-hand side is 1.
+    """
+    unit = trees.tree_max_abs(rhs)
+    unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1)
+    return trees.tree_scale(1 / unit, rhs), unit
+
+
+def relative_to(residual: LoraParams, rhs_norm: Float[Array, ""]) -> Float[Array, ""]:
+    """`||residual|| / rhs_norm`; 0 for a zero or non-finite `rhs_norm`, infinity where it overflows."""
+    positive = jnp.isfinite(rhs_norm) & (rhs_norm > 0)
+    ratio = trees.tree_norm(residual) / jnp.where(positive, rhs_norm, 1)
+    return jnp.where(positive, jnp.where(jnp.isnan(ratio), jnp.inf, ratio), 0.0)
+
+
+def true_relative_residual(operator: Operator, unit_rhs: LoraParams, x: LoraParams) -> Float[Array, ""]:
+    """`||b - A x|| / ||b||` from the definition, at one product; `b` and `x` in the same units."""
+    return relative_to(trees.tree_sub(unit_rhs, operator.mv(x)), trees.tree_norm(unit_rhs))
+
+
+def effective_tolerance(rtol: float, dtype) -> float:
+    """`rtol`, but at least the dtype's epsilon: rounding makes anything lower unreachable."""
+    return max(rtol, float(jnp.finfo(dtype).eps))
+
+
+def tridiagonal_extremes(
+    diagonal: Float[Array, " n"], off_diagonal: Float[Array, " n"], used: Bool[Array, " n"]
+) -> Float[Array, 2]:
+    """Least and largest eigenvalue of the leading block of a symmetric tridiagonal matrix.
+
+    Args:
+        diagonal: the diagonal; read where `used`.
+        off_diagonal: entry `i` couples `i` and `i + 1`; read where both are `used`.
+        used: true for the leading rows that exist, false from there on.
+
+    Returns:
+        [least, largest]; nan where no row is used.
+    """
+    # An unused row holds the first diagonal entry alone: a Rayleigh quotient of the used block, which lies
+    # between its extremes and so adds none.
+    diagonal = jnp.where(used, diagonal, diagonal[0])
+    coupled = used[:-1] & used[1:]
+    off = jnp.where(coupled, off_diagonal[:-1], 0)
+    sound = used[0] & jnp.all(jnp.isfinite(diagonal)) & jnp.all(jnp.isfinite(off))
+    matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    eigenvalues = jnp.linalg.eigvalsh(jnp.where(sound, matrix, jnp.eye(len(diagonal), dtype=matrix.dtype)))
+    return jnp.where(sound, eigenvalues[jnp.array([0, -1])], jnp.nan)
+
+
+def leading(count: Int[Array, ""], length: int) -> Bool[Array, " length"]:
+    """True at the first `count` of `length` places."""
+    return jnp.arange(length) < count

@@ -1,0 +1,97 @@
+"""The paper's solver: mini-batch SGD or Adam on the quadratic program whose minimiser is the step.
+
+Ding et al. (ICLR 2025, arXiv 2412.00383) write the influence step as the minimiser of the finite sum
+`F(d) = (1/n) sum_i [1/2 d' hess l(z_i) d - b'd]` and descend on it with gradients `H_batch d - b` of mini-batches.
+Where `H` has negative eigenvalues `F` has no minimiser and the descent diverges along them; damping is the
+operator's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+from llmeraser_jax import trees
+from llmeraser_jax.solvers import descent
+from llmeraser_jax.types import LoraParams, Operator, Solution
+
+_OPTIMISERS = {"sgd": optax.sgd, "adam": optax.adam}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuadraticDescent:
+    """The solver: hyper-parameters only.
+
+    Attributes:
+        optimiser: `sgd` or `adam`.
+        learning_rate: of the optimiser. SGD needs it below 2 over the largest eigenvalue of a mini-batch; Adam's is
+            the size of a step in each number, whatever the right-hand side's.
+        num_steps: mini-batch products; all are taken.
+        batch_terms: terms of the sum in a mini-batch, drawn uniformly and independently.
+        seed: of the draws.
+        average: return the mean of the iterates (Polyak and Juditsky 1992) in place of the last one.
+        rtol: call the solution converged where the true relative residual is at most this.
+    """
+
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.1
+    num_steps: int = 100
+    batch_terms: int = 1
+    seed: int = 0
+    average: bool = False
+    rtol: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in _OPTIMISERS:
+            msg = f"optimiser is {self.optimiser!r}; it must be one of {', '.join(_OPTIMISERS)}."
+            raise ValueError(msg)
+        if not self.learning_rate > 0:
+            msg = f"learning_rate is {self.learning_rate}; it must be above 0."
+            raise ValueError(msg)
+        for name in ("num_steps", "batch_terms"):
+            if getattr(self, name) < 1:
+                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
+                raise ValueError(msg)
+        if not 0 <= self.rtol < 1:
+            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
+            raise ValueError(msg)
+
+    def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
+        """Descends on `1/2 d'Hd - rhs'd` from d = 0.
+
+        Args:
+            operator: a `types.FiniteSum`; its terms are the mini-batches' examples.
+            rhs: a vector of adapter space, float32 or wider.
+
+        Returns:
+            The solution. `history` holds mini-batch estimates `||b - H_batch d|| / ||b||` before each step, which
+            are noisy and not the residual; `relative_residual` is the true one. The status is `DIVERGED`, with
+            the last finite iterate, where numbers left the range or where the end is worse than no step.
+            `negative_curvature` says that `d'Hd <= 0` at the end. `ritz_extremes` are nan.
+
+        Raises:
+            TypeError: the operator is no finite sum.
+        """
+        terms = descent.require_finite_sum(operator, self)
+        key = jax.random.key(self.seed)
+
+        def gradient(step, d):
+            draw = jax.random.randint(jax.random.fold_in(key, step), (self.batch_terms,), 0, terms.num_terms)
+            return trees.tree_sub(descent.mean_of_terms(terms, draw, d), rhs)
+
+        optimiser = _OPTIMISERS[self.optimiser](self.learning_rate)
+        state = descent.descend(optimiser, gradient, trees.tree_zeros_like(rhs), rhs, self.num_steps)
+        return descent.conclude(
+            operator,
+            rhs,
+            state.mean if self.average else state.x,
+            self.rtol,
+            num_steps=state.num_steps,
+            non_finite=state.non_finite,
+            diverged=state.diverged,
+            history=state.history,
+            worse_than_nothing_diverged=True,
+        )
