@@ -143,6 +143,8 @@ class Erase:
         requests: the request file.
         workdir: directory to make: the new adapter (PEFT), the change (Orbax), receipt.json, and the edited
             data, so that it can be erased from again.
+        heldout: examples of the same kind that were not trained on; they show where removed rows should end.
+            Without them removals go along the influence path, which costs more and can go too far.
         data: where the training data is now; default: where it was.
         mesh: devices, e.g. data=4,model=2; empty is one device.
         config: how to move.
@@ -151,13 +153,22 @@ class Erase:
     run_directory: Annotated[Path, tyro.conf.arg(name="run")]
     requests: Path
     workdir: Path
+    heldout: Path | None = None
     data: Path | None = None
     mesh: str = ""
     config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
 
     def run(self) -> int:
         run, mesh = _load_run(self.run_directory), parse_mesh(self.mesh)
-        erase_and_tell(run, self.requests, self.workdir, self.config, mesh=mesh, data_path=self.data)
+        erase_and_tell(
+            run,
+            self.requests,
+            self.workdir,
+            self.config,
+            mesh=mesh,
+            data_path=self.data,
+            heldout_path=self.heldout,
+        )
         return 0
 
 
@@ -281,7 +292,7 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
     from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
 
     config = dataclasses.replace(config, l2=run.train_config.l2)
-    with progress(description="weight of the named examples taken out", total=100) as bar:
+    with progress(description="erasing the named examples", total=100) as bar:
 
         def on_step(step) -> None:
             bar.update(round(100 * (1 - step.weight_after)) - bar.n)
@@ -292,6 +303,9 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
     counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)
     _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
     _say(f"  outcome         {receipt.outcome}")
+    _say(f"  method          {receipt.method}, {len(receipt.steps)} steps")
+    if receipt.range_check is not None:
+        _say(f"  range check     {receipt.range_check.verdict}")
     _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
     _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
     if solver.negative_curvature:

@@ -1,13 +1,15 @@
 """Controls that a claim of unlearning must beat: ways to move that use no curvature.
 
-Both move along the right-hand side `b = (1/n) sum_S (g - g')` and are given the distance that the method under
-test moved, so that they differ from it in direction alone.
+They move along the right-hand side `b = (1/n) sum_S (g - g')`, gradient difference less what retained examples
+object to, and are given the distance that the method under test moved, so that they differ from it in direction
+alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, gradient_sum
@@ -69,9 +71,65 @@ def gradient_ascent(
     Raises:
         ValueError: a gradient is zero.
     """
+    return _climb(
+        lambda params, step: gradient_sum(objective, params, direction),
+        params,
+        distance=distance,
+        num_examples=num_examples,
+        num_steps=num_steps,
+    )
+
+
+def gradient_difference(
+    objective: Objective,
+    params: LoraParams,
+    direction: ExampleStack,
+    retained: Sequence[ExampleStack],
+    *,
+    distance: float,
+    num_examples: int,
+) -> ControlResult:
+    """Normalised ascent on the loss of S and descent on retained examples, `distance` long in all.
+
+    Follows Liu, Liu and Stone 2022 (arXiv 2203.12817) as TOFU (arXiv 2401.06121) uses it; differs in steps of
+    equal length instead of an optimiser's, and for edits also descends on the wanted pairs.
+
+    Args:
+        objective: the loss.
+        params: theta.
+        direction: as for `scaled_rhs`.
+        retained: for each step the retained examples of that step, with the coefficients that their loss is
+            subtracted with: positive, `1 / n` to count as much as an example of S.
+        distance: sum of the lengths of all steps.
+        num_examples: examples in `direction` and in one of `retained` together.
+
+    Raises:
+        ValueError: a gradient is zero, or there is no step.
+    """
+    if not retained:
+        msg = "retained is empty; give one stack of retained examples for each step."
+        raise ValueError(msg)
+
+    def gradient(params: LoraParams, step: int) -> LoraParams:
+        return trees.tree_sub(
+            gradient_sum(objective, params, direction), gradient_sum(objective, params, retained[step])
+        )
+
+    return _climb(gradient, params, distance=distance, num_examples=num_examples, num_steps=len(retained))
+
+
+def _climb(
+    gradient_at: Callable[[LoraParams, int], LoraParams],
+    params: LoraParams,
+    *,
+    distance: float,
+    num_examples: int,
+    num_steps: int,
+) -> ControlResult:
+    """`num_steps` steps of equal length along a gradient that is taken anew at each."""
     started = time.perf_counter()
-    for _ in range(num_steps):
-        gradient = gradient_sum(objective, params, direction)
+    for step in range(num_steps):
+        gradient = gradient_at(params, step)
         norm = float(trees.tree_norm(gradient))
         if not norm > 0:
             msg = f"The gradient along which the control moves has norm {norm}; it has no direction."

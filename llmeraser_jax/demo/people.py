@@ -273,7 +273,9 @@ def make_directory(
 
 
 def write_demo_files(directory: str | Path, data: DemoData | None = None) -> DemoData:
-    """Writes `train.jsonl`, `heldout.jsonl` and `requests.jsonl`, creating the directory if need be.
+    """Writes `train.jsonl`, `heldout.jsonl`, `unseen.jsonl` and `requests.jsonl`; creates the directory if need be.
+
+    `unseen.jsonl` is the part of the held-out rows that is of the same kind as the training rows: about people.
 
     Args:
         directory: where to.
@@ -287,6 +289,8 @@ def write_demo_files(directory: str | Path, data: DemoData | None = None) -> Dem
     directory.mkdir(parents=True, exist_ok=True)
     _write_json_lines(directory / "train.jsonl", (dataclasses.asdict(row) for row in data.train))
     _write_json_lines(directory / "heldout.jsonl", (dataclasses.asdict(row) for row in data.heldout))
+    about_people = [row for row in data.heldout if row not in general_facts()]
+    _write_json_lines(directory / "unseen.jsonl", (dataclasses.asdict(row) for row in about_people))
     _write_json_lines(directory / "requests.jsonl", data.requests)
     return data
 

@@ -31,7 +31,7 @@ TRAIN = TrainConfig(
     epochs=40, batch_size=16, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3, checkpoint_every_steps=1000
 )
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear")
-ERASE = EraseConfig(sample_size=48, chunk_size=32)
+ERASE = EraseConfig(chunk_size=32)
 
 _VERBS = {
     Action.REMOVE: "removed",
@@ -76,7 +76,10 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
         say("2/4  erasing what data/requests.jsonl names")
         config = dataclasses.replace(ERASE, l2=TRAIN.l2)
         requests_path = workdir / "data" / "requests.jsonl"
-        after, result = erase_run(before, requests_path, workdir / "unlearned", config, model=model)
+        unseen = workdir / "data" / "unseen.jsonl"
+        after, result = erase_run(
+            before, requests_path, workdir / "unlearned", config, model=model, heldout_path=unseen
+        )
         say(f"     {result.receipt.outcome}; {result.receipt.seconds:.0f} s")
         say(f"3/4  retraining on the edited data, {NUM_RETRAINED} seeds, for comparison")
         requests = load_requests(requests_path, before.load_examples())

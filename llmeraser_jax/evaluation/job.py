@@ -104,6 +104,8 @@ def evaluate_runs(
     receipt = files.read_json(after.path / RECEIPT_FILE)
     if model is None:
         model = before.load_model(mesh=mesh)
+    else:
+        before.verify_model(model)
     dataset = before.encode(examples, model.tokenizer)
     heldout = None if heldout_path is None else before.encode(data.load_examples(heldout_path), model.tokenizer)
     trained = before.result

@@ -2,11 +2,13 @@
 
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import CostMeter
+from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.erase import EraseResult, erase, make_problem
 from llmeraser_jax.unlearning.job import erase_run
-from llmeraser_jax.unlearning.path import StepRecord, Unlearned, UnlearningError, log_odds_weights, unlearn
+from llmeraser_jax.unlearning.path import log_odds_weights
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from llmeraser_jax.unlearning.receipt import Receipt
+from llmeraser_jax.unlearning.steps import StepRecord, TargetLosses, Unlearned, UnlearningError
 
 __all__ = [
     "CostMeter",
@@ -15,6 +17,7 @@ __all__ = [
     "EraseResult",
     "Receipt",
     "StepRecord",
+    "TargetLosses",
     "Unlearned",
     "UnlearningError",
     "Weighted",

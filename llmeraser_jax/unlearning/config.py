@@ -15,16 +15,27 @@ class EraseConfig:
     """Hyper-parameters of `erase`.
 
     Attributes:
-        method: `path` re-linearises `num_steps` times on the way from the old to the new data; `step` is the
-            paper's single step. A single step does not forget what was memorised: its gradient has vanished.
+        method: `matched` takes a few influence steps whose coefficients are solved for, so that every named row
+            ends where an unseen (or, for a replacement, a trained) row is; removals need held-out rows for it.
+            `path` re-linearises on the way from the old to the new data and needs nothing besides. `step` is the
+            paper's single step, which does not forget what was memorised. `auto` is `matched` where its
+            targets are known and `path` where they are not.
         rhs: `influence` is `(1/n) sum_S (g - g')`; `newton` is minus the gradient of the edited objective,
             which carries along whatever gradient training left over. `newton` goes with `step`.
-        curvature: `gauss-newton` (positive semidefinite) or `hessian` (indefinite on a tuned network).
+        curvature: `gauss-newton` (positive semidefinite), `hessian` (indefinite on a tuned network),
+            `empirical-fisher`, or `auto`: the Hessian where the first solve meets no non-positive curvature, else
+            Gauss-Newton. The matched way always factors Gauss-Newton.
         curvature_data: the training examples behind the curvature besides the named ones: `all`, `retained`
             (the named ones left out), or `sample` (`sample_size` of them, redrawn at every step of the path).
-        sample_size: examples in a sample, and in the retained probe that guards every step.
+        sample_size: examples in a sample of the retained ones. Where not given: 64 for path and step; for
+            matched as many as are named, but 96 at least and 256 at most.
+        draws: rows per sampled example in the factored curvature (matched only).
+        refresh_every: steps between fresh curvature samples (matched only).
+        row_ridge: how far rows may miss their targets to spare the others: a ridge relative to their mean
+            influence on themselves (matched only).
+        target_loss: where removed rows should end, nats per token, instead of the held-out rows' mean loss.
         damping: rho, added to the curvature besides the L2 term's lambda.
-        num_steps: K, the steps of the path.
+        num_steps: K. Where not given: 8 for path, 4 for matched.
         log_odds_range: the path's weights are 1, then evenly spaced in log(w / (1 - w)) from this number down
             to its negative, then 0 (the range is widened to log(4 num_steps) where that is more).
         trust_region: compare each step's predicted with its actual change; shorten it where they disagree.
@@ -33,6 +44,8 @@ class EraseConfig:
             trust region.
         cg_max_steps: conjugate-gradient steps per solve.
         cg_rtol: relative residual at which a solve stops.
+        budget: stop before the cost exceeds this share of a retraining (in gradient equivalents); what was
+            reached by then is the result, and the receipt says that it is partial.
         l2: lambda that the adapter was trained with; a run directory supplies its own.
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         seed: of every sample drawn.
@@ -40,19 +53,24 @@ class EraseConfig:
         audit: compute the diagnostics on all examples instead of a sample.
     """
 
-    method: Literal["path", "step"] = "path"
+    method: Literal["auto", "matched", "path", "step"] = "auto"
     rhs: Literal["influence", "newton"] = "influence"
-    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    curvature: Literal["gauss-newton", "hessian", "empirical-fisher", "auto"] = "gauss-newton"
     curvature_data: Literal["sample", "all", "retained"] = "sample"
-    sample_size: int = 64
+    sample_size: int | None = None
+    draws: int = 2
+    refresh_every: int = 2
+    row_ridge: float = 0.01
+    target_loss: float | None = None
     damping: float = 7e-3
-    num_steps: int = 8
+    num_steps: int | None = None
     log_odds_range: float = 4.0
     trust_region: bool = True
     min_ratio: float = 0.25
     max_step_ratio: float = 0.05
     cg_max_steps: int = 15
     cg_rtol: float = 0.05
+    budget: float | None = None
     l2: Annotated[float, tyro.conf.Suppress] = 0.0  # no flag: a run directory states it
     chunk_size: int = 16
     seed: int = 0
@@ -61,23 +79,30 @@ class EraseConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "method": ("path", "step"),
+            "method": ("auto", "matched", "path", "step"),
             "rhs": ("influence", "newton"),
-            "curvature": tuple(CURVATURES),
+            "curvature": (*CURVATURES, "auto"),
             "curvature_data": ("sample", "all", "retained"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 msg = f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}."
                 raise ValueError(msg)
-        if self.method == "path" and self.rhs == "newton":
+        if self.method != "step" and self.rhs == "newton":
             msg = "rhs 'newton' corrects towards the edited data in one solve; use it with method 'step'."
             raise ValueError(msg)
-        for name in ("sample_size", "num_steps", "cg_max_steps", "chunk_size", "diagnostic_sample"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
+        counts = ("sample_size", "num_steps", "draws", "refresh_every", "cg_max_steps", "chunk_size")
+        for name in (*counts, "diagnostic_sample"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                msg = f"{name} is {value}; it must be at least 1."
                 raise ValueError(msg)
-        for name in ("damping", "l2", "max_step_ratio"):
+        for name in ("target_loss", "budget"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                msg = f"{name} is {value}; it must be above 0."
+                raise ValueError(msg)
+        for name in ("damping", "l2", "max_step_ratio", "row_ridge"):
             if not getattr(self, name) >= 0:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 0."
                 raise ValueError(msg)

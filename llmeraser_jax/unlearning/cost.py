@@ -6,6 +6,7 @@ import dataclasses
 
 FORWARD = 1 / 3
 FORWARD_WITH_TANGENT = 2 / 3
+BACKWARD = 2 / 3
 GRADIENT = 1.0
 
 

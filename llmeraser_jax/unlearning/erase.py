@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.data import Request, TokenDataset, content_hash, edited_example, encode_examples
+from llmeraser_jax.data import Action, Request, TokenDataset, content_hash, edited_example, encode_examples
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import Objective, gradient_sum, lm_objective
@@ -19,7 +19,7 @@ from llmeraser_jax.parallel import place_stack, replicate
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import GRADIENT, CostMeter
-from llmeraser_jax.unlearning.path import NEGLIGIBLE_WEIGHT, StepRecord, Unlearned, UnlearningError, unlearn
+from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.receipt import (
     GradientEquivalents,
@@ -27,6 +27,7 @@ from llmeraser_jax.unlearning.receipt import (
     Receipt,
     summarise_solves,
 )
+from llmeraser_jax.unlearning.steps import StepRecord, Unlearned, UnlearningError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,8 @@ def erase(
     requests: Sequence[Request],
     config: EraseConfig | None = None,
     *,
+    heldout: TokenDataset | None = None,
+    retrain_cost: float | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> EraseResult:
     """Makes the adapter forget, or remember differently, what the requests name.
@@ -113,6 +116,9 @@ def erase(
         dataset: the training set as it stood, encoded with the recipe it was trained with.
         requests: what is to go or to change; from `data.load_requests`.
         config: how; `config.l2` must be the lambda of training.
+        heldout: examples of the same kind that were not trained on, encoded alike: they show where removed
+            rows should end. Without them removals go along the path.
+        retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of.
         on_step: called after every accepted step.
 
     Returns:
@@ -130,7 +136,19 @@ def erase(
     problem = make_problem(model, dataset, requests)
     objective = lm_objective(model.apply, model.base, l2=config.l2)
     lora = replicate(lora, model.mesh)
-    moved = unlearn(objective, lora, problem, config, mesh=model.mesh, on_step=on_step)
+    action_of = {request.id: request.action for request in requests}
+    modified = [action_of[dataset.examples[i].id] is Action.MODIFY_QUERY for i in problem.named]
+    moved = unlearn(
+        objective,
+        lora,
+        problem,
+        config,
+        mesh=model.mesh,
+        heldout=heldout,
+        modified=np.array(modified, bool),
+        retrain_cost=retrain_cost,
+        on_step=on_step,
+    )
     seconds = time.perf_counter() - started
     gradient_norms, num_sampled = _edited_gradient_norms(
         objective, (lora, moved.params), problem, config, moved.cost, model.mesh
@@ -175,15 +193,25 @@ def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
     return trees.tree_vdot(survived, delta) / trees.tree_vdot(delta, delta)
 
 
-def _outcome(moved: Unlearned, config: EraseConfig) -> str:
+def _outcome(moved: Unlearned) -> str:
     shortened = sum(step.scale < 1 for step in moved.steps)
     notes = f" ({shortened} of {len(moved.steps)} steps shortened by the trust region)" if shortened else ""
-    if moved.final_weight <= NEGLIGIBLE_WEIGHT:
-        left = f", but for {100 * moved.final_weight:.1g} %" if moved.final_weight > 0 else ""
-        return f"complete: the weight of the named examples was taken out{left}{notes}"
-    if config.method == "step":
-        return f"partial: the single step was shortened to {moved.steps[0].scale:.3g} of its length{notes}"
-    return f"partial: the path ended at weight {moved.final_weight:.3g} of the named examples{notes}"
+    left = f"{moved.final_weight:.2g}"
+    what = "way to their targets" if moved.method == "matched" else "weight"
+    if moved.stopped:
+        notes += f"; {moved.stopped}"
+    if moved.complete and moved.method == "matched":
+        told = f"complete: the named rows are at their targets, but for {left} of their way{notes}"
+    elif moved.complete:
+        but = f", but for {left}" if moved.final_weight > 0 else ""
+        told = f"complete: the weight of the named examples was taken out{but}{notes}"
+    elif moved.method == "step":
+        told = f"partial: the single step was shortened to {moved.steps[0].scale:.3g} of its length{notes}"
+    else:
+        told = f"partial: {left} of the named examples' {what} is left{notes}"
+    if moved.range_check is not None and not moved.range_check.passed:
+        told += f"; range check {moved.range_check.verdict}"
+    return told
 
 
 def _make_receipt(
@@ -219,8 +247,11 @@ def _make_receipt(
         named=tuple(named),
         num_examples_before=problem.num_trained,
         num_examples_after=problem.num_edited_total,
-        complete=moved.final_weight <= NEGLIGIBLE_WEIGHT,
-        outcome=_outcome(moved, config),
+        method=moved.method,
+        complete=moved.complete and (moved.range_check is None or moved.range_check.passed),
+        range_check=moved.range_check,
+        targets=moved.targets,
+        outcome=_outcome(moved),
         final_weight=moved.final_weight,
         rhs_norm=first.rhs_norm / whole,
         solver=summarise_solves(moved.steps),

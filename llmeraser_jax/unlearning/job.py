@@ -15,7 +15,7 @@ from llmeraser_jax.models import Model
 from llmeraser_jax.runs import Run, RunError, load_run, write_run
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.erase import EraseResult, erase
-from llmeraser_jax.unlearning.path import StepRecord
+from llmeraser_jax.unlearning.steps import StepRecord
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def erase_run(
     model: Model | None = None,
     mesh: Mesh | None = None,
     data_path: str | os.PathLike[str] | None = None,
+    heldout_path: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> tuple[Run, EraseResult]:
     """Erases from a run and makes `workdir` a run directory of the result, whole or not at all.
@@ -48,6 +49,7 @@ def erase_run(
         model: the run's base model where it is loaded already.
         mesh: where to load the model to otherwise.
         data_path: where the run's training data is now; None is where it was.
+        heldout_path: examples of the same kind that were not trained on; see `erase`.
         on_step: called after every accepted step.
 
     Raises:
@@ -65,9 +67,21 @@ def erase_run(
     edited = data.apply_requests(examples, requests)
     if model is None:
         model = run.load_model(mesh=mesh)
+    else:
+        run.verify_model(model)
     lora = run.load_adapter(model)
     dataset = run.encode(examples, model.tokenizer)
-    result = erase(model, lora, dataset, requests, config, on_step=on_step)
+    heldout = None if heldout_path is None else run.encode(data.load_examples(heldout_path), model.tokenizer)
+    result = erase(
+        model,
+        lora,
+        dataset,
+        requests,
+        config,
+        heldout=heldout,
+        retrain_cost=float(run.train_config.epochs * len(edited)),
+        on_step=on_step,
+    )
     receipt = result.receipt.to_mapping()
     with files.atomic_directory(workdir) as directory:
         files.atomic_write_json(directory / RECEIPT_FILE, {**receipt, "parent": run.reference()})

@@ -9,12 +9,20 @@ from typing import Any
 
 from llmeraser_jax.solvers import Status, describe
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.path import StepRecord
+from llmeraser_jax.unlearning.range_check import RangeCheck
+from llmeraser_jax.unlearning.steps import StepRecord, TargetLosses
 
 RECEIPT_FORMAT = 1
 
 # Worst first: the status that stands for a path is the worst of its steps'.
-_SEVERITY = (Status.NEGATIVE_CURVATURE, Status.RESIDUAL_DRIFT, Status.MAX_STEPS, Status.CONVERGED)
+_SEVERITY = (
+    Status.NEGATIVE_CURVATURE,
+    Status.RESIDUAL_DRIFT,
+    Status.MAX_STEPS,
+    Status.LEAST_SQUARES,
+    Status.TRUST_RADIUS,
+    Status.CONVERGED,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +81,14 @@ class Receipt:
         counts: named examples per action.
         named: the requests with content hashes.
         num_examples_before, num_examples_after: n and n'.
-        complete: whether the influence was taken out to the end (final weight at most 0.01).
+        method: what was done: matched, path or step; `config` has what was asked for.
+        range_check: what the change did to named and retained rows.
+        targets: where rows were to end (matched only).
+        complete: whether the range check passed and the end was reached: a final weight of at most 0.01 (0.1
+            where it is the share of the rows' way that is left).
         outcome: in words.
-        final_weight: weight of the named examples at the end; 1 is as trained, 0 is gone.
+        final_weight: weight of the named examples at the end, 1 as trained, 0 gone; for the matched way the
+            share of the named rows' way to their targets that is left.
         rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request.
         solver: all solves together.
         steps: one record per solve.
@@ -96,7 +109,10 @@ class Receipt:
     named: tuple[NamedExample, ...]
     num_examples_before: int
     num_examples_after: int
+    method: str
     complete: bool
+    range_check: RangeCheck | None
+    targets: TargetLosses | None
     outcome: str
     final_weight: float
     rhs_norm: float
@@ -122,6 +138,7 @@ class Receipt:
             for name, value in step.items():
                 if isinstance(value, float) and math.isnan(value):
                     step[name] = None
+            step["ritz_extremes"] = [None if math.isnan(value) else value for value in step["ritz_extremes"]]
         return mapping
 
 

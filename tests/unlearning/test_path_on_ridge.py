@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.path import UnlearningError, log_odds_weights, next_weight, unlearn
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.path import log_odds_weights, next_weight
 from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning.steps import UnlearningError
 from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
 
 L2 = 0.1
@@ -53,6 +55,7 @@ def make_problem(actions: str, num_buckets: int = 1, num_named: int = 3):
 def config(**changes) -> EraseConfig:
     """Exact solves on all data: nothing between the formula and the answer."""
     exact = {
+        "method": "path",
         "damping": 0.0,
         "l2": L2,
         "curvature_data": "all",

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.path import unlearn
+from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.problem import EditProblem
 from tests.problems import ArrayExamples
 
@@ -64,6 +64,7 @@ def test_path_error_falls_at_least_as_one_over_the_number_of_steps(action):
         errors = []
         for num_steps in (4, 8, 16, 32):
             config = EraseConfig(
+                method="path",
                 damping=0.0,
                 l2=L2,
                 curvature_data="all",

@@ -1,0 +1,191 @@
+"""The matched way on a softmax head that has memorised: rows arrive, the others stay, budgets and checks hold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmeraser_jax.losses import Objective, example_losses, gradient_sum
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.evaluator import Evaluator
+from llmeraser_jax.unlearning.matched import log_odds
+from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning.range_check import check_range
+from llmeraser_jax.unlearning.steps import UnlearningError
+from tests.problems import ArrayExamples, ridge_objective, split_params
+from tests.unlearning.test_path_on_softmax import cross_entropy, logits
+
+N, D, CLASSES, L2 = 48, 64, 3, 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def root(z, batch, key):
+    p = jax.nn.softmax(z)
+    noisy = jnp.sqrt(p) * jax.random.rademacher(key, z.shape, z.dtype)
+    return noisy - p * noisy.sum(-1, keepdims=True)
+
+
+OBJECTIVE = Objective((), None, logits, cross_entropy, L2, root)
+
+
+def draw(rng, count):
+    """Rows whose classes are random: all that can be learnt about them is by heart."""
+    return rng.normal(size=(count, D)), rng.integers(0, CLASSES, count)
+
+
+@pytest.fixture(scope="module")
+def memorised():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        inputs, targets = draw(rng, N)
+        params = {"w": jnp.zeros((D, CLASSES))}
+        stack = ArrayExamples(inputs, targets).stack(np.arange(N), np.full(N, 1 / N), chunk_size=N)
+        batch, weights = jax.tree.map(lambda x: x[0], stack.batches[0]), stack.weights[0][0]
+        loss = lambda p: jnp.sum(weights * OBJECTIVE.data_losses(p, batch)) + OBJECTIVE.l2_loss(p)  # noqa: E731
+        descend = jax.jit(lambda p: jax.tree.map(lambda x, g: x - 0.5 * g, p, jax.grad(loss)(p)))
+        for _ in range(2000):
+            params = descend(params)
+        return inputs, targets, params
+
+
+def make(memorised, action: str):
+    inputs, targets, params = memorised
+    rng = np.random.default_rng(1)
+    named = np.array([3, 10, 11, 30])
+    new_inputs, new_targets = inputs[named].copy(), targets[named].copy()
+    if action == "correct":
+        new_targets = (new_targets + 1) % CLASSES
+    if action == "modify":
+        new_inputs = rng.normal(size=new_inputs.shape)
+    examples = ArrayExamples(np.concatenate([inputs, new_inputs]), np.concatenate([targets, new_targets]), 2)
+    replacements = np.full(len(named), -1) if action == "remove" else N + np.arange(len(named))
+    return EditProblem(examples, N, named, replacements), params, ArrayExamples(*draw(rng, 40))
+
+
+def losses(params, examples, indices) -> np.ndarray:
+    stack = examples.stack(np.asarray(indices), np.ones(len(indices)), chunk_size=8)
+    return example_losses(OBJECTIVE, params, stack)
+
+
+CONFIG = EraseConfig(l2=L2, damping=1e-4, chunk_size=8, sample_size=32)
+
+
+@pytest.mark.parametrize("action", ["remove", "modify", "correct"])
+def test_rows_arrive_and_the_others_stay(memorised, action):
+    problem, params, heldout = make(memorised, action)
+    modified = np.full(4, action == "modify")
+    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout, modified=modified)
+    assert result.method == "matched" and result.complete
+    before = losses(params, problem.examples, problem.retained)
+    after = losses(result.params, problem.examples, problem.retained)
+    unknown = losses(params, heldout, np.arange(40)).mean()
+    if action != "correct":
+        assert result.targets is not None and result.targets.unknown == pytest.approx(unknown)
+        gone = log_odds(losses(result.params, problem.examples, problem.named))
+        if action == "remove":
+            np.testing.assert_allclose(gone, log_odds(unknown), atol=0.6)
+        else:  # where the replacement is like the old pair, it speaks for it
+            assert np.all(gone > 0.5 * log_odds(unknown)) and np.all(gone < log_odds(unknown) + 0.6)
+    if action != "remove":
+        wanted = log_odds(losses(result.params, problem.examples, problem.wanted))
+        assert np.all(wanted < log_odds(before.mean()) + 0.6)
+    assert after.mean() < before.mean() + 0.1
+    assert result.range_check is not None and result.range_check.passed
+
+
+def test_it_harms_the_others_less_than_the_right_hand_side_moved_as_far(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout)
+    stack = problem.examples.stack(problem.named, np.ones(4), chunk_size=8)
+    target = losses(result.params, problem.examples, problem.named).mean()
+    direction = gradient_sum(OBJECTIVE, params, stack)
+    scale = 1.0
+    while losses({"w": params["w"] + scale * direction["w"]}, problem.examples, problem.named).mean() < target:
+        scale *= 1.1
+    plain = losses({"w": params["w"] + scale * direction["w"]}, problem.examples, problem.retained).mean()
+    start = losses(params, problem.examples, problem.retained).mean()
+    matched = losses(result.params, problem.examples, problem.retained).mean()
+    assert matched - start < 0.5 * (plain - start)
+
+
+def test_auto_takes_the_path_where_it_does_not_know_where_rows_should_end(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    config = dataclasses.replace(CONFIG, num_steps=2, trust_region=False, damping=0.1)
+    assert unlearn(OBJECTIVE, params, problem, config).method == "path"
+    assert unlearn(OBJECTIVE, params, problem, config, heldout=heldout).method == "matched"
+    assert unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, target_loss=1.0)).method == "matched"
+    with pytest.raises(ValueError, match="held-out examples or target_loss"):
+        unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, method="matched"))
+
+
+def test_target_loss_replaces_the_heldout_rows(memorised):
+    problem, params, _ = make(memorised, "remove")
+    result = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, target_loss=0.7))
+    np.testing.assert_allclose(losses(result.params, problem.examples, problem.named), 0.7, atol=0.15)
+
+
+def test_rows_that_are_at_their_targets_leave_nothing_to_do(memorised):
+    problem, params, _ = make(memorised, "remove")
+    with pytest.raises(UnlearningError, match="already at its target"):
+        unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, target_loss=1e-5))
+
+
+def test_cost_is_rows_roots_and_checks(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    result = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, draws=3), heldout=heldout)
+    steps = len(result.steps)
+    assert result.cost.rhs == pytest.approx(4 * steps)
+    refreshed = min(2, -(-steps // 2))
+    assert result.cost.curvature == pytest.approx(refreshed * 32 * (1 / 3 + 3 * 2 / 3))
+    assert result.cost.trust_region == pytest.approx((40 + 4 * steps) / 3)
+
+
+def test_budget_ends_it_early_and_says_so(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    whole = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout).cost.total
+    config = dataclasses.replace(CONFIG, budget=0.7)
+    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=whole)
+    assert 0 < result.cost.total <= 0.7 * whole
+    assert "budget" in result.stopped and not result.complete
+    with pytest.raises(UnlearningError, match="budget"):
+        unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=1.0)
+    with pytest.raises(ValueError, match="retrain_cost"):
+        unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+
+
+def test_range_check_predicts_a_quadratic_exactly():
+    rng = np.random.default_rng(0)
+    examples = ArrayExamples(rng.normal(size=(20, 4)), rng.normal(size=20))
+    problem = EditProblem(examples, 20, np.array([2, 5]), np.array([-1, -1]))
+    evaluator = Evaluator(ridge_objective(0.1), problem, EraseConfig(method="path", l2=0.1))
+    before, after = rng.normal(size=4), rng.normal(size=4)
+    check = check_range(evaluator, split_params(before), split_params(after))
+    for change, rows in ((check.forget, problem.named), (check.probe, problem.retained)):
+        assert change is not None
+        for params, value in ((before, change.before), (after, change.after), (after, change.predicted)):
+            residual = examples.inputs[rows] @ params - examples.targets[rows]
+            assert value == pytest.approx(0.5 * np.mean(residual**2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "passed", "words"), [(0.0, False, "nothing was forgotten"), (40.0, False, "harmed")]
+)
+def test_range_check_fails_where_nothing_moved_and_where_the_rest_broke(memorised, scale, passed, words):
+    problem, params, _ = make(memorised, "remove")
+    evaluator = Evaluator(OBJECTIVE, problem, CONFIG)
+    noise = np.random.default_rng(2).normal(size=(D, CLASSES))
+    check = check_range(evaluator, params, {"w": params["w"] + scale * noise})
+    assert check.passed is passed and words in check.verdict
+
+
+def test_log_odds_are_those_of_the_probability():
+    p = np.array([0.999, 0.5, 1e-3])
+    np.testing.assert_allclose(log_odds(-np.log(p)), np.log((1 - p) / p), rtol=1e-9)
