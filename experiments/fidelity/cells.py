@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fidelity.methods import Method, NotYetError, Setting
+from experiments.fidelity.methods import PAPER_EPOCHS, Method, NotYetError, Setting
 from experiments.fidelity.profiles import Category, write_requests, write_rows
 from experiments.fidelity.tasks import Task
 from llmeraser_jax import files, trees
@@ -47,7 +47,6 @@ logger = logging.getLogger("fidelity")
 NUM_RETAINED_SCORED = 100
 REFERENCE_FILE = "reference.json"
 QUANTITIES = ("forget_loss", "wanted_loss")
-PAPER_EPOCHS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ from llmeraser_jax.unlearning.problem import EditProblem
 LENGTHS = tuple(np.geomspace(0.01, 0.64, 10).tolist())
 NUM_CONTROL_STEPS = 10
 REFERENCE_METHOD = "matched"
+PAPER_EPOCHS = 5
+PAPER_SHARE = 1 / 31  # of a retraining: the cost that the paper states
 
 
 class NotYetError(LookupError):
@@ -92,13 +94,27 @@ class Moved:
 Method = Callable[[Setting], Moved]
 
 
-def erasing(**changes: Any) -> Method:
-    """`erase` with the task's settings but for `changes`, fields of `EraseConfig`."""
+def erasing(*, share_of_5_epochs: float | None = None, **changes: Any) -> Method:
+    """`erase` with the task's settings but for `changes`, fields of `EraseConfig`.
+
+    Args:
+        share_of_5_epochs: a budget: this share of the gradient equivalents of a retraining of five epochs.
+        changes: what differs.
+    """
 
     def run(setting: Setting) -> Moved:
         config = dataclasses.replace(setting.erase, **changes)
+        retrain_cost = float(setting.train.epochs * len(setting.edited))
+        if share_of_5_epochs is not None:
+            config = dataclasses.replace(config, budget=share_of_5_epochs * PAPER_EPOCHS / setting.train.epochs)
         result = erase(
-            setting.model, setting.lora, setting.dataset, setting.requests, config, heldout=setting.unseen
+            setting.model,
+            setting.lora,
+            setting.dataset,
+            setting.requests,
+            config,
+            heldout=setting.unseen,
+            retrain_cost=retrain_cost,
         )
         receipt = result.receipt
         return Moved(
@@ -210,12 +226,17 @@ def fine_tune(epochs: int) -> Method:
 
 METHODS: Mapping[str, Method] = {
     "matched": erasing(method="matched"),
-    "matched-thorough": erasing(method="matched", num_steps=6, refresh_every=1, sample_size=192),
+    "matched-no-repairs": erasing(method="matched", repairs=0),
+    "matched-budget": erasing(method="matched", share_of_5_epochs=PAPER_SHARE),
     "path": erasing(method="path"),
     "paper-step": erasing(method="step", curvature="hessian", curvature_data="all", trust_region=False),
     "paper-step-sample": erasing(method="step", curvature="hessian", trust_region=False),
     "step-gauss-newton": erasing(method="step", trust_region=False),
     "newton": erasing(method="step", rhs="newton"),
+    "newton-correctors": erasing(method="step", rhs="newton", correctors=3),
+    "reference-compat": erasing(
+        method="step", curvature="hessian", solver="reference-compat", curvature_data="all", trust_region=False
+    ),
     "fine-tune-1-epoch": fine_tune(1),
     "cb-as-matched": as_far_as(REFERENCE_METHOD, _scaled_rhs),
     "cb-best": best_length(_scaled_rhs),

@@ -4,6 +4,7 @@ from llmeraser_jax.curvature.damping import (
     BlockDamped,
     Damped,
     block_mean_eigenvalues,
+    damping_product,
     mean_eigenvalue,
     relative_damping,
     stacked_axes,
@@ -27,6 +28,7 @@ from llmeraser_jax.curvature.operators import (
     product_asymmetry,
 )
 from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
+from llmeraser_jax.curvature.spectrum import largest_term_eigenvalue
 
 __all__ = [
     "CURVATURES",
@@ -38,11 +40,13 @@ __all__ = [
     "LinearisedCurvature",
     "block_mean_eigenvalues",
     "choose_linearisation",
+    "damping_product",
     "empirical_fisher_product",
     "gauss_newton_product",
     "hessian_product",
     "importance_probabilities",
     "importance_sample",
+    "largest_term_eigenvalue",
     "linearisation_bytes",
     "make_linearised",
     "materialise",

@@ -73,26 +73,33 @@ class BlockDamped:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho_b v_b`."""
-        return self._add_damping(v, self.operator.mv(v))
+        return trees.tree_add(self.operator.mv(v), damping_product(self.rhos, v))
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`A_k v + rho_b v_b`, the mean of which over `k` is `mv(v)`."""
-        return self._add_damping(v, _finite_sum(self.operator).term_mv(jnp.asarray(k), v))
+        return trees.tree_add(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), damping_product(self.rhos, v))
 
-    def _add_damping(self, v: LoraParams, product: LoraParams) -> LoraParams:
-        def add_leaf(rho, x, y):
-            rho = jnp.asarray(rho)
-            if rho.shape != x.shape[: rho.ndim]:
-                msg = f"A damping of shape {rho.shape} was given for a leaf of shape {x.shape}; the leaf's shape "
-                msg += "must begin with it."
-                raise ValueError(msg)
-            rho = rho.reshape(rho.shape + (1,) * (x.ndim - rho.ndim))
-            return (y + rho * x).astype(y.dtype)
 
-        def add(rho, v_below, product_below):
-            return jax.tree.map(lambda x, y: add_leaf(rho, x, y), v_below, product_below)
+def damping_product(rhos: PyTree, v: LoraParams) -> LoraParams:
+    """`rho_b v_b`: what damping adds to a product.
 
-        return jax.tree.map(add, self.rhos, v, product)
+    Args:
+        rhos: one number, or a pytree prefix of adapter space as in `BlockDamped`.
+        v: a vector of adapter space.
+
+    Raises:
+        ValueError: a leaf's shape does not begin with its damping's.
+    """
+
+    def scale(rho, x):
+        rho = jnp.asarray(rho)
+        if rho.shape != x.shape[: rho.ndim]:
+            msg = f"A damping of shape {rho.shape} was given for a leaf of shape {x.shape}; the leaf's shape "
+            msg += "must begin with it."
+            raise ValueError(msg)
+        return (rho.reshape(rho.shape + (1,) * (x.ndim - rho.ndim)) * x).astype(x.dtype)
+
+    return jax.tree.map(lambda rho, below: jax.tree.map(lambda x: scale(rho, x), below), rhos, v)
 
 
 def _finite_sum(operator: Operator) -> FiniteSum:

@@ -19,6 +19,7 @@ from llmeraser_jax.data.requests import (
     parse_requests,
     request_to_json,
 )
+from llmeraser_jax.data.similarity import token_similarities
 from llmeraser_jax.data.templates import Recipe
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "parse_requests",
     "request_to_json",
     "save_examples",
+    "token_similarities",
 ]

@@ -1,7 +1,15 @@
 """Adapters: a float32 pytree of its own, its configuration, and PEFT's format."""
 
 from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
-from llmeraser_jax.lora.params import Lora, add_delta, init_lora, linear_shape, merge_lora, resolve_config
+from llmeraser_jax.lora.params import (
+    Lora,
+    add_delta,
+    init_lora,
+    linear_shape,
+    merge_lora,
+    product_norms,
+    resolve_config,
+)
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
     adapter_config_to_peft,
@@ -20,6 +28,7 @@ __all__ = [
     "linear_shape",
     "load_adapter",
     "merge_lora",
+    "product_norms",
     "read_adapter_base",
     "resolve_config",
     "resolve_target_modules",

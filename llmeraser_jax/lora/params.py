@@ -117,3 +117,27 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
         total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)
         merged["layers"][name] = dict(merged["layers"][name], kernel=total.astype(kernel.dtype))
     return merged
+
+
+def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
+    """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
+
+    `(A, B) -> (A M, M^-1 B)` changes nothing but the numbers of the adapter; this is what the network sees. The
+    change is `dB (A + dA) + B dA`, so that nothing cancels, and each norm comes from r x r Gram matrices.
+
+    Returns:
+        The norm of the change, and that of the product before.
+    """
+
+    def squared(bs, as_):
+        """`||sum_k B_k A_k||^2` over layers, for lists of factors."""
+        b, a = jnp.concatenate(bs, axis=2), jnp.concatenate(as_, axis=1)
+        gram_b, gram_a = jnp.einsum("lor,los->lrs", b, b), jnp.einsum("lri,lsi->lrs", a, a)
+        return jnp.maximum(jnp.sum(gram_b * gram_a), 0)
+
+    change = product = jnp.zeros(())
+    for name, leaves in lora.params["layers"].items():
+        step = delta.params["layers"][name]
+        change += squared((step["b"], leaves["b"]), (leaves["a"] + step["a"], step["a"]))
+        product += squared((leaves["b"],), (leaves["a"],))
+    return lora.config.scaling * jnp.sqrt(change), lora.config.scaling * jnp.sqrt(product)

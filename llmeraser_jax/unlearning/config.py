@@ -31,11 +31,36 @@ class EraseConfig:
             matched as many as are named, but 96 at least and 256 at most.
         draws: rows per sampled example in the factored curvature (matched only).
         refresh_every: steps between fresh curvature samples (matched only).
+        repairs: at most so many steps after the K, in which freshly drawn retained rows are brought back to the
+            loss they had; they end early where a fresh sample has lost less than 0.02 nats per token and the named
+            rows have arrived (matched only).
+        repair_size: retained rows in each repair; where not given as many as are named, but 128 at least and 256
+            at most (matched only).
         row_ridge: how far rows may miss their targets to spare the others: a ridge relative to their mean
             influence on themselves (matched only).
         target_loss: where removed rows should end, nats per token, instead of the held-out rows' mean loss.
-        damping: rho, added to the curvature besides the L2 term's lambda.
-        num_steps: K. Where not given: 8 for path, 4 for matched.
+        similar_share: share of the curvature's sample that is drawn in proportion to how much a retained row's
+            text shares with the named rows; the coefficients undo the preference, so the estimate stays unbiased.
+            0 draws uniformly. Not for `curvature_data="all"`.
+        solver: of step and path: `cg`; `minres`, which negative eigenvalues do not stop; `descent`, the paper's
+            mini-batch descent on the quadratic program; `lissa`; or `reference-compat`, the public script's
+            constants, to compare against and not to use.
+        solver_steps: mini-batch products of `descent` and `lissa` (`reference-compat` takes its own 20).
+        learning_rate: of `descent`, in units of 1 / (largest eigenvalue + rho), which a few products estimate;
+            below 2. `lissa` scales by the same estimate.
+        memory_budget_bytes: how much a solve may keep to save the primal pass of every product after the first;
+            0 recomputes always. Results do not change.
+        stream: copy the curvature's examples to the device one micro-batch at a time, and save the state of every
+            solve as it goes, so that an erasure that was killed goes on where it was (step and path with `cg`).
+        damping: rho, added to the curvature besides the L2 term's lambda; with another `damping_kind` a factor.
+        damping_kind: `constant`; or `damping` times the curvature's mean eigenvalue (`mean-eigenvalue`), or
+            times that of each LoRA matrix of each layer (`per-matrix`), both estimated with 4 products and never
+            below 1e-5.
+        correctors: at most so many Newton steps on the edited objective afterwards, each with a trust region, on
+            one fixed sample. They end early where the gradient norm of the edited objective on that sample is back
+            at what training itself had left of its own.
+        num_steps: K. Where not given: 8 for path; 4 for matched, or 3 or 2 where a budget would leave no room for
+            a repair.
         log_odds_range: the path's weights are 1, then evenly spaced in log(w / (1 - w)) from this number down
             to its negative, then 0 (the range is widened to log(4 num_steps) where that is more).
         trust_region: compare each step's predicted with its actual change; shorten it where they disagree.
@@ -58,11 +83,21 @@ class EraseConfig:
     curvature: Literal["gauss-newton", "hessian", "empirical-fisher", "auto"] = "gauss-newton"
     curvature_data: Literal["sample", "all", "retained"] = "sample"
     sample_size: int | None = None
-    draws: int = 2
+    draws: int = 1
     refresh_every: int = 2
+    repairs: int = 5
+    repair_size: int | None = None
     row_ridge: float = 0.01
     target_loss: float | None = None
+    similar_share: float = 0.0
+    solver: Literal["cg", "minres", "descent", "lissa", "reference-compat"] = "cg"
+    solver_steps: int = 100
+    learning_rate: float = 0.5
+    memory_budget_bytes: int = 2**30
+    stream: bool = False
     damping: float = 7e-3
+    damping_kind: Literal["constant", "mean-eigenvalue", "per-matrix"] = "constant"
+    correctors: int = 0
     num_steps: int | None = None
     log_odds_range: float = 4.0
     trust_region: bool = True
@@ -83,6 +118,8 @@ class EraseConfig:
             "rhs": ("influence", "newton"),
             "curvature": (*CURVATURES, "auto"),
             "curvature_data": ("sample", "all", "retained"),
+            "solver": ("cg", "minres", "descent", "lissa", "reference-compat"),
+            "damping_kind": ("constant", "mean-eigenvalue", "per-matrix"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -91,7 +128,25 @@ class EraseConfig:
         if self.method != "step" and self.rhs == "newton":
             msg = "rhs 'newton' corrects towards the edited data in one solve; use it with method 'step'."
             raise ValueError(msg)
-        counts = ("sample_size", "num_steps", "draws", "refresh_every", "cg_max_steps", "chunk_size")
+        if self.method == "matched" and self.damping_kind != "constant":
+            msg = f"damping_kind is {self.damping_kind!r}; the matched way takes 'constant' only."
+            raise ValueError(msg)
+        if self.stream and (self.method not in ("step", "path") or self.solver != "cg"):
+            msg = f"stream goes with method 'step' or 'path' and solver 'cg'; got {self.method!r}, {self.solver!r}."
+            raise ValueError(msg)
+        if self.stream and self.damping_kind != "constant":
+            msg = f"stream goes with a constant damping; damping_kind is {self.damping_kind!r}."
+            raise ValueError(msg)
+        counts = (
+            "sample_size",
+            "num_steps",
+            "draws",
+            "refresh_every",
+            "repair_size",
+            "cg_max_steps",
+            "solver_steps",
+            "chunk_size",
+        )
         for name in (*counts, "diagnostic_sample"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -102,10 +157,26 @@ class EraseConfig:
             if value is not None and not value > 0:
                 msg = f"{name} is {value}; it must be above 0."
                 raise ValueError(msg)
-        for name in ("damping", "l2", "max_step_ratio", "row_ridge"):
+        for name in (
+            "damping",
+            "l2",
+            "max_step_ratio",
+            "row_ridge",
+            "memory_budget_bytes",
+            "correctors",
+            "repairs",
+        ):
             if not getattr(self, name) >= 0:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 0."
                 raise ValueError(msg)
+        if not 0 <= self.similar_share < 1:
+            msg = f"similar_share is {self.similar_share}; it must be in [0, 1): some rows are drawn uniformly."
+            raise ValueError(msg)
+        if not 0 < self.learning_rate < 2:
+            msg = (
+                f"learning_rate is {self.learning_rate}; it must lie between 0 and 2 (in units of 1 / eigenvalue)."
+            )
+            raise ValueError(msg)
         if not self.log_odds_range > 0:
             msg = f"log_odds_range is {self.log_odds_range}; it must be above 0."
             raise ValueError(msg)

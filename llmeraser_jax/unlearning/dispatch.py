@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,12 +14,14 @@ from jax.sharding import Mesh
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.types import ExampleSet, LoraParams
 from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.correctors import correct
+from llmeraser_jax.unlearning.cost import CostMeter
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.matched import unlearn_matched
 from llmeraser_jax.unlearning.path import influence_path, single_step
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from llmeraser_jax.unlearning.range_check import check_range
-from llmeraser_jax.unlearning.steps import StepRecord, TargetLosses, Unlearned
+from llmeraser_jax.unlearning.steps import NoStepError, StepRecord, TargetLosses, Unlearned, UnlearningError
 from llmeraser_jax.unlearning.trust_region import Check
 
 logger = logging.getLogger(__name__)
@@ -37,9 +40,13 @@ def unlearn(
     heldout: ExampleSet | None = None,
     modified: np.ndarray | None = None,
     retrain_cost: float | None = None,
+    checkpoint_directory: Path | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Unlearned:
     """Moves the adapter as `config.method` says.
+
+    With `auto`, a matched move that fails its range check, or finds no step, is given up for the path, whose cost
+    comes on top; where the path fails the check too, the matched move is what is returned, not called complete.
 
     Args:
         objective: the loss that was trained.
@@ -52,6 +59,7 @@ def unlearn(
         modified: for each named example, whether its query is what changes; None is nowhere. Removed and modified
             rows need held-out rows for the matched way, corrected ones can do without.
         retrain_cost: gradient equivalents of a retraining, which a budget is a share of.
+        checkpoint_directory: where `config.stream` saves its solves.
         on_step: called after every accepted step.
 
     Returns:
@@ -66,7 +74,8 @@ def unlearn(
     goes = modified | (problem.replacements < 0)
     knows_unknown = heldout is not None or config.target_loss is not None
     knows_targets = knows_unknown or not goes.any()
-    if config.method == "auto":
+    may_go_on = config.method == "auto"
+    if may_go_on:
         config = dataclasses.replace(config, method="matched" if knows_targets else "path")
     elif config.method == "matched" and not knows_targets:
         msg = (
@@ -74,25 +83,84 @@ def unlearn(
             "held-out examples or target_loss, or use method 'path'."
         )
         raise ValueError(msg)
-    evaluator = Evaluator(objective, problem, config, mesh, retrain_cost=retrain_cost)
-    if config.method == "matched":
-        targets = _target_losses(evaluator, params, heldout)
-        moved = unlearn_matched(evaluator, params, targets, on_step=on_step)
-    else:
-        moved = _unlearn_by_weight(evaluator, params, on_step)
-    return dataclasses.replace(moved, range_check=check_range(evaluator, params, moved.params))
+    move = _Way(objective, params, problem, mesh, heldout, retrain_cost, checkpoint_directory, on_step)
+    if not (may_go_on and config.method == "matched"):
+        return move(config)
+    along_the_path = dataclasses.replace(config, method="path", sample_size=None, num_steps=None)
+    try:
+        moved = move(config)
+    except NoStepError as error:
+        logger.warning("The matched way found no step (%s); going along the path instead.", error)
+        return move(along_the_path, attempts=(f"matched: {error}",))
+    if moved.range_check is None or moved.range_check.passed:
+        return moved
+    logger.warning("Matched steps left the range (%s); trying the path.", moved.range_check.verdict)
+    try:
+        again = move(along_the_path, attempts=(f"matched: {moved.range_check.verdict}",), cost=moved.cost)
+    except UnlearningError as error:
+        return dataclasses.replace(moved, attempts=(f"path: {error}",))
+    if again.range_check is not None and again.range_check.passed:
+        return again
+    verdict = again.range_check.verdict if again.range_check is not None else again.stopped
+    return dataclasses.replace(moved, cost=again.cost, attempts=(f"path: {verdict}",))
 
 
-def _unlearn_by_weight(
-    evaluator: Evaluator, params: LoraParams, on_step: Callable[[StepRecord], None]
-) -> Unlearned:
-    problem, config = evaluator.problem, evaluator.config
-    rng = np.random.default_rng([config.seed, 0])
-    probe = problem.trained_mean(evaluator.curvature_sample, rng, without_named=True).indices
-    check = Check(evaluator, probe) if config.trust_region else None
-    probe_scale = len(problem.retained) / max(len(probe), 1)
-    run = influence_path if config.method == "path" else single_step
-    return run(evaluator, check, params, probe_scale, on_step)
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """Everything about a move but its configuration."""
+
+    objective: Objective
+    params: LoraParams
+    problem: EditProblem
+    mesh: Mesh | None
+    heldout: ExampleSet | None
+    retrain_cost: float | None
+    checkpoint_directory: Path | None
+    on_step: Callable[[StepRecord], None]
+
+    def __call__(
+        self, config: EraseConfig, *, attempts: tuple[str, ...] = (), cost: CostMeter | None = None
+    ) -> Unlearned:
+        """Moves, corrects, and checks what that did; `cost` is what was spent already."""
+        evaluator = Evaluator(
+            self.objective,
+            self.problem,
+            config,
+            self.mesh,
+            retrain_cost=self.retrain_cost,
+            checkpoint_directory=self.checkpoint_directory,
+        )
+        if cost is not None:
+            evaluator.cost = cost
+        check = None
+        if config.trust_region or config.correctors:
+            rng = np.random.default_rng([config.seed, 0])
+            probe = self.problem.trained_mean(evaluator.curvature_sample, rng, without_named=True).indices
+            check = Check(evaluator, probe)
+        if config.method == "matched":
+            targets = _target_losses(evaluator, self.params, self.heldout)
+            moved = unlearn_matched(evaluator, self.params, targets, on_step=self.on_step)
+        else:
+            run = influence_path if config.method == "path" else single_step
+            moved = run(evaluator, check if config.trust_region else None, self.params, self.on_step)
+        if config.correctors and check is not None:
+            params, records, why = correct(
+                evaluator, check, self.params, moved.params, moved.final_weight, self.on_step
+            )
+            moved = dataclasses.replace(
+                moved,
+                params=params,
+                steps=(*moved.steps, *records),
+                num_correctors=len(records),
+                corrected=why,
+            )
+        return dataclasses.replace(
+            moved,
+            range_check=check_range(evaluator, self.params, moved.params),
+            attempts=attempts,
+            curvature_reason=evaluator.curvature_reason,
+            asymmetry=evaluator.asymmetry,
+        )
 
 
 def _target_losses(evaluator: Evaluator, params: LoraParams, heldout: ExampleSet | None) -> TargetLosses:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.data import Action, Request, TokenDataset, content_hash, edited_example, encode_examples
+from llmeraser_jax.data import (
+    Action,
+    Request,
+    TokenDataset,
+    content_hash,
+    edited_example,
+    encode_examples,
+    token_similarities,
+)
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
-from llmeraser_jax.lora import Lora
+from llmeraser_jax.lora import Lora, product_norms
 from llmeraser_jax.losses import Objective, gradient_sum, lm_objective
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import place_stack, replicate
@@ -102,6 +111,7 @@ def erase(
     *,
     heldout: TokenDataset | None = None,
     retrain_cost: float | None = None,
+    checkpoint_directory: Path | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> EraseResult:
     """Makes the adapter forget, or remember differently, what the requests name.
@@ -119,6 +129,7 @@ def erase(
         heldout: examples of the same kind that were not trained on, encoded alike: they show where removed
             rows should end. Without them removals go along the path.
         retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of.
+        checkpoint_directory: where `config.stream` saves its solves.
         on_step: called after every accepted step.
 
     Returns:
@@ -134,6 +145,8 @@ def erase(
         raise ValueError(msg)
     started = time.perf_counter()
     problem = make_problem(model, dataset, requests)
+    if config.similar_share > 0:
+        problem = dataclasses.replace(problem, similarities=token_similarities(dataset, problem.named))
     objective = lm_objective(model.apply, model.base, l2=config.l2)
     lora = replicate(lora, model.mesh)
     action_of = {request.id: request.action for request in requests}
@@ -147,6 +160,7 @@ def erase(
         heldout=heldout,
         modified=np.array(modified, bool),
         retrain_cost=retrain_cost,
+        checkpoint_directory=checkpoint_directory,
         on_step=on_step,
     )
     seconds = time.perf_counter() - started
@@ -211,6 +225,8 @@ def _outcome(moved: Unlearned) -> str:
         told = f"partial: {left} of the named examples' {what} is left{notes}"
     if moved.range_check is not None and not moved.range_check.passed:
         told += f"; range check {moved.range_check.verdict}"
+    if moved.attempts:
+        told += f" (also tried and not kept: {'; '.join(moved.attempts)})"
     return told
 
 
@@ -240,6 +256,7 @@ def _make_receipt(
         )
     actions = [example.action for example in named]
     cost, first = moved.cost, moved.steps[0]
+    product_change, product_before = product_norms(lora, delta)
     whole = (first.weight_before - first.weight_after) / first.scale
     return Receipt(
         config=config,
@@ -256,9 +273,16 @@ def _make_receipt(
         rhs_norm=first.rhs_norm / whole,
         solver=summarise_solves(moved.steps),
         steps=moved.steps,
+        num_correctors=moved.num_correctors,
+        corrected=moved.corrected,
+        attempts=moved.attempts,
+        curvature_reason=moved.curvature_reason,
+        product_asymmetry=moved.asymmetry,
         delta_norm=float(trees.tree_norm(delta)),
         adapter_norm_before=float(trees.tree_norm(lora)),
         adapter_norm_after=float(trees.tree_norm(moved.params)),
+        product_change_norm=float(product_change),
+        product_norm_before=float(product_before),
         bf16_survival=float(bf16_survival(lora, delta)),
         edited_gradient_norm_before=gradient_norms[0],
         edited_gradient_norm_after=gradient_norms[1],

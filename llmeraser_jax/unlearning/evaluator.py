@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
+from llmeraser_jax import trees
+from llmeraser_jax.curvature import (
+    CURVATURES,
+    BlockDamped,
+    Damped,
+    DatasetCurvature,
+    LinearisedCurvature,
+    block_mean_eigenvalues,
+    choose_linearisation,
+    damping_product,
+    largest_term_eigenvalue,
+    mean_eigenvalue,
+    product_asymmetry,
+    product_cost,
+    relative_damping,
+)
 from llmeraser_jax.losses import Objective, gradient_sum
-from llmeraser_jax.parallel import place_stack
-from llmeraser_jax.solvers import ConjugateGradients
-from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams, Operator, Solution, Solver
+from llmeraser_jax.parallel import place_batch, place_stack
+from llmeraser_jax.solvers import (
+    ConjugateGradients,
+    Lissa,
+    Minres,
+    QuadraticDescent,
+    ReferenceCompat,
+    StreamedOperator,
+    solve_streamed,
+)
+from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams, Operator, PyTree, Solution, Solver
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import FORWARD, CostMeter
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
@@ -22,10 +48,34 @@ from llmeraser_jax.unlearning.steps import BudgetSpent
 
 logger = logging.getLogger(__name__)
 
+_EIGENVALUE_PROBES = 4  # products behind a relative damping
+_LEAST_DAMPING = 1e-5  # memorised data shrink eigenvalues; a relative damping stays above this
+_TERMS, _PRODUCTS = 4, 5  # behind the step size of stochastic solvers
+_LISSA_MARGIN = 1.5  # of LiSSA's scale over the eigenvalue estimated, which is a lower one
+
 
 @partial(jax.jit, static_argnames="solver")
 def _solve(solver: Solver, operator: Operator, rhs: LoraParams) -> Solution:
     return solver.solve(operator, rhs)
+
+
+@partial(jax.jit, static_argnames="num_probes")
+def _mean_eigenvalue(operator: Operator, key, like: LoraParams, num_probes: int):
+    return mean_eigenvalue(operator, key, like, num_probes)
+
+
+@partial(jax.jit, static_argnames="num_probes")
+def _matrix_eigenvalues(operator: Operator, key, like: LoraParams, num_probes: int):
+    return block_mean_eigenvalues(operator, key, like, num_probes)
+
+
+_largest_term_eigenvalue = jax.jit(largest_term_eigenvalue, static_argnames=("num_terms", "num_products"))
+_asymmetry = jax.jit(product_asymmetry)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _streamed_product(kind: str, objective: Objective, params: LoraParams, batch, weights, v: LoraParams):
+    return CURVATURES[kind].product(objective, params, batch, weights, v)
 
 
 @jax.jit
@@ -47,13 +97,19 @@ class Evaluator:
         mesh: Mesh | None = None,
         *,
         retrain_cost: float | None = None,
+        checkpoint_directory: Path | None = None,
     ):
         self.objective = objective
         self.problem = problem
         self.config = config
         self.mesh = mesh
         self.cost = CostMeter()
+        self.asymmetry = math.nan  # of the first operator that was solved with
         self._kind = "hessian" if config.curvature == "auto" else config.curvature
+        self._fell_back = ""
+        self._rhos: PyTree = None if config.damping_kind != "constant" else config.damping
+        self._num_solves = 0
+        self._checkpoint_directory = checkpoint_directory
         self.budget = math.inf
         if config.budget is not None:
             if retrain_cost is None:
@@ -67,6 +123,13 @@ class Evaluator:
         if self.config.sample_size is not None:
             return self.config.sample_size
         return 64 if self.config.method in ("path", "step") else int(np.clip(len(self.problem.named), 96, 256))
+
+    @property
+    def repair_size(self) -> int:
+        """Retained rows that each repair of a matched move draws."""
+        if self.config.repair_size is not None:
+            return self.config.repair_size
+        return int(np.clip(len(self.problem.named), 128, 256))
 
     @property
     def curvature_sample(self) -> int | None:
@@ -110,30 +173,159 @@ class Evaluator:
         """`sum_i c_i grad l_i`."""
         return gradient_sum(self.objective, params, self.stack(weighted))
 
-    def curvature(self, params: LoraParams, weighted: Weighted) -> Damped:
-        """`sum_i c_i C(z_i) + rho I`."""
-        kind = CURVATURES[self.kind]
-        operator = DatasetCurvature(self.objective, params, self.stack(weighted), kind)
-        return Damped(operator, self.config.damping)
-
     @property
     def kind(self) -> str:
         """Which curvature; with `auto`, the Hessian until a solve has met non-positive curvature."""
         return self._kind
 
+    @property
+    def curvature_reason(self) -> str:
+        """Why it is that one."""
+        if self.config.method == "matched":
+            return "gauss-newton: the matched way factors it"
+        if self.config.curvature != "auto":
+            return f"{self.kind}: as asked for"
+        if self._fell_back:
+            return f"gauss-newton: {self._fell_back}"
+        return "hessian: no solve met non-positive curvature on the Krylov space that it explored"
+
+    def damping(self, operator: DatasetCurvature) -> PyTree:
+        """rho: one number, or one for each LoRA matrix; relative ones are measured once, at the first solve."""
+        config = self.config
+        if self._rhos is None:
+            estimate = _mean_eigenvalue if config.damping_kind == "mean-eigenvalue" else _matrix_eigenvalues
+            key = jax.random.key(config.seed)
+            means = estimate(operator, key, operator.params, _EIGENVALUE_PROBES)
+            self.cost.curvature += _EIGENVALUE_PROBES * CURVATURES[self.kind].gradient_equivalents * _rows(operator)
+            self._rhos = relative_damping(means, config.damping, floor=_LEAST_DAMPING)
+        return self._rhos
+
+    def damping_energy(self, delta: LoraParams) -> float:
+        """`delta' D delta` with the damping matrix D; after the first solve."""
+        return float(trees.tree_vdot(delta, damping_product(self._rhos, delta)))
+
+    @property
+    def least_damping(self) -> float:
+        """The smallest rho of any block; after the first solve."""
+        return min(float(jnp.min(rho)) for rho in jax.tree.leaves(self._rhos))
+
     def solve(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
-        """`(sum_i c_i C(z_i) + rho I)^-1 rhs` by conjugate gradients.
+        """`(sum_i c_i C(z_i) + rho I)^-1 rhs` by the configured solver.
 
         With `curvature="auto"` a Hessian solve that meets non-positive curvature is thrown away, paid for, and
         repeated with Gauss-Newton, which stays from then on.
         """
-        solver = ConjugateGradients(rtol=self.config.cg_rtol, max_steps=self.config.cg_max_steps)
-        solution = _solve(solver, self.curvature(params, weighted), rhs)
-        # One more product for the true residual, and the one that met negative curvature.
-        products = int(solution.num_steps) + 1 + int(solution.negative_curvature)
-        self.cost.curvature += products * CURVATURES[self.kind].gradient_equivalents * len(weighted.indices)
+        if self.config.solver in ("cg", "minres"):
+            solution = self._solve_krylov(params, weighted, rhs)
+        else:
+            solution = self._solve_stochastic(params, weighted, rhs)
         if self.config.curvature == "auto" and self.kind == "hessian" and bool(solution.negative_curvature):
-            logger.info("The damped Hessian is indefinite on the Krylov space explored; Gauss-Newton from here on.")
             self._kind = "gauss-newton"
+            self._fell_back = f"solve {self._num_solves} met non-positive curvature of the damped Hessian"
+            logger.info("Gauss-Newton from here on: %s.", self._fell_back)
             return self.solve(params, weighted, rhs)
         return solution
+
+    def _solve_krylov(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
+        config, kind = self.config, CURVATURES[self.kind]
+        self._num_solves += 1
+        solvers = {"cg": ConjugateGradients, "minres": Minres}
+        solver = solvers[config.solver](rtol=config.cg_rtol, max_steps=config.cg_max_steps)
+        per_product = product_cost(kind, cached=False)
+        if config.stream:
+            solution = self._solve_streamed(solver, params, weighted, rhs)
+        else:
+            plain = DatasetCurvature(self.objective, params, self.stack(weighted), kind)
+            rhos = self.damping(plain)
+            operator = choose_linearisation(plain, config.memory_budget_bytes)
+            if isinstance(operator, LinearisedCurvature):
+                self.cost.curvature += kind.linearise_gradient_equivalents * len(weighted.indices)
+                per_product = product_cost(kind, cached=True)
+            damped = _damped(operator, rhos)
+            self.measure_asymmetry(damped, rhs, per_product * len(weighted.indices))
+            solution = _solve(solver, damped, rhs)
+        # One more product for the true residual, and the one that met negative curvature.
+        products = int(solution.num_steps) + 1 + int(config.solver == "cg" and bool(solution.negative_curvature))
+        self.cost.curvature += products * per_product * len(weighted.indices)
+        return solution
+
+    def _solve_streamed(self, solver, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
+        """The solve with one micro-batch at a time on the device, its state saved as it goes."""
+        config, objective = self.config, self.objective
+        stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=config.chunk_size)
+
+        def batches() -> Iterator:
+            for batch, weights in zip(stack.batches, stack.weights, strict=True):
+                for chunk in range(len(weights)):
+                    part = jax.tree.map(lambda x, chunk=chunk: x[chunk], (batch, weights))
+                    yield place_batch(part, self.mesh)
+
+        operator = StreamedOperator(
+            batches=batches,
+            product=lambda part, v: _streamed_product(self.kind, objective, params, *part, v),
+            shift=config.damping + objective.l2 * float(weighted.weights.sum()),
+            positive_semidefinite=CURVATURES[self.kind].positive_semidefinite,
+        )
+        product = CURVATURES[self.kind].gradient_equivalents * len(weighted.indices)
+        self.measure_asymmetry(operator, rhs, product, jitted=False)
+        if self._checkpoint_directory is None:
+            msg = "stream is set, but there is no checkpoint_directory to save the solve's state in."
+            raise ValueError(msg)
+        return solve_streamed(
+            solver,
+            operator,
+            rhs,
+            checkpoint_directory=self._checkpoint_directory / f"solve_{self._num_solves}",
+            description=f"{self.kind} {config}",
+        )
+
+    def measure_asymmetry(self, operator, like: LoraParams, product_cost: float, *, jitted: bool = True) -> None:
+        """`|u'Av - v'Au| / (||u|| ||Av||)` of the first operator, at two products that count as diagnostics."""
+        if math.isnan(self.asymmetry):
+            measure = _asymmetry if jitted else product_asymmetry
+            self.asymmetry = float(measure(operator, jax.random.key(self.config.seed), like))
+            self.cost.diagnostics += 2 * product_cost
+
+    def _solve_stochastic(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
+        config, kind = self.config, CURVATURES[self.kind]
+        self._num_solves += 1
+        # The public script draws single examples; the others a micro-batch.
+        chunk_size = 1 if config.solver == "reference-compat" else config.chunk_size
+        stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=chunk_size)
+        plain = DatasetCurvature(self.objective, params, place_stack(stack, self.mesh), kind)
+        operator = _damped(plain, self.damping(plain))
+        self.measure_asymmetry(operator, rhs, kind.gradient_equivalents * len(weighted.indices))
+        if config.solver == "reference-compat":
+            solver: Solver = ReferenceCompat(seed=config.seed)
+            drawn = solver.num_steps
+        else:
+            key = jax.random.key(config.seed)
+            largest = float(_largest_term_eigenvalue(operator, key, rhs, num_terms=_TERMS, num_products=_PRODUCTS))
+            self.cost.curvature += _TERMS * _PRODUCTS * kind.gradient_equivalents * chunk_size
+            if config.solver == "descent":
+                solver = QuadraticDescent(
+                    learning_rate=config.learning_rate / largest,
+                    num_steps=config.solver_steps,
+                    seed=config.seed,
+                    rtol=config.cg_rtol,
+                )
+            else:
+                solver = Lissa(
+                    scale=_LISSA_MARGIN * largest,
+                    num_steps=config.solver_steps,
+                    seed=config.seed,
+                    rtol=config.cg_rtol,
+                )
+            drawn = config.solver_steps
+        solution = _solve(solver, operator, rhs)
+        self.cost.curvature += kind.gradient_equivalents * (drawn * chunk_size + len(weighted.indices))
+        return solution
+
+
+def _damped(operator: Operator, rhos: PyTree) -> Damped | BlockDamped:
+    one_number = isinstance(rhos, float | int | jax.Array)
+    return Damped(operator, rhos) if one_number else BlockDamped(operator, rhos)
+
+
+def _rows(operator: DatasetCurvature) -> int:
+    return sum(int(np.count_nonzero(np.asarray(w))) for w in operator.stack.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def erase_run(
     """Erases from a run and makes `workdir` a run directory of the result, whole or not at all.
 
     `workdir` gets `adapter/` (PEFT, float32), `delta/` (Orbax), `receipt.json`, the requests, and the edited
-    training data, so that it can be erased from again.
+    training data, so that it can be erased from again. With `config.stream` the solves' states are kept in
+    `<workdir>.solves` until it is done, and the same call after a kill goes on from them.
 
     Args:
         run: the run to erase from: trained, adopted, or itself the result of an erasure.
@@ -72,6 +74,7 @@ def erase_run(
     lora = run.load_adapter(model)
     dataset = run.encode(examples, model.tokenizer)
     heldout = None if heldout_path is None else run.encode(data.load_examples(heldout_path), model.tokenizer)
+    solves = Path(f"{os.fspath(workdir).rstrip('/')}.solves")
     result = erase(
         model,
         lora,
@@ -80,6 +83,7 @@ def erase_run(
         config,
         heldout=heldout,
         retrain_cost=float(run.train_config.epochs * len(edited)),
+        checkpoint_directory=solves,
         on_step=on_step,
     )
     receipt = result.receipt.to_mapping()
@@ -112,5 +116,6 @@ def erase_run(
                 {"sha256": digest, "counts": receipt["counts"], "outcome": receipt["outcome"]},
             ],
         )
+    shutil.rmtree(solves, ignore_errors=True)
     _log.info("%s: %s.", Path(workdir), result.receipt.outcome)
     return load_run(workdir), result

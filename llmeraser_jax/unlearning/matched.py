@@ -10,6 +10,12 @@ the same directions are kept and the `a_i` are found from where the rows should 
 the way left. In the dual that is `d = C^-1 H' a`, `(H C^-1 H' + kappa I) a = t`, with one gradient per row and
 step; C is factored (`curvature.factor`), so that its inverse costs no further pass through the network.
 
+A quadratic model does not see how retained rows bend away from it on the way. After the last of the K steps come
+repairs: steps in which freshly drawn retained rows have a target too, the loss that they had under the trained
+adapter. Rows in the sample and rows outside it are harmed and repaired nearly alike (measured:
+`experiments/fidelity`), so a fresh sample's mean harm is an unbiased measure of what is left to repair; when it
+is negligible the repairs end.
+
 Where rows should end, without an oracle: a pair that goes should look like one that was never trained on, so its
 target is the mean loss of held-out examples; a pair that is wanted should look like a trained one, so its target
 is the mean loss of retained examples. An edited pair as it was trained goes too, but what its replacement teaches
@@ -42,17 +48,26 @@ from llmeraser_jax.curvature.factor import (
     stacked_weights,
 )
 from llmeraser_jax.solvers import Status
-from llmeraser_jax.types import LoraParams
+from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, GRADIENT
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
-from llmeraser_jax.unlearning.steps import BudgetSpent, StepRecord, TargetLosses, Unlearned, UnlearningError
+from llmeraser_jax.unlearning.steps import (
+    BudgetSpent,
+    NoStepError,
+    StepRecord,
+    TargetLosses,
+    Unlearned,
+    UnlearningError,
+)
 
 logger = logging.getLogger(__name__)
 
 # Rows this close to their targets (share of the way left, in log-odds) have arrived.
 ARRIVED = 0.1
 _CORRECT_ABOVE = 0.03  # more than this is worth another step
+_HARM_BELOW = 0.02  # nats per token that retained rows may have lost on average before it is worth a repair
+_GUARD_RIDGE = 0.1  # how softly guards are held, relative to their mean influence on themselves
 _MAX_LOG_ODDS_STEP = 4.0  # a linearisation reaches no further
 _MAX_OVERSHOOT = 1.5  # of the predicted move, before a step is shortened
 _MAX_HALVINGS = 5
@@ -90,6 +105,11 @@ def _gradient_rows(objective, params, stack) -> ExampleRows:
     return example_rows(objective, params, stack, jax.random.key(0), num_roots=0)
 
 
+@jax.jit
+def _joined(rows: LoraParams, others: LoraParams) -> LoraParams:
+    return concatenate_rows(rows, others)
+
+
 _factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
 
 
@@ -123,7 +143,9 @@ def retained_curvature(
             step from harming more of the retained ones than one sample could.
     """
     config = evaluator.config
-    sample = evaluator.problem.trained_mean(evaluator.curvature_sample, rng, without_named=True)
+    sample = evaluator.problem.trained_mean(
+        evaluator.curvature_sample, rng, without_named=True, similar_share=config.similar_share
+    )
     key = jax.random.key(int(rng.integers(2**31)))
     operator = _factored_curvature(
         evaluator.objective,
@@ -164,6 +186,126 @@ def _demand(rows: _Rows, here: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.where(rows.goes, np.maximum(left, 0), np.minimum(left, 0))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """The targeted rows under one adapter."""
+
+    here: np.ndarray  # log-odds
+    normals: LoraParams | None  # gradients of the log-odds; None where only losses were computed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guards:
+    """Retained rows that a repair holds to the loss they had."""
+
+    stack: ExampleStack
+    keep: jax.Array
+    trained: np.ndarray  # losses under the trained adapter
+    losses: np.ndarray  # and now
+    gradients: LoraParams
+
+    @property
+    def harm(self) -> float:
+        """Mean rise of the loss, nats per token."""
+        return float((self.losses - self.trained).mean())
+
+
+class _Matching:
+    """The rows, their targets, and what is measured about them on the way."""
+
+    def __init__(self, evaluator: Evaluator, trained: LoraParams, targets: TargetLosses):
+        self.evaluator = evaluator
+        self.trained = trained
+        self.targets = targets
+        self.rows = _targeted_rows(evaluator.problem, with_named=targets.unknown is not None)
+        self.stack = evaluator.stack(Weighted(self.rows.indices, np.ones(len(self.rows.indices))))
+        self.keep = _kept(self.stack)
+        self.ends = np.zeros(0)
+        self.way = np.zeros(0)
+
+    def begin(self, point: _Point, metric: np.ndarray) -> None:
+        """Sets the rows' ends.
+
+        Raises:
+            UnlearningError: no row has anywhere to go.
+        """
+        self.ends = _targets(self.rows, self.targets, metric)
+        self.way = _demand(self.rows, point.here, self.ends)
+        if not np.any(self.way):
+            msg = "Every named row is already at its target; there is nothing to forget."
+            raise UnlearningError(msg)
+
+    def demand(self, point: _Point) -> np.ndarray:
+        """What is left of every row's way, in log-odds."""
+        return _demand(self.rows, point.here, self.ends)
+
+    def left(self, point: _Point) -> float:
+        """The share of the whole way that is left."""
+        return float(np.abs(self.demand(point)).sum() / np.abs(self.way).sum())
+
+    def measure(self, params: LoraParams, *, gradients: bool) -> _Point:
+        """The rows under an adapter; gradients come with their losses at no further cost."""
+        cost = self.evaluator.cost
+        if not gradients:
+            losses = self.evaluator.example_losses(params, self.stack)[np.asarray(self.keep)]
+            return _Point(log_odds(losses), None)
+        found = _gradient_rows(self.evaluator.objective, params, self.stack)
+        cost.rhs += GRADIENT * len(self.rows.indices)
+        losses = np.asarray(found.losses, np.float64)[np.asarray(self.keep)]
+        # d log(exp(l) - 1) = dl / (1 - exp(-l))
+        factors = jnp.asarray(1 / -np.expm1(-np.maximum(losses, _LEAST_LOSS)))
+        return _Point(log_odds(losses), _scaled(found.gradients, self.keep, factors))
+
+    def draw_guards(self, params: LoraParams, rng: np.random.Generator) -> _Guards:
+        """A fresh sample of retained rows, with their losses then and now and their gradients now."""
+        evaluator = self.evaluator
+        chosen = evaluator.problem.trained_mean(evaluator.repair_size, rng, without_named=True).indices
+        stack = evaluator.stack(Weighted(chosen, np.ones(len(chosen))))
+        keep = _kept(stack)
+        trained = evaluator.example_losses(self.trained, stack)[np.asarray(keep)]
+        found = _gradient_rows(evaluator.objective, params, stack)
+        evaluator.cost.trust_region += GRADIENT * len(chosen)
+        losses = np.asarray(found.losses, np.float64)[np.asarray(keep)]
+        return _Guards(stack, keep, trained, losses, _scaled(found.gradients, keep, jnp.ones(len(chosen))))
+
+
+def _kept(stack: ExampleStack) -> jax.Array:
+    return jnp.asarray(np.flatnonzero(np.asarray(stacked_weights(stack))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A solved step: where it leads, and what it should do."""
+
+    delta: LoraParams
+    rhs: LoraParams
+    predicted: np.ndarray  # change of the rows' log-odds
+
+
+def _solve(
+    curvature: DualInverse, normals: LoraParams, demand: np.ndarray, row_ridge: float, guards: _Guards | None
+) -> _Step:
+    """The least step, in the metric of the curvature, that moves the rows as demanded and brings guards back.
+
+    Guards are soft: only what they lost is demanded back, and a ridge keeps rows of tiny gradient from asking much.
+    """
+    count = len(demand)
+    if guards is not None:
+        normals = _joined(normals, guards.gradients)
+        demand = np.concatenate([demand, np.minimum(guards.trained - guards.losses, 0)])
+    metric, solved = curvature.metric(normals)
+    ridge = np.full(len(demand), row_ridge * float(np.trace(metric[:count, :count])) / count)
+    if guards is not None:
+        own = metric[count:, count:]
+        ridge[count:] = _GUARD_RIDGE * float(np.trace(own)) / len(own)
+    coefficients = np.linalg.solve(metric + np.diag(ridge), demand)
+    return _Step(
+        delta=curvature.combination(coefficients, normals, solved),
+        rhs=_combined(jnp.asarray(coefficients), normals),
+        predicted=(metric @ coefficients)[:count],
+    )
+
+
 def unlearn_matched(
     evaluator: Evaluator,
     params: LoraParams,
@@ -171,7 +313,7 @@ def unlearn_matched(
     *,
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
-    """Moves the adapter until the named rows are where their targets say.
+    """Moves the adapter until the named rows are where their targets say, and repairs what that did to others.
 
     Args:
         evaluator: objective, request and configuration.
@@ -180,88 +322,52 @@ def unlearn_matched(
         on_step: called after every accepted step.
 
     Raises:
-        UnlearningError: no row has anywhere to go, or no step moves the rows as predicted.
+        UnlearningError: no row has anywhere to go, the budget does not cover the first step, or no step moves the
+            rows as predicted.
     """
-    config, problem = evaluator.config, evaluator.problem
-    rows = _targeted_rows(problem, with_named=targets.unknown is not None)
-    stack = evaluator.stack(Weighted(rows.indices, np.ones(len(rows.indices))))
-    keep = jnp.asarray(np.flatnonzero(np.asarray(stacked_weights(stack))))
+    config, matching = evaluator.config, _Matching(evaluator, params, targets)
     rng = np.random.default_rng([config.seed, 3])
+    num_steps = _affordable_steps(evaluator, len(matching.rows.indices))
     curvature: DualInverse | None = None
     records: list[StepRecord] = []
-    ends = way = None
-    num_steps = evaluator.num_steps
     stopped = ""
-    # Half as many corrector steps again, each for all that is left, with the last curvature sample.
-    for step in range(num_steps + math.ceil(num_steps / 2)):
-        fresh = curvature is None or (step < num_steps and step % config.refresh_every == 0)
+    point: _Point | None = None
+    for step in range(num_steps + config.repairs):
+        repairing = step >= num_steps
+        fresh = curvature is None or (not repairing and step % config.refresh_every == 0)
         try:
-            rows_cost = (GRADIENT + FORWARD) * len(rows.indices)
-            evaluator.require(rows_cost + _curvature_cost(evaluator) * fresh)
+            evaluator.require(_step_cost(evaluator, len(matching.rows.indices), fresh=fresh, repair=repairing))
+            if point is None or point.normals is None:
+                point = matching.measure(params, gradients=True)
+            if curvature is None or fresh:
+                curvature = retained_curvature(evaluator, params, rng, curvature)
+            if len(matching.ends) == 0:
+                matching.begin(point, curvature.metric(_normals(point))[0])
+            guards = matching.draw_guards(params, rng) if repairing and len(evaluator.problem.retained) else None
+            if repairing and matching.left(point) <= _CORRECT_ABOVE and (not guards or guards.harm <= _HARM_BELOW):
+                break
+            # A repair takes all that is left; the steps before it their share.
+            share = 1 / max(num_steps - step, 1)
+            demand = np.clip(share * matching.demand(point), -_MAX_LOG_ODDS_STEP, _MAX_LOG_ODDS_STEP)
+            solved = _solve(curvature, _normals(point), demand, config.row_ridge, guards)
+            last = step == num_steps + config.repairs - 1
+            scale, after = _accepted(matching, params, solved, point, guards, gradients=not last)
         except BudgetSpent as spent:
             if not records:
                 raise UnlearningError(str(spent)) from spent
             stopped = str(spent)
             break
-        found = _gradient_rows(evaluator.objective, params, stack)
-        evaluator.cost.rhs += GRADIENT * len(rows.indices)
-        if curvature is None or fresh:
-            curvature = retained_curvature(evaluator, params, rng, curvature)
-        losses = np.asarray(found.losses, np.float64)[np.asarray(keep)]
-        here = log_odds(losses)
-        # d log(exp(l) - 1) = dl / (1 - exp(-l))
-        factors = jnp.asarray(1 / -np.expm1(-np.maximum(losses, _LEAST_LOSS)))
-        normals = _scaled(found.gradients, keep, factors)
-        metric, solved = curvature.metric(normals)
-        if ends is None or way is None:
-            ends = _targets(rows, targets, metric)
-            way = _demand(rows, here, ends)
-            if not np.any(way):
-                msg = "Every named row is already at its target; there is nothing to forget."
-                raise UnlearningError(msg)
-        demand = np.clip(
-            _demand(rows, here, ends) / max(num_steps - step, 1), -_MAX_LOG_ODDS_STEP, _MAX_LOG_ODDS_STEP
-        )
-        kappa = config.row_ridge * float(np.trace(metric)) / len(metric)
-        coefficients = np.linalg.solve(metric + kappa * np.eye(len(metric)), demand)
-        delta = curvature.combination(coefficients, normals, solved)
-        predicted = metric @ coefficients
-        try:
-            scale, after = _shortened(evaluator, params, delta, stack, keep, here, demand, predicted)
-        except UnlearningError as error:
+        except NoStepError as error:
             if not records:
                 raise
             stopped = str(error)
             break
-        left = np.abs(_demand(rows, after, ends)).sum() / np.abs(way).sum()
-        before = np.abs(_demand(rows, here, ends)).sum() / np.abs(way).sum()
-        params = trees.tree_axpy(scale, delta, params)
-        rhs = _combined(jnp.asarray(coefficients), normals)
-        rhs_norm = float(trees.tree_norm(rhs))
-        residual = float(trees.tree_norm(trees.tree_sub(curvature.operator.mv(delta), rhs)))
-        solved_norm = float(trees.tree_norm(delta))
-        after_losses = np.log1p(np.exp(after))
-        record = StepRecord(
-            weight_before=float(before),
-            weight_after=float(left),
-            scale=scale,
-            rhs_norm=rhs_norm,
-            delta_norm=scale * solved_norm,
-            status=Status.CONVERGED,
-            iterations=0,
-            relative_residual=residual / rhs_norm,
-            negative_curvature=False,
-            residual_history=(),
-            predicted_reduction=float(np.mean(np.abs(predicted))) * scale,
-            actual_reduction=float(np.mean(np.sign(predicted) * (after - here))),
-            forget_loss=_mean(after_losses[rows.goes]),
-            wanted_loss=_mean(after_losses[~rows.goes]),
-            error_bound=residual / float(curvature.operator.mu) / solved_norm,
-        )
+        evaluator.measure_asymmetry(curvature.operator, params, 0.0)
+        params = trees.tree_axpy(scale, solved.delta, params)
+        record = _record(matching, curvature, solved, point, after, scale, guards)
         records.append(record)
         on_step(record)
-        if left <= _CORRECT_ABOVE:
-            break
+        point = after
     return Unlearned(
         params=params,
         steps=tuple(records),
@@ -274,29 +380,99 @@ def unlearn_matched(
     )
 
 
+def _normals(point: _Point) -> LoraParams:
+    assert point.normals is not None  # measured with gradients
+    return point.normals
+
+
+def _step_cost(evaluator: Evaluator, num_rows: int, *, fresh: bool, repair: bool) -> float:
+    """Gradient equivalents of one step that is accepted at once, its last check included."""
+    guards = (GRADIENT + 2 * FORWARD) * min(evaluator.repair_size, len(evaluator.problem.retained)) * repair
+    return (GRADIENT + FORWARD) * num_rows + _curvature_cost(evaluator) * fresh + guards
+
+
+def _affordable_steps(evaluator: Evaluator, num_rows: int) -> int:
+    """K: what was asked for; else 4, or fewer (2 at least) where the budget would leave no room for a repair."""
+    if evaluator.config.num_steps is not None:
+        return evaluator.config.num_steps
+    for num_steps in range(evaluator.num_steps, 2, -1):
+        fresh = math.ceil(num_steps / evaluator.config.refresh_every)
+        needed = num_steps * GRADIENT * num_rows + fresh * _curvature_cost(evaluator)
+        if evaluator.cost.total + needed + _step_cost(evaluator, num_rows, fresh=False, repair=True) <= (
+            evaluator.budget
+        ):
+            return num_steps
+    return 2
+
+
+def _record(
+    matching: _Matching,
+    curvature: DualInverse,
+    solved: _Step,
+    before: _Point,
+    after: _Point,
+    scale: float,
+    guards: _Guards | None,
+) -> StepRecord:
+    rhs_norm = float(trees.tree_norm(solved.rhs))
+    residual = float(trees.tree_norm(trees.tree_sub(curvature.operator.mv(solved.delta), solved.rhs)))
+    solved_norm = float(trees.tree_norm(solved.delta))
+    losses, goes = np.log1p(np.exp(after.here)), matching.rows.goes
+    return StepRecord(
+        weight_before=matching.left(before),
+        weight_after=matching.left(after),
+        scale=scale,
+        rhs_norm=rhs_norm,
+        delta_norm=scale * solved_norm,
+        status=Status.CONVERGED,
+        iterations=0,
+        relative_residual=residual / rhs_norm,
+        negative_curvature=False,
+        residual_history=(),
+        predicted_reduction=float(np.mean(np.abs(solved.predicted))) * scale,
+        actual_reduction=float(np.mean(np.sign(solved.predicted) * (after.here - before.here))),
+        forget_loss=_mean(losses[goes]),
+        wanted_loss=_mean(losses[~goes]),
+        probe_loss=math.nan if guards is None else float(guards.losses.mean()),
+        error_bound=residual / float(curvature.operator.mu) / solved_norm,
+    )
+
+
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _shortened(
-    evaluator: Evaluator, params, delta, stack, keep, here: np.ndarray, demand: np.ndarray, predicted: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The largest of 1, 1/2, 1/4, ... times `delta` that does not move the rows far beyond the prediction.
+def _accepted(
+    matching: _Matching,
+    params: LoraParams,
+    solved: _Step,
+    before: _Point,
+    guards: _Guards | None,
+    *,
+    gradients: bool,
+) -> tuple[float, _Point]:
+    """The largest of 1, 1/2, 1/4, ... times the step that does what it should, and the rows there.
 
-    Returns:
-        The scale, and the rows' log-odds there.
+    A step must not move the rows far beyond the prediction, nor backwards. A repair must not undo the rows' way or
+    harm its guards.
 
     Raises:
-        UnlearningError: even the shortest step does not move them as predicted.
+        NoStepError: even the shortest step does not.
     """
-    scale = 1.0
-    weight = np.sign(demand)
+    scale, weight = 1.0, np.sign(solved.predicted)
     for _ in range(_MAX_HALVINGS + 1):
-        losses = evaluator.example_losses(trees.tree_axpy(scale, delta, params), stack)[np.asarray(keep)]
-        after = log_odds(losses)
-        moved, hoped = float(weight @ (after - here)), scale * float(weight @ predicted)
-        if np.all(np.isfinite(losses)) and 0 < moved <= _MAX_OVERSHOOT * hoped:
+        trial = trees.tree_axpy(scale, solved.delta, params)
+        after = matching.measure(trial, gradients=gradients)
+        if guards is None:
+            moved, hoped = float(weight @ (after.here - before.here)), scale * float(weight @ solved.predicted)
+            good = 0 < moved <= _MAX_OVERSHOOT * hoped
+        else:
+            losses = matching.evaluator.example_losses(trial, guards.stack)[np.asarray(guards.keep)]
+            harm = float((losses - guards.trained).mean())
+            left = matching.left(after)
+            good = harm <= max(guards.harm, _HARM_BELOW) and left <= max(matching.left(before), ARRIVED)
+        if good and np.all(np.isfinite(after.here)):
             return scale, after
         scale *= 0.5
     msg = "No length of the step moves the named rows as predicted; raise sample_size, damping or num_steps."
-    raise UnlearningError(msg)
+    raise NoStepError(msg)

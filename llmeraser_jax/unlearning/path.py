@@ -63,21 +63,29 @@ def next_weight(schedule: np.ndarray, weight: float) -> float:
     return max(float(1 / (1 + np.exp(step - here))), float(inner[-1]))
 
 
+def _probe_scale(evaluator: Evaluator, check: Check | None) -> float:
+    """How many retained examples each one of the probe stands for."""
+    num_probed = 1 if check is None else max(int(check.is_probe.sum()), 1)
+    return len(evaluator.problem.retained) / num_probed
+
+
 def single_step(
     evaluator: Evaluator,
     check: Check | None,
     params: LoraParams,
-    probe_scale: float,
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
     """One solve: the paper's step, or Newton's on the edited objective."""
     problem, config = evaluator.problem, evaluator.config
     rng = np.random.default_rng([config.seed, 1])
     without_named = config.curvature_data == "retained"
+    probe_scale = _probe_scale(evaluator, check)
     if config.rhs == "influence":
         rhs = evaluator.gradient(params, problem.influence_rhs())
         evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
-        curvature = problem.trained_mean(evaluator.curvature_sample, rng, without_named=without_named)
+        curvature = problem.trained_mean(
+            evaluator.curvature_sample, rng, without_named=without_named, similar_share=config.similar_share
+        )
         unit, named, wanted = 1 / problem.num_trained, 1.0, 0.0
     else:
         everything = problem.edited_mean(None, rng)
@@ -110,12 +118,11 @@ def influence_path(
     evaluator: Evaluator,
     check: Check | None,
     params: LoraParams,
-    probe_scale: float,
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
     """The influence path: the weight of S from 1 to 0, re-linearised at every step."""
     problem, config = evaluator.problem, evaluator.config
-    n = problem.num_trained
+    n, probe_scale = problem.num_trained, _probe_scale(evaluator, check)
     schedule = log_odds_weights(evaluator.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records, stopped = 1.0, [], ""
@@ -133,7 +140,11 @@ def influence_path(
         evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
         rng = np.random.default_rng([config.seed, 1 + attempt])
         curvature = problem.path_mean(
-            target, evaluator.curvature_sample, rng, without_named=config.curvature_data == "retained"
+            target,
+            evaluator.curvature_sample,
+            rng,
+            without_named=config.curvature_data == "retained",
+            similar_share=config.similar_share,
         )
         move = Move(
             weight_before=weight,

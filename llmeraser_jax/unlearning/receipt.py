@@ -10,9 +10,9 @@ from typing import Any
 from llmeraser_jax.solvers import Status, describe
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.range_check import RangeCheck
-from llmeraser_jax.unlearning.steps import StepRecord, TargetLosses
+from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW, StepRecord, TargetLosses
 
-RECEIPT_FORMAT = 1
+RECEIPT_FORMAT = 2
 
 # Worst first: the status that stands for a path is the worst of its steps'.
 _SEVERITY = (
@@ -52,6 +52,9 @@ class SolverSummary:
         iterations: over all solves.
         relative_residual: the largest true one.
         negative_curvature: whether any solve met it.
+        error_bound: the largest of the solves' bounds on their relative error; None where some has none.
+        certified: whether it is below `steps.CERTIFIED_BELOW`: every solve is within so much of the exact step of
+            its own sampled operator. Says nothing about the sample or the linearisation.
     """
 
     status: str
@@ -59,6 +62,8 @@ class SolverSummary:
     iterations: int
     relative_residual: float
     negative_curvature: bool
+    error_bound: float | None
+    certified: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,15 @@ class Receipt:
         rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request.
         solver: all solves together.
         steps: one record per solve.
+        num_correctors: how many of `steps`, the last ones, are Newton steps on the edited objective.
+        corrected: why they ended; empty where none were asked for.
+        attempts: ways that were tried and given up, with the reason; their cost is counted.
+        curvature_reason: which curvature was solved with, and why.
+        product_asymmetry: `|u'Av - v'Au| / (||u|| ||Av||)` of the first operator for random u and v; conjugate
+            gradients need it well below their tolerance.
         delta_norm, adapter_norm_before, adapter_norm_after: Euclidean norms.
+        product_change_norm, product_norm_before: Frobenius norms of the change of `scaling * B A` over all modules
+            and of that product before: what the network sees, whatever basis the adapter is written in.
         bf16_survival: share of the delta that is left after rounding both adapters to bfloat16:
             `<round(new) - round(old), delta> / ||delta||^2`.
         edited_gradient_norm_before, edited_gradient_norm_after: `||grad L'||`, on `gradient_norm_examples`
@@ -118,9 +131,16 @@ class Receipt:
     rhs_norm: float
     solver: SolverSummary
     steps: tuple[StepRecord, ...]
+    num_correctors: int
+    corrected: str
+    attempts: tuple[str, ...]
+    curvature_reason: str
+    product_asymmetry: float
     delta_norm: float
     adapter_norm_before: float
     adapter_norm_after: float
+    product_change_norm: float
+    product_norm_before: float
     bf16_survival: float
     edited_gradient_norm_before: float
     edited_gradient_norm_after: float
@@ -133,6 +153,8 @@ class Receipt:
     def to_mapping(self) -> dict[str, Any]:
         """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""
         mapping = dataclasses.asdict(self)
+        if math.isnan(self.product_asymmetry):
+            mapping["product_asymmetry"] = None
         for step in mapping["steps"]:
             step["status"] = describe(step["status"])
             for name, value in step.items():
@@ -144,6 +166,8 @@ class Receipt:
 
 def summarise_solves(steps: tuple[StepRecord, ...]) -> SolverSummary:
     """One summary of several solves: worst status, largest residual, sum of iterations."""
+    bounds = [step.error_bound for step in steps]
+    bound = math.nan if any(map(math.isnan, bounds)) else max(bounds)
     worst = min((step.status for step in steps), key=_SEVERITY.index)
     return SolverSummary(
         status=describe(worst),
@@ -151,4 +175,6 @@ def summarise_solves(steps: tuple[StepRecord, ...]) -> SolverSummary:
         iterations=sum(step.iterations for step in steps),
         relative_residual=max(step.relative_residual for step in steps),
         negative_curvature=any(step.negative_curvature for step in steps),
+        error_bound=None if math.isnan(bound) else bound,
+        certified=bound < CERTIFIED_BELOW,
     )

@@ -23,6 +23,10 @@ class UnlearningError(RuntimeError):
     """No usable step was found; nothing may be written."""
 
 
+class NoStepError(UnlearningError):
+    """A step was solved for, but no length of it does what it predicts; another way may do better."""
+
+
 class BudgetSpent(Exception):
     """The next step would cost more than is left of the budget."""
 
@@ -101,6 +105,11 @@ class Unlearned:
         targets: where rows were to end (matched only).
         stopped: why it ended early; empty where it did not.
         range_check: what the whole change did to named and retained rows.
+        num_correctors: how many of `steps`, the last ones, are correctors.
+        corrected: why the correctors ended; empty where there were none.
+        attempts: outcomes of ways that were tried before this one and given up.
+        curvature_reason: which curvature it was and why.
+        asymmetry: of the first product, `|u'Av - v'Au| / (||u|| ||Av||)`; nan where none was measured.
     """
 
     params: LoraParams
@@ -112,3 +121,8 @@ class Unlearned:
     targets: TargetLosses | None = None
     stopped: str = ""
     range_check: RangeCheck | None = None
+    num_correctors: int = 0
+    corrected: str = ""
+    attempts: tuple[str, ...] = ()
+    curvature_reason: str = ""
+    asymmetry: float = math.nan

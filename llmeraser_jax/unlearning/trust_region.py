@@ -113,7 +113,7 @@ def _trust_region(
     limit = config.max_step_ratio * float(trees.tree_norm(params))
     scale = min(1.0, limit / delta_norm) if limit > 0 else 1.0
     start, slopes = check.losses_and_slopes(params, delta)
-    quadratic = 0.5 * (objective.l2 * coefficients.sum() + config.damping) * delta_norm**2
+    quadratic = 0.5 * (objective.l2 * coefficients.sum() * delta_norm**2 + check.evaluator.damping_energy(delta))
     rounding = 64 * np.finfo(np.float32).eps * float(np.abs(coefficients * start).sum())
     for _ in range(_MAX_HALVINGS + 1):
         predicted = slope * (scale - 0.5 * scale**2)
@@ -143,7 +143,7 @@ def take(
     residual = float(solution.relative_residual)
     kind = evaluator.kind
     # The least eigenvalue that the sampled operator can have; a Hessian's is not known.
-    least = evaluator.config.damping + evaluator.objective.l2 * float(move.curvature.weights.sum())
+    least = evaluator.least_damping + evaluator.objective.l2 * float(move.curvature.weights.sum())
     solved_norm = float(trees.tree_norm(solution.value))
     bounded = CURVATURES[kind].positive_semidefinite and least > 0 and solved_norm > 0
     error_bound = residual * rhs_norm / least / solved_norm if bounded else math.nan

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.lora import Lora, LoraConfig, add_delta, init_lora, merge_lora
+from llmeraser_jax.lora import Lora, LoraConfig, add_delta, init_lora, merge_lora, product_norms
 from tests.models.tiny import MASK, TOKENS, apply, random_lora, tiny_config, tiny_model
 
 
@@ -81,3 +81,37 @@ def test_a_delta_of_another_adapter_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match="structure"):
         add_delta(random_lora(model), random_lora(model, target_modules=("q_proj",)))
+
+
+def products(lora):
+    """`scaling * B A` of every module and layer, written out in float64."""
+    return np.concatenate(
+        [
+            np.einsum("lor,lri->loi", np.asarray(x["b"], np.float64), np.asarray(x["a"], np.float64)).ravel()
+            for x in lora.params["layers"].values()
+        ]
+    ) * (lora.config.alpha / lora.config.rank)
+
+
+@pytest.mark.parametrize("size", [0.5, 1e-4])
+def test_product_norms_are_those_of_the_products_written_out(size):
+    lora = random_lora(tiny_model())
+    delta = trees.tree_scale(size, trees.tree_random_normal(jax.random.key(3), lora))
+    change, before = product_norms(lora, delta)
+    old = products(lora)
+    new = products(jax.tree.map(lambda x, d: np.float64(x) + np.float64(d), lora, delta))
+    np.testing.assert_allclose(before, np.linalg.norm(old), rtol=1e-5)
+    np.testing.assert_allclose(change, np.linalg.norm(new - old), rtol=1e-5)
+
+
+def test_a_change_of_basis_inside_the_adapter_changes_no_product():
+    lora = random_lora(tiny_model())
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(lora.config.rank,) * 2))
+    turned = {
+        name: {"a": jnp.einsum("sr,lri->lsi", turn, x["a"]), "b": jnp.einsum("lor,sr->los", x["b"], turn)}
+        for name, x in lora.params["layers"].items()
+    }
+    delta = trees.tree_sub(Lora(params={"layers": turned}, config=lora.config), lora)
+    change, before = product_norms(lora, delta)
+    assert float(trees.tree_norm(delta)) > 0.1 * float(trees.tree_norm(lora))
+    assert float(change) < 1e-3 * float(before)

@@ -41,19 +41,23 @@ def draw(rng, count):
     return rng.normal(size=(count, D)), rng.integers(0, CLASSES, count)
 
 
+def memorise(inputs, targets):
+    """The rows, and a head trained on them until it knows them by heart."""
+    params = {"w": jnp.zeros((D, CLASSES))}
+    stack = ArrayExamples(inputs, targets).stack(np.arange(N), np.full(N, 1 / N), chunk_size=N)
+    batch, weights = jax.tree.map(lambda x: x[0], stack.batches[0]), stack.weights[0][0]
+    loss = lambda p: jnp.sum(weights * OBJECTIVE.data_losses(p, batch)) + OBJECTIVE.l2_loss(p)  # noqa: E731
+    rate = min(0.5, 2 * N / np.linalg.norm(inputs, 2) ** 2)  # below 2 over the largest eigenvalue, which is less
+    descend = jax.jit(lambda p: jax.tree.map(lambda x, g: x - rate * g, p, jax.grad(loss)(p)))
+    for _ in range(2000):
+        params = descend(params)
+    return inputs, targets, params
+
+
 @pytest.fixture(scope="module")
 def memorised():
     with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        inputs, targets = draw(rng, N)
-        params = {"w": jnp.zeros((D, CLASSES))}
-        stack = ArrayExamples(inputs, targets).stack(np.arange(N), np.full(N, 1 / N), chunk_size=N)
-        batch, weights = jax.tree.map(lambda x: x[0], stack.batches[0]), stack.weights[0][0]
-        loss = lambda p: jnp.sum(weights * OBJECTIVE.data_losses(p, batch)) + OBJECTIVE.l2_loss(p)  # noqa: E731
-        descend = jax.jit(lambda p: jax.tree.map(lambda x, g: x - 0.5 * g, p, jax.grad(loss)(p)))
-        for _ in range(2000):
-            params = descend(params)
-        return inputs, targets, params
+        return memorise(*draw(np.random.default_rng(0), N))
 
 
 def make(memorised, action: str):
@@ -138,14 +142,21 @@ def test_rows_that_are_at_their_targets_leave_nothing_to_do(memorised):
         unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, target_loss=1e-5))
 
 
-def test_cost_is_rows_roots_and_checks(memorised):
+@pytest.mark.parametrize("repairs", [0, 1])
+def test_cost_is_rows_roots_and_checks(memorised, repairs):
     problem, params, heldout = make(memorised, "remove")
-    result = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, draws=3), heldout=heldout)
-    steps = len(result.steps)
-    assert result.cost.rhs == pytest.approx(4 * steps)
-    refreshed = min(2, -(-steps // 2))
-    assert result.cost.curvature == pytest.approx(refreshed * 32 * (1 / 3 + 3 * 2 / 3))
-    assert result.cost.trust_region == pytest.approx((40 + 4 * steps) / 3)
+    config = dataclasses.replace(CONFIG, draws=3, num_steps=3, repairs=repairs, repair_size=20, sample_size=8)
+    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+    assert len(result.steps) == 3 and all(step.scale == 1 for step in result.steps)
+    assert result.cost.curvature == pytest.approx(2 * 8 * (1 / 3 + 3 * 2 / 3))
+    if repairs:
+        # Gradients after the last step too, and the sample that found nothing to repair.
+        assert result.cost.rhs == pytest.approx(4 * 4)
+        assert result.cost.trust_region == pytest.approx(40 / 3 + 20 * (1 + 1 / 3))
+    else:
+        # Gradients before each step check the one before it; the last has a check of its own.
+        assert result.cost.rhs == pytest.approx(4 * 3)
+        assert result.cost.trust_region == pytest.approx((40 + 4) / 3)
 
 
 def test_budget_ends_it_early_and_says_so(memorised):
@@ -189,3 +200,19 @@ def test_range_check_fails_where_nothing_moved_and_where_the_rest_broke(memorise
 def test_log_odds_are_those_of_the_probability():
     p = np.array([0.999, 0.5, 1e-3])
     np.testing.assert_allclose(log_odds(-np.log(p)), np.log((1 - p) / p), rtol=1e-9)
+
+
+def test_auto_goes_on_along_the_path_where_matched_steps_leave_the_range(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    # A ridge this high lets the rows stay where they are: nothing is forgotten.
+    config = dataclasses.replace(CONFIG, row_ridge=1e9, num_steps=2, repairs=0, max_step_ratio=0.0)
+    stays = unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, method="matched"), heldout=heldout)
+    assert stays.range_check is not None and not stays.range_check.passed
+    assert "nothing was forgotten" in stays.range_check.verdict
+    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+    assert result.method == "path" and result.range_check is not None and result.range_check.passed
+    assert len(result.attempts) == 1 and result.attempts[0].startswith("matched: failed: nothing was forgotten")
+    alone = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, method="path", max_step_ratio=0.0))
+    # Both ways are paid for.
+    assert result.cost.total > stays.cost.total and alone.method == "path"
+    assert losses(result.params, problem.examples, problem.named).mean() > 0.3

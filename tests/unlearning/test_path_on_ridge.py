@@ -171,13 +171,15 @@ def test_sampled_curvature_is_unbiased_over_seeds():
     assert np.all(np.abs(draws.mean(0) - dense) <= 5 * standard_error + 1e-12)
 
 
-def test_cost_counts_right_hand_sides_products_and_checks():
+@pytest.mark.parametrize(("budget_bytes", "per_product", "setup"), [(0, 1.5, 0.0), (2**30, 1.0, 1 / 3)])
+def test_cost_counts_right_hand_sides_products_and_checks(budget_bytes, per_product, setup):
     problem, before, _ = make_problem("rqc")
-    result = unlearn(ridge_objective(L2), split_params(before), problem, config(num_steps=2))
+    settings = config(num_steps=2, memory_budget_bytes=budget_bytes)
+    result = unlearn(ridge_objective(L2), split_params(before), problem, settings)
     data = N + 2
     products = sum(step.iterations + 1 for step in result.steps)
     assert result.cost.rhs == pytest.approx(2 * (1 + 2 + 2))
-    assert result.cost.curvature == pytest.approx(1.5 * products * data)
+    assert result.cost.curvature == pytest.approx((per_product * products + 2 * setup) * data)
     assert result.cost.trust_region == pytest.approx(2 * (2 / 3 + 1 / 3) * data)
 
 

@@ -1,0 +1,43 @@
+"""How much the texts of examples have in common: what needs no pass through a network to guess who is affected."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Float
+from sklearn.preprocessing import normalize
+
+from llmeraser_jax.data.encoding import TokenDataset
+
+
+def token_similarities(dataset: TokenDataset, to: np.ndarray) -> Float[np.ndarray, " examples"]:
+    """For every example the cosine of its TF-IDF vector of token counts with the nearest one of some others.
+
+    Tokens that every example has (the template's) weigh nothing, rare ones (names, titles) the most.
+
+    Args:
+        dataset: encoded examples.
+        to: [s] indices of the examples to be similar to, at least one.
+
+    Returns:
+        [n], in [0, 1].
+
+    Raises:
+        ValueError: `to` is empty.
+    """
+    if len(to) == 0:
+        msg = "There is nothing to be similar to; name at least one example."
+        raise ValueError(msg)
+    tokens = [np.asarray(example.tokens) for example in dataset.encoded]
+    lengths = np.array([len(row) for row in tokens])
+    rows = np.repeat(np.arange(len(tokens)), lengths)
+    columns = np.concatenate(tokens)
+    shape = (len(tokens), int(columns.max()) + 1)
+    counts = scipy.sparse.csr_matrix((np.ones(len(columns)), (rows, columns)), shape=shape)
+    counts.sum_duplicates()
+    document_counts = np.maximum(np.asarray((counts > 0).sum(0)).ravel(), 1)
+    inverse_frequency = np.log(len(tokens) / document_counts)
+    counts.data = 1 + np.log(counts.data)  # sublinear term frequency
+    vectors = normalize(counts @ scipy.sparse.diags(inverse_frequency))
+    nearest = (vectors @ vectors[np.asarray(to)].T).max(axis=1)
+    return np.clip(np.asarray(nearest.todense()).ravel(), 0.0, 1.0)

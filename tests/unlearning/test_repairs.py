@@ -1,0 +1,81 @@
+"""Repairs after matched steps: what retained rows lost comes back, the named rows stay where they arrived."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.dispatch import unlearn
+from tests.unlearning.test_matched import CONFIG, OBJECTIVE, N, draw, losses, make, memorise
+from tests.unlearning.test_matched import memorised as memorised_rows
+
+memorised = memorised_rows  # the fixture, under a name of this module
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def alike():
+    """Memorised rows that have much in common: what moves one moves the others."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        inputs, targets = draw(rng, N)
+        return memorise(inputs + 1.5, targets)
+
+
+# One row does not stand for the others, and a damping this high leaves the step near the plain gradient.
+HARMFUL = dataclasses.replace(CONFIG, sample_size=1, damping=10.0, repair_size=24, num_steps=2)
+
+
+@pytest.mark.parametrize("action", ["remove", "correct"])
+def test_repairs_bring_retained_rows_back_and_leave_the_named_ones(alike, action):
+    problem, params, heldout = make(alike, action)
+    before = losses(params, problem.examples, problem.retained).mean()
+    harm, named, steps = {}, {}, {}
+    for repairs in (0, 6):
+        config = dataclasses.replace(HARMFUL, method="matched", repairs=repairs)
+        result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+        harm[repairs] = losses(result.params, problem.examples, problem.retained).mean() - before
+        named[repairs] = losses(result.params, problem.examples, problem.named).mean()
+        steps[repairs] = result.steps
+        assert np.isfinite(result.steps[-1].probe_loss) == (repairs > 0)
+    assert len(steps[0]) == 2 < len(steps[6])
+    assert harm[0] > 0.05  # well above what is called negligible
+    assert harm[6] < 0.5 * harm[0]
+    assert named[6] > 0.7 * named[0]
+
+
+def test_nothing_is_repaired_where_a_fresh_sample_lost_nothing(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    everything = dataclasses.replace(CONFIG, sample_size=48, num_steps=8, repairs=5, damping=1e-6)
+    result = unlearn(OBJECTIVE, params, problem, everything, heldout=heldout)
+    repaired = [step for step in result.steps if np.isfinite(step.probe_loss)]
+    assert result.complete and len(repaired) < 5
+    # What ended them: the last sample's harm is no more than what is called negligible.
+    after = losses(result.params, problem.examples, problem.retained).mean()
+    assert after - losses(params, problem.examples, problem.retained).mean() < 0.05
+
+
+def test_a_budget_takes_fewer_steps_to_leave_room_for_a_repair(memorised):
+    problem, params, heldout = make(memorised, "remove")
+    config = dataclasses.replace(CONFIG, sample_size=8, repair_size=8, damping=1e-3)
+    # Held-out rows 40 / 3; a sample 8, a step 4, a repair and its checks 4 + 8 (1 + 2/3) + 4/3.
+    rows, sample, repair = 4.0, 8.0, 4 * 4 / 3 + 8 * 5 / 3
+    for num_steps, samples in ((4, 2), (3, 2), (2, 1)):
+        cost = 40 / 3 + num_steps * rows + samples * sample + repair
+        budget = dataclasses.replace(config, budget=1.0)
+        result = unlearn(OBJECTIVE, params, problem, budget, heldout=heldout, retrain_cost=cost + 0.1)
+        assert sum(np.isnan(step.probe_loss) for step in result.steps) == num_steps
+        assert result.cost.total <= cost + 0.1
+
+
+@pytest.mark.parametrize(("changes", "named"), [({"repairs": -1}, "repairs"), ({"repair_size": 0}, "repair_size")])
+def test_bad_repairs_are_refused_by_name(changes, named):
+    with pytest.raises(ValueError, match=named):
+        EraseConfig(**changes)
