@@ -26,7 +26,7 @@ from llmeraser_jax.unlearning.trust_region import Check
 
 logger = logging.getLogger(__name__)
 
-_NUM_HELDOUT = 128  # held-out rows whose mean loss is the target of removed ones
+_NUM_HELDOUT = 64  # held-out rows whose mean loss is the target of removed ones
 _NUM_KNOWN = 64  # retained rows whose mean loss is the target of wanted ones
 
 

@@ -67,6 +67,7 @@ logger = logging.getLogger(__name__)
 ARRIVED = 0.1
 _CORRECT_ABOVE = 0.03  # more than this is worth another step
 _HARM_BELOW = 0.02  # nats per token that retained rows may have lost on average before it is worth a repair
+_LEAST_GUARDS = 16  # a repair with fewer is not worth its step
 _GUARD_RIDGE = 0.1  # how softly guards are held, relative to their mean influence on themselves
 _MAX_LOG_ODDS_STEP = 4.0  # a linearisation reaches no further
 _MAX_OVERSHOOT = 1.5  # of the predicted move, before a step is shortened
@@ -257,9 +258,18 @@ class _Matching:
         return _Point(log_odds(losses), _scaled(found.gradients, self.keep, factors))
 
     def draw_guards(self, params: LoraParams, rng: np.random.Generator) -> _Guards:
-        """A fresh sample of retained rows, with their losses then and now and their gradients now."""
+        """A fresh sample of retained rows, with their losses then and now and their gradients now.
+
+        As many as are asked for, or fewer where the budget is nearly used up.
+
+        Raises:
+            BudgetSpent: not even a few can be paid.
+        """
         evaluator = self.evaluator
-        chosen = evaluator.problem.trained_mean(evaluator.repair_size, rng, without_named=True).indices
+        evaluator.require(_repair_cost(len(self.rows.indices), least_guards(evaluator)))
+        spare = evaluator.budget - evaluator.cost.total - _repair_cost(len(self.rows.indices), 0)
+        size = min(evaluator.repair_size, int(min(spare / _GUARD_COST, 1e9)))
+        chosen = evaluator.problem.trained_mean(size, rng, without_named=True).indices
         stack = evaluator.stack(Weighted(chosen, np.ones(len(chosen))))
         keep = _kept(stack)
         trained = evaluator.example_losses(self.trained, stack)[np.asarray(keep)]
@@ -327,7 +337,8 @@ def unlearn_matched(
     """
     config, matching = evaluator.config, _Matching(evaluator, params, targets)
     rng = np.random.default_rng([config.seed, 3])
-    num_steps = _affordable_steps(evaluator, len(matching.rows.indices))
+    num_rows = len(matching.rows.indices)
+    num_steps = _affordable_steps(evaluator, num_rows)
     curvature: DualInverse | None = None
     records: list[StepRecord] = []
     stopped = ""
@@ -336,8 +347,10 @@ def unlearn_matched(
         repairing = step >= num_steps
         fresh = curvature is None or (not repairing and step % config.refresh_every == 0)
         try:
-            evaluator.require(_step_cost(evaluator, len(matching.rows.indices), fresh=fresh, repair=repairing))
-            if point is None or point.normals is None:
+            evaluator.require(
+                (FORWARD + GRADIENT * (point is None)) * num_rows + _curvature_cost(evaluator) * fresh
+            )
+            if point is None:
                 point = matching.measure(params, gradients=True)
             if curvature is None or fresh:
                 curvature = retained_curvature(evaluator, params, rng, curvature)
@@ -350,8 +363,13 @@ def unlearn_matched(
             share = 1 / max(num_steps - step, 1)
             demand = np.clip(share * matching.demand(point), -_MAX_LOG_ODDS_STEP, _MAX_LOG_ODDS_STEP)
             solved = _solve(curvature, _normals(point), demand, config.row_ridge, guards)
-            last = step == num_steps + config.repairs - 1
-            scale, after = _accepted(matching, params, solved, point, guards, gradients=not last)
+            # The rows' gradients after a step check it and begin the next, where there is to be one.
+            pending = GRADIENT * num_rows + FORWARD * (len(guards.losses) if guards else 0)
+            affordable = (
+                evaluator.cost.total + pending + _repair_cost(num_rows, least_guards(evaluator)) <= evaluator.budget
+            )
+            another = affordable and step + 1 < num_steps + config.repairs
+            scale, after = _accepted(matching, params, solved, point, guards, gradients=another)
         except BudgetSpent as spent:
             if not records:
                 raise UnlearningError(str(spent)) from spent
@@ -368,6 +386,10 @@ def unlearn_matched(
         records.append(record)
         on_step(record)
         point = after
+        if not affordable:
+            stopped = f"the budget of {evaluator.budget:.0f} gradient equivalents has no room for another step"
+        if not another:
+            break
     return Unlearned(
         params=params,
         steps=tuple(records),
@@ -385,22 +407,29 @@ def _normals(point: _Point) -> LoraParams:
     return point.normals
 
 
-def _step_cost(evaluator: Evaluator, num_rows: int, *, fresh: bool, repair: bool) -> float:
-    """Gradient equivalents of one step that is accepted at once, its last check included."""
-    guards = (GRADIENT + 2 * FORWARD) * min(evaluator.repair_size, len(evaluator.problem.retained)) * repair
-    return (GRADIENT + FORWARD) * num_rows + _curvature_cost(evaluator) * fresh + guards
+# A guard's loss as trained, its gradient, and its loss after the step.
+_GUARD_COST = GRADIENT + 2 * FORWARD
+
+
+def _repair_cost(num_rows: int, num_guards: int) -> float:
+    """Gradient equivalents of a last repair that is accepted at once; the rows' gradients are there already."""
+    return FORWARD * num_rows + _GUARD_COST * num_guards
+
+
+def least_guards(evaluator: Evaluator) -> int:
+    """The fewest retained rows that a repair is made with."""
+    return min(_LEAST_GUARDS, evaluator.repair_size, len(evaluator.problem.retained))
 
 
 def _affordable_steps(evaluator: Evaluator, num_rows: int) -> int:
     """K: what was asked for; else 4, or fewer (2 at least) where the budget would leave no room for a repair."""
     if evaluator.config.num_steps is not None:
         return evaluator.config.num_steps
+    num_guards = min(evaluator.repair_size, len(evaluator.problem.retained)) if evaluator.config.repairs else 0
     for num_steps in range(evaluator.num_steps, 2, -1):
-        fresh = math.ceil(num_steps / evaluator.config.refresh_every)
-        needed = num_steps * GRADIENT * num_rows + fresh * _curvature_cost(evaluator)
-        if evaluator.cost.total + needed + _step_cost(evaluator, num_rows, fresh=False, repair=True) <= (
-            evaluator.budget
-        ):
+        samples = math.ceil(num_steps / evaluator.config.refresh_every)
+        needed = (num_steps + 1) * GRADIENT * num_rows + samples * _curvature_cost(evaluator)
+        if evaluator.cost.total + needed + _repair_cost(num_rows, num_guards) <= evaluator.budget:
             return num_steps
     return 2
 

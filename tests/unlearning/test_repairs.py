@@ -65,14 +65,23 @@ def test_nothing_is_repaired_where_a_fresh_sample_lost_nothing(memorised):
 def test_a_budget_takes_fewer_steps_to_leave_room_for_a_repair(memorised):
     problem, params, heldout = make(memorised, "remove")
     config = dataclasses.replace(CONFIG, sample_size=8, repair_size=8, damping=1e-3)
-    # Held-out rows 40 / 3; a sample 8, a step 4, a repair and its checks 4 + 8 (1 + 2/3) + 4/3.
-    rows, sample, repair = 4.0, 8.0, 4 * 4 / 3 + 8 * 5 / 3
+    # Held-out rows 40 / 3; a sample 8; the rows before the first step and after each; a repair's check and guards.
     for num_steps, samples in ((4, 2), (3, 2), (2, 1)):
-        cost = 40 / 3 + num_steps * rows + samples * sample + repair
+        cost = 40 / 3 + (num_steps + 1) * 4 + samples * 8 + 4 / 3 + 8 * 5 / 3
         budget = dataclasses.replace(config, budget=1.0)
         result = unlearn(OBJECTIVE, params, problem, budget, heldout=heldout, retrain_cost=cost + 0.1)
         assert sum(np.isnan(step.probe_loss) for step in result.steps) == num_steps
         assert result.cost.total <= cost + 0.1
+
+
+def test_a_repair_takes_the_guards_that_the_budget_leaves(alike):
+    problem, params, heldout = make(alike, "remove")
+    config = dataclasses.replace(HARMFUL, repairs=3, repair_size=40, budget=1.0)
+    # Held-out rows, rows around two steps, a curvature row of each bucket, and 20 guards with the last check.
+    cost = 40 / 3 + 3 * 4 + 2 + 4 / 3 + 20 * 5 / 3
+    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=cost + 0.1)
+    assert len(result.steps) == 3 and "no room for another step" in result.stopped
+    assert result.cost.total == pytest.approx(cost)
 
 
 @pytest.mark.parametrize(("changes", "named"), [({"repairs": -1}, "repairs"), ({"repair_size": 0}, "repair_size")])
