@@ -252,6 +252,29 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Gather any number of results into one page that explains itself.
+
+    Evaluations of one request on one run are put side by side: methods by metrics, cost against fidelity, each
+    named example before and after. Erasures add what their solvers certify, trainings what they cost.
+
+    Attributes:
+        directories: made by evaluate, erase, retrain, finetune or adopt, or holding such directories.
+        workdir: gets report.html (needs no other file), report.md and PNG files.
+    """
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    workdir: Path
+
+    def run(self) -> int:
+        from llmeraser_jax.evaluation.overview import write_overview
+
+        page = write_overview(self.directories, self.workdir)
+        _say(f"Report: {page}   ({page.with_suffix('.md')})")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
     """Fine-tune a small model on fictitious people, make it forget some, and compare with retraining.
 
@@ -276,6 +299,7 @@ Command = (
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -308,10 +332,17 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
         _say(f"  range check     {receipt.range_check.verdict}")
     _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
     _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
+    if solver.error_bound is not None:
+        words = "certified" if solver.certified else "which certifies nothing"
+        _say(f"  error bound     {solver.error_bound:.2g} of each step, for its sampled curvature; {words}")
+    _say(f"  matrix          {receipt.curvature_reason}; asymmetry of a product {receipt.product_asymmetry:.1g}")
+    if receipt.corrected:
+        _say(f"  correctors      {receipt.num_correctors}: {receipt.corrected}")
     if solver.negative_curvature:
         _say("  curvature       negative along some direction; see the receipt")
     _say(
         f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}; "
+        f"of BA {receipt.product_change_norm:.3g} of {receipt.product_norm_before:.3g}; "
         f"{100 * receipt.bf16_survival:.0f} % survives rounding to bfloat16"
     )
     _say(

@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from llmeraser_jax import trees
 from llmeraser_jax.baselines.controls import gradient_ascent, scaled_rhs
 from llmeraser_jax.data import Request, TokenDataset
-from llmeraser_jax.evaluation.forgetting import membership_loss_auc, membership_min_k_auc
+from llmeraser_jax.evaluation.membership import (
+    mean_of_others,
+    membership_auc,
+    membership_loss_auc,
+    membership_min_k_auc,
+    reference_scores,
+)
 from llmeraser_jax.evaluation.report import Comparison, Cost, ModelScores, SolverTrace
-from llmeraser_jax.evaluation.scoring import TaskMetrics, heldout_kl_of, make_task_metrics, score_examples
+from llmeraser_jax.evaluation.scoring import (
+    ExampleScores,
+    heldout_kl_of,
+    make_task_metrics,
+    score_examples,
+)
+from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import Model
@@ -90,8 +104,23 @@ def compare(
     controls = make_controls(model, before.lora, unlearned.lora, problem, l2=l2)
     task = None if heldout is None else make_task_metrics(model, heldout)
 
-    def scores(column: Column) -> ModelScores:
-        return _score(model, problem, heldout, task, column)
+    views = {column.name: _view(model, problem, heldout, column.lora) for column in (before, unlearned, *controls)}
+    views |= {column.name: _view(model, problem, heldout, column.lora) for column in retrained}
+    base = None if heldout is None else _view(model, problem, heldout, None)
+    of_retrained = [views[column.name] for column in retrained]
+
+    def scores(column: Column, left_out: int | None = None) -> ModelScores:
+        view = views[column.name]
+        return ModelScores(
+            name=column.name,
+            forget_losses=view.forget.losses,
+            wanted_losses=view.wanted.losses,
+            heldout_losses=np.zeros(0) if view.heldout is None else view.heldout.losses,
+            extraction_strengths=view.forget.extraction,
+            task_metrics=() if task is None else task(column.lora),
+            membership_aucs=_membership(view, base, of_retrained, left_out),
+            cost=column.cost,
+        )
 
     heldout_kl = None
     if heldout is not None and len(retrained) >= 2:
@@ -104,7 +133,7 @@ def compare(
         actions=tuple(action_of[id_] for id_ in ids),
         before=scores(before),
         unlearned=scores(unlearned),
-        retrained=tuple(scores(column) for column in retrained),
+        retrained=tuple(scores(column, position) for position, column in enumerate(retrained)),
         controls=tuple(scores(column) for column in controls),
         heldout_kl=heldout_kl,
         solves=tuple(solves),
@@ -112,30 +141,47 @@ def compare(
     )
 
 
-def _score(
-    model: Model,
-    problem: EditProblem[TokenDataset],
-    heldout: TokenDataset | None,
-    task: TaskMetrics | None,
-    column: Column,
-) -> ModelScores:
-    examples = problem.examples
-    forget = score_examples(model, column.lora, examples, problem.named)
-    wanted = score_examples(model, column.lora, examples, problem.wanted)
-    if heldout is None or task is None:
-        return ModelScores(
-            name=column.name, forget_losses=forget.losses, wanted_losses=wanted.losses, cost=column.cost
-        )
-    outside = score_examples(model, column.lora, heldout)
-    return ModelScores(
-        name=column.name,
-        forget_losses=forget.losses,
-        wanted_losses=wanted.losses,
-        heldout_losses=outside.losses,
-        task_metrics=task(column.lora),
-        membership_aucs=(
-            membership_loss_auc(forget.losses, outside.losses),
-            membership_min_k_auc(forget.min_k, outside.min_k),
-        ),
-        cost=column.cost,
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _View:
+    """One model's view of the named examples as trained and as wanted, and of the held-out ones."""
+
+    forget: ExampleScores
+    wanted: ExampleScores
+    heldout: ExampleScores | None
+
+
+def _view(
+    model: Model, problem: EditProblem[TokenDataset], heldout: TokenDataset | None, lora: Lora | None
+) -> _View:
+    return _View(
+        forget=score_examples(model, lora, problem.examples, problem.named),
+        wanted=score_examples(model, lora, problem.examples, problem.wanted),
+        heldout=None if heldout is None else score_examples(model, lora, heldout),
+    )
+
+
+def _membership(
+    view: _View, base: _View | None, retrained: Sequence[_View], left_out: int | None
+) -> tuple[Metric, ...]:
+    """Every attack on one model; `left_out` is its own place among the retrained ones, if it is one."""
+    inside, outside = view.forget, view.heldout
+    if outside is None or base is None or base.heldout is None:
+        return ()
+    aucs = [
+        membership_loss_auc(inside.losses, outside.losses),
+        membership_min_k_auc(inside.min_k, outside.min_k),
+        membership_auc("min_k_plus_plus", inside.min_k_plus_plus, outside.min_k_plus_plus),
+        _reference_auc("reference_base", view, base.forget.losses, base.heldout.losses),
+    ]
+    members = mean_of_others([other.forget.losses for other in retrained], left_out)
+    others = mean_of_others([other.heldout.losses for other in retrained if other.heldout is not None], left_out)
+    if len(retrained) >= 2 and members is not None and others is not None:
+        aucs.append(_reference_auc("reference_retrained", view, members, others))
+    return tuple(aucs)
+
+
+def _reference_auc(name: str, view: _View, members: np.ndarray, others: np.ndarray) -> Metric:
+    assert view.heldout is not None
+    return membership_auc(
+        name, reference_scores(view.forget.losses, members), reference_scores(view.heldout.losses, others)
     )

@@ -1,4 +1,4 @@
-"""Forgetting metrics: held-out KL to retrained models with its seed floor, and membership inference.
+"""Held-out KL to retrained models with its seed floor. Membership inference is in `evaluation.membership`.
 
 Whatever is summed is summed in float64 on the host; log-probabilities may come as float32 from any device.
 """
@@ -6,14 +6,17 @@ Whatever is summed is summed in float64 on the host; log-probabilities may come 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from llmeraser_jax.evaluation.closure import Number, seed_mean
-from llmeraser_jax.evaluation.tasks import Metric, auc_metric
+from llmeraser_jax.evaluation.closure import seed_mean
+
+# Names of membership inference that were found here before it had a module of its own.
+from llmeraser_jax.evaluation.membership import membership_loss_auc as membership_loss_auc
+from llmeraser_jax.evaluation.membership import membership_min_k_auc as membership_min_k_auc
+from llmeraser_jax.evaluation.membership import min_k_scores as min_k_scores
 
 _BLOCK_NUMBERS = 1 << 20  # numbers of one model that are in float64 at a time
 _NORMALISATION_TOLERANCE = 1e-3  # float32 log-softmax over 256k tokens stays far below, logits and bf16 above
@@ -182,61 +185,3 @@ def _kl_sum(probs: np.ndarray, log_probs: np.ndarray) -> float:
         terms = probs * (np.log(probs) - log_probs)
     # Nan predictions must not hide behind a reference probability of 0.
     return float(np.sum(np.where((probs > 0) | np.isnan(log_probs), terms, 0.0)))
-
-
-def min_k_scores(
-    token_log_probs: Float[Array | np.ndarray, "examples response"],
-    mask: Bool[Array | np.ndarray, "examples response"],
-    *,
-    fraction: Number = 0.2,
-) -> Float[np.ndarray, " examples"]:
-    """Min-k% score: mean log-probability of the least probable `fraction` of each example's response tokens.
-
-    Follows Shi et al. 2024 (arXiv 2310.16789); differs in rounding the number of tokens up, so that a
-    response of few tokens still has one.
-
-    Args:
-        token_log_probs: log-probability of each response token, in nats.
-        mask: True for a response token, False for padding.
-        fraction: k, in (0, 1].
-
-    Returns:
-        One score per example, higher for what looks memorised; nan where an example has no response token.
-
-    Raises:
-        ValueError: `fraction` out of range or shapes that differ.
-    """
-    log_probs, selected = np.asarray(token_log_probs, np.float64), np.asarray(mask).astype(bool)
-    if not 0 < fraction <= 1:
-        msg = f"fraction is {fraction}; it must lie in (0, 1]."
-        raise ValueError(msg)
-    if log_probs.ndim != 2 or log_probs.shape != selected.shape:
-        msg = f"Expected [examples, response] twice, got {log_probs.shape} and mask {selected.shape}."
-        raise ValueError(msg)
-    scores = np.full(len(log_probs), np.nan)
-    for i, (row, keep) in enumerate(zip(log_probs, selected, strict=True)):
-        tokens = np.sort(row[keep])
-        if tokens.size:
-            # Rounded first: fraction * size may exceed an integer by one unit in the last place.
-            count = math.ceil(round(fraction * tokens.size, 9))
-            scores[i] = np.nan if np.isnan(tokens).any() else tokens[:count].mean()
-    return scores
-
-
-def membership_loss_auc(
-    member_losses: Float[Array | np.ndarray, " members"],
-    nonmember_losses: Float[Array | np.ndarray, " nonmembers"],
-) -> Metric:
-    """AUC of telling members S from held-out examples by their loss; lower loss reads as member.
-
-    The target is the retrained model's AUC, not 0.5: S and the held-out set need not be equally hard.
-    """
-    return auc_metric("loss", -np.asarray(member_losses, np.float64), -np.asarray(nonmember_losses, np.float64))
-
-
-def membership_min_k_auc(
-    member_scores: Float[Array | np.ndarray, " members"],
-    nonmember_scores: Float[Array | np.ndarray, " nonmembers"],
-) -> Metric:
-    """AUC of telling members S from held-out examples by `min_k_scores`; target as for the loss."""
-    return auc_metric("min_k", member_scores, nonmember_scores)

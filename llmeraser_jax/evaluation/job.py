@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,8 +149,21 @@ def evaluate_runs(
         context=_context(before, receipt, len(examples), heldout_path),
     )
     report = build_report(comparison)
+    report["method"] = receipt["method"]
+    report["runs"] = {
+        "before": before.reference(),
+        "unlearned": after.reference(),
+        "retrained": [run.reference() for run in retrained],
+        "heldout_sha256": None if heldout is None else _digest(heldout),
+        "requests_sha256": hashlib.sha256((after.path / REQUESTS_FILE).read_bytes()).hexdigest(),
+    }
     write_report(workdir, report)
     return report
+
+
+def _digest(dataset: data.TokenDataset) -> str:
+    """SHA-256 (hex) of the examples' contents in order, the same wherever their file lies."""
+    return hashlib.sha256("\n".join(map(data.content_hash, dataset.examples)).encode()).hexdigest()
 
 
 def _context(before: Run, receipt: Mapping[str, Any], num_examples: int, heldout_path) -> dict[str, str]:
@@ -160,7 +174,7 @@ def _context(before: Run, receipt: Mapping[str, Any], num_examples: int, heldout
         "Training data": f"{num_examples} examples, {before.train_config.epochs} epochs",
         "Held-out data": "none" if heldout_path is None else Path(heldout_path).name,
         "Request": counts,
-        "Method": f"{config['method']} ({config['rhs']} right-hand side, {config['curvature']} curvature over "
+        "Method": f"{receipt['method']} ({config['rhs']} right-hand side, {config['curvature']} curvature over "
         f"{config['curvature_data']}, damping {config['damping']:g})",
         "Outcome": receipt["outcome"],
         "Devices": describe_devices(),

@@ -28,8 +28,13 @@ _READING = """\
   nearer than before, negative is further away; overshooting counts as much as undershooting. It is undefined
   where before and retrained differ by no more than two standard deviations of the retraining seeds, and for
   the KL also where the model before does not exceed the seed floor.
-* **Membership AUC**: how well the named examples can be told from held-out ones. The target is the retrained
-  model's value, not 0.5.
+* **Probability per token**: exp(-loss), averaged over the named examples. **Extraction strength**: the share of
+  an answer that the model says by itself once the beginning was given away; 1 means that the question suffices.
+* **Membership AUC**: how well the named examples can be told from held-out ones by a score. The target is the
+  retrained model's value, not 0.5. Scores: the loss; *min_k*, the least probable 20 % of the tokens;
+  *min_k_plus_plus*, the same after standardising by the model's own prediction; *reference*, the loss of a model
+  that never saw the example (the base without adapter, or the mean of the retrained models, a retrained model
+  never its own) minus the loss.
 * **Gradient equivalents**: 1 is a forward and backward pass of one example. It compares costs across
   machines.
 * **± after a task metric** is the standard error over test examples; ± after a mean over seeds is the
@@ -75,7 +80,8 @@ def _plot(name: str, plots: Sequence[str]) -> str:
     return f"![{_PLOT_TITLES[name]}]({name})" if name in plots else ""
 
 
-def _number(value: Number | None) -> str:
+def show_number(value: Number | None) -> str:
+    """Three significant digits, thousands separated; a dash for nothing."""
     if value is None:
         return _MISSING
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -93,10 +99,10 @@ def _summary(report: Mapping[str, Any]) -> str:
     ):
         if models["before"][key] is None and key == "wanted_loss" and not models["before"][f"{key}_by_action"]:
             continue
-        line = f"* **{title}**: {_number(models['before'][key])} before, "
-        line += f"{_number(models['unlearned'][key])} unlearned"
+        line = f"* **{title}**: {show_number(models['before'][key])} before, "
+        line += f"{show_number(models['unlearned'][key])} unlearned"
         if seeds:
-            line += f", {_number(models['retrained'][key])} retrained (mean of {seeds} seed(s))"
+            line += f", {show_number(models['retrained'][key])} retrained (mean of {seeds} seed(s))"
         lines.append(f"{line}. Closure {_closure_words(closure, key)}.")
     floor = report["seed_floor"]["heldout_kl"]
     if floor is None:
@@ -106,18 +112,20 @@ def _summary(report: Mapping[str, Any]) -> str:
     else:
         before, after = (models[name]["heldout_kl_to_retrained"] for name in ("before", "unlearned"))
         lines.append(
-            f"* **Held-out KL to retraining**: {_number(before)} before, {_number(after)} unlearned; the "
-            f"seed floor is {_number(floor)}. Closure {_closure_words(closure, 'heldout_kl')}."
+            f"* **Held-out KL to retraining**: {show_number(before)} before, {show_number(after)} unlearned; the "
+            f"seed floor is {show_number(floor)}. Closure {_closure_words(closure, 'heldout_kl')}."
         )
     ratio = cost["unlearn_over_retrain"]["gradient_equivalents"]
     spent = cost["unlearn"]["gradient_equivalents"]
     if ratio is not None:
         lines.append(
-            f"* **Cost**: {_number(spent)} gradient equivalents, {_number(ratio)} times one retraining "
-            f"({_number(cost['unlearn']['seconds'])} s against {_number(cost['retrain']['seconds'])} s)."
+            f"* **Cost**: {show_number(spent)} gradient equivalents, {show_number(ratio)} times one retraining "
+            f"({show_number(cost['unlearn']['seconds'])} s against {show_number(cost['retrain']['seconds'])} s)."
         )
     elif spent is not None:
-        lines.append(f"* **Cost**: {_number(spent)} gradient equivalents, {_number(cost['unlearn']['seconds'])} s.")
+        lines.append(
+            f"* **Cost**: {show_number(spent)} gradient equivalents, {show_number(cost['unlearn']['seconds'])} s."
+        )
     return "\n".join(lines)
 
 
@@ -164,7 +172,7 @@ def _models_table(report: Mapping[str, Any]) -> str:
     def scalar(key: str) -> Callable[[Mapping[str, Any]], str]:
         def cell(model: Mapping[str, Any]) -> str:
             deviation = model.get("seed_standard_deviation", {}).get(key)
-            return _number(model[key]) + (f" ± {_number(deviation)}" if deviation is not None else "")
+            return show_number(model.get(key)) + (f" ± {show_number(deviation)}" if deviation is not None else "")
 
         return cell
 
@@ -176,8 +184,10 @@ def _models_table(report: Mapping[str, Any]) -> str:
         for action in actions if len(actions) > 1 else ():
             add(
                 f"{title}, {ACTION_NAMES[action]}",
-                lambda model, by_action=by_action, action=action: _number(model[by_action].get(action)),
+                lambda model, by_action=by_action, action=action: show_number(model[by_action].get(action)),
             )
+    add("Probability per token as trained", scalar("forget_probability"))
+    add("Extraction strength as trained", scalar("extraction_strength"))
     add(f"Loss on {report['heldout']['examples']} held-out examples", scalar("heldout_loss"))
     add("Held-out KL to retrained (mean column: seed floor)", scalar("heldout_kl_to_retrained"))
     for group, title in (("membership_auc", "Membership AUC"), ("task_metrics", "Task")):
@@ -185,7 +195,7 @@ def _models_table(report: Mapping[str, Any]) -> str:
         for name in names:
             add(
                 f"{title}: {name}",
-                lambda model, group=group, name=name: _metric_cell(model[group].get(name)),
+                lambda model, group=group, name=name: metric_cell(model[group].get(name)),
             )
     table = _table(["", *columns], rows)
     if not seeds:
@@ -193,14 +203,15 @@ def _models_table(report: Mapping[str, Any]) -> str:
     return f"Losses are in nats per response token, KL in nats per response position.\n\n{table}"
 
 
-def _metric_cell(metric: Mapping[str, Any] | None) -> str:
+def metric_cell(metric: Mapping[str, Any] | None) -> str:
+    """A metric of a report with its error and, where it counts answers, `(correct / valid / N)`."""
     if metric is None:
         return _MISSING
-    text = _number(metric["value"])
+    text = show_number(metric["value"])
     deviation = metric.get("seed_standard_deviation")
     error = deviation if "seed_standard_deviation" in metric else metric["standard_error"]
     if error is not None:
-        text += f" ± {_number(error)}"
+        text += f" ± {show_number(error)}"
     counts = [_count(metric[key]) for key in ("correct", "valid", "total")]
     if metric["correct"] is not None:
         text += f" ({' / '.join(counts)})"
@@ -256,10 +267,10 @@ def _cost_table(report: Mapping[str, Any]) -> str:
         cells.append(
             [
                 title,
-                _number(entry["gradient_equivalents"]),
-                _number(entry["diagnostic_gradient_equivalents"]),
-                _number(entry["seconds"]),
-                _MISSING if memory is None else _number(memory / 2**20),
+                show_number(entry["gradient_equivalents"]),
+                show_number(entry["diagnostic_gradient_equivalents"]),
+                show_number(entry["seconds"]),
+                _MISSING if memory is None else show_number(memory / 2**20),
             ]
         )
     return _table(["", "gradient equivalents", "for diagnostics, besides", "seconds", "peak memory (MiB)"], cells)
@@ -272,7 +283,7 @@ def _solver_section(report: Mapping[str, Any]) -> str:
         return f"Nothing to show: {_reason(solver, 'status')}."
     text = (
         f"Status: {solver['status']}. {solver['iterations']} iterations in {len(steps)} solve(s); largest "
-        f"relative residual {_number(solver['relative_residual'])} (recomputed after each solve; 0 is "
+        f"relative residual {show_number(solver['relative_residual'])} (recomputed after each solve; 0 is "
         f"exact, 1 is nothing solved); negative curvature "
         f"{'met' if solver['negative_curvature'] else 'not met'}."
     )
@@ -281,7 +292,7 @@ def _solver_section(report: Mapping[str, Any]) -> str:
             str(number),
             step["status"],
             str(step["iterations"]),
-            _number(step["relative_residual"]),
+            show_number(step["relative_residual"]),
             "yes" if step["negative_curvature"] else "no",
         ]
         for number, step in enumerate(steps, start=1)

@@ -46,17 +46,19 @@ def render_plots(report: Mapping[str, Any]) -> dict[str, bytes]:
         "cost.png": _plot_cost,
     }
     figures = {name: make(report) for name, make in makers.items()}
-    return {name: _to_png(figure) for name, figure in figures.items() if figure is not None}
+    return {name: to_png(figure) for name, figure in figures.items() if figure is not None}
 
 
-def _to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _style(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+def style_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+    """What all plots share: no box, a pale grid behind the marks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, **_GRID)
     axes.set_axisbelow(True)
@@ -96,7 +98,7 @@ def _plot_named_examples(report: Mapping[str, Any]) -> Figure:
         top = axes.get_ylim()[1]
         axes.set_ylim(-0.03 * top, top)  # room for the marks of losses near 0
         axes.set_title(title, fontsize=10)
-        _style(axes, grid="y")
+        style_axes(axes, grid="y")
     all_axes[0].set_ylabel("loss (nats per response token)")
     handles = [_dot(model, label=_with_seeds(model, report)) for model in models]
     handles.append(Line2D([], [], color="#444444", linewidth=3, label="mean"))
@@ -148,7 +150,7 @@ def _plot_heldout_kl(report: Mapping[str, Any]) -> Figure | None:
     axes.set_ylim(len(known) - 0.5, -0.5)
     axes.set_xlim(0, 1.15 * max([value for _, _, value in known] + [1e-9]))
     axes.set_xlabel("held-out KL to the retrained models (nats per response position)")
-    _style(axes, grid="x")
+    style_axes(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle("Distance to retraining on held-out prompts (smaller is closer)", fontweight="bold")
@@ -190,7 +192,7 @@ def _plot_solver(report: Mapping[str, Any]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("solver iteration")
     axes.set_ylabel("relative residual (1 = nothing solved)")
-    _style(axes, grid="both")
+    style_axes(axes, grid="both")
     marks = [
         Line2D([], [], color="#444444", label="recurrence"),
         Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="none", label="recomputed"),
@@ -242,7 +244,7 @@ def _plot_cost(report: Mapping[str, Any]) -> Figure | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.set_xlabel(label)
         axes.tick_params(axis="y", length=0)
-        _style(axes, grid="x")
+        style_axes(axes, grid="x")
     figure.suptitle("Cost", fontweight="bold")
     return figure
 

@@ -40,6 +40,15 @@ Json: TypeAlias = dict[str, Any]
 
 ACTIONS = ("remove", "modify_query", "correct_response")
 FORMAT = 1
+REPORT_FILE = "report.json"
+SCALARS = (
+    "forget_loss",
+    "forget_probability",
+    "extraction_strength",
+    "wanted_loss",
+    "heldout_loss",
+    "heldout_kl_to_retrained",
+)
 _NO_RETRAINED = "no retrained model was given"
 _ONE_SEED = "one retraining seed: no deviation between seeds is known"
 
@@ -113,6 +122,8 @@ class ModelScores:
         wanted_losses: loss on the named examples as they should have been, in the same order, removals left
             out.
         heldout_losses: loss on held-out examples; empty where there are none.
+        extraction_strengths: of the named examples as trained (`evaluation.extraction`), in the same order; empty
+            where it was not measured.
         task_metrics: on the held-out task, names distinct.
         membership_aucs: members S against non-members, names distinct.
         cost: what producing this model took; None where unknown (the model before).
@@ -122,6 +133,7 @@ class ModelScores:
     forget_losses: Float[np.ndarray, " named"]
     wanted_losses: Float[np.ndarray, " edited"] = dataclasses.field(default_factory=lambda: np.zeros(0))
     heldout_losses: Float[np.ndarray, " heldout"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    extraction_strengths: Float[np.ndarray, " measured"] = dataclasses.field(default_factory=lambda: np.zeros(0))
     task_metrics: tuple[Metric, ...] = ()
     membership_aucs: tuple[Metric, ...] = ()
     cost: Cost | None = None
@@ -288,6 +300,8 @@ def _loss_numbers(comparison: Comparison, model: ModelScores) -> dict[str, float
     return {
         "forget_loss": _action_losses(comparison, model, "forget_loss")["all"],
         "wanted_loss": _action_losses(comparison, model, "wanted_loss").get("all"),
+        "forget_probability": _mean(np.exp(-model.forget_losses)),
+        "extraction_strength": _mean(model.extraction_strengths) if model.extraction_strengths.size else None,
         "heldout_loss": _mean(model.heldout_losses) if model.heldout_losses.size else None,
         "heldout_kl_to_retrained": _kl_of(comparison, model),
     }
@@ -296,6 +310,7 @@ def _loss_numbers(comparison: Comparison, model: ModelScores) -> dict[str, float
 def _missing_reasons(comparison: Comparison) -> dict[str, str]:
     return {
         "wanted_loss": "no edit was requested",
+        "extraction_strength": "not measured",
         "heldout_loss": "no held-out example was given",
         "heldout_kl_to_retrained": _why_no_kl(comparison),
     }
@@ -305,7 +320,7 @@ def _model(comparison: Comparison, model: ModelScores) -> Json:
     node = _Node(name=model.name)
     reasons = _missing_reasons(comparison)
     for key, value in _loss_numbers(comparison, model).items():
-        node.number(key, value, "" if value is not None else reasons[key])
+        node.number(key, value, "" if value is not None else reasons.get(key, ""))
     for quantity in ("forget_loss", "wanted_loss"):
         by_action = _Node()
         for action, value in _action_losses(comparison, model, quantity).items():
@@ -331,7 +346,7 @@ def _retrained(comparison: Comparison) -> Json:
     node, deviations = _Node(name="retrained", seeds=len(seeds)), _Node()
     reasons = _missing_reasons(comparison)
     rows = [_loss_numbers(comparison, seed) for seed in seeds]
-    for key in ("forget_loss", "wanted_loss", "heldout_loss", "heldout_kl_to_retrained"):
+    for key in SCALARS:
         values = [row[key] for row in rows]
         known = [value for value in values if value is not None]
         if known:
@@ -340,7 +355,7 @@ def _retrained(comparison: Comparison) -> Json:
             unknown = _ONE_SEED if len(known) == 1 else "a seed's value is not finite"
             deviations.number(key, deviation, unknown if deviation is None else "")
         else:
-            reason = reasons[key] if seeds else _NO_RETRAINED
+            reason = reasons.get(key, "not measured") if seeds else _NO_RETRAINED
             node.number(key, None, reason)
             deviations.number(key, None, reason)
     for quantity in ("forget_loss", "wanted_loss"):
@@ -525,7 +540,7 @@ def render_report(report: Json) -> dict[str, bytes]:
     plots = render_plots(report)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     page = render_page(report, tuple(plots))
-    return {"report.json": text.encode(), "report.md": page.encode(), **plots}
+    return {REPORT_FILE: text.encode(), "report.md": page.encode(), **plots}
 
 
 def write_report(directory: str | os.PathLike[str], report: Json) -> Path:

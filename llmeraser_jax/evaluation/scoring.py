@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.data import Example, TokenDataset, encode_examples
-from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult, min_k_scores
+from llmeraser_jax.evaluation.extraction import extraction_strengths
+from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult
+from llmeraser_jax.evaluation.membership import min_k_plus_plus_scores, min_k_scores
 from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy, yes_no_auc
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, generate
@@ -31,11 +34,31 @@ class ExampleScores:
         losses: response loss as the recipe averages it, in nats.
         log_probs: log-probability of all tokens under the loss together, in nats.
         min_k: min-k% score, k = 20.
+        min_k_plus_plus: min-k%++ score, k = 20.
+        extraction: extraction strength of the response, its end-of-sequence token left out.
     """
 
     losses: Float[np.ndarray, " examples"]
     log_probs: Float[np.ndarray, " examples"]
     min_k: Float[np.ndarray, " examples"]
+    min_k_plus_plus: Float[np.ndarray, " examples"]
+    extraction: Float[np.ndarray, " examples"]
+
+
+class TokenStatistics(NamedTuple):
+    """What a model predicts at every loss position.
+
+    Attributes:
+        target_log_probs: log-probability of the token that is there, in nats.
+        means: mean of `log p(v)` over tokens v drawn from the prediction (minus its entropy).
+        deviations: standard deviation of the same.
+        hits: whether the token that is there is the most probable one.
+    """
+
+    target_log_probs: Float[Array, "batch response"]
+    means: Float[Array, "batch response"]
+    deviations: Float[Array, "batch response"]
+    hits: Bool[Array, "batch response"]
 
 
 @partial(jax.jit, static_argnames="apply")
@@ -44,10 +67,25 @@ def _log_probs(apply, base: BaseParams, lora, batch: TokenBatch) -> Float[Array,
     return jax.nn.log_softmax(logits, axis=-1)
 
 
+def token_statistics(
+    log_probs: Float[Array, "batch response vocab"], targets: Int[Array, "batch response"]
+) -> TokenStatistics:
+    """Log-probability of each target, moments of `log p` under the prediction itself, and greedy hits."""
+    probs = jnp.exp(log_probs)
+    means = jnp.sum(jnp.where(probs > 0, probs * log_probs, 0), axis=-1)
+    # Centred: the difference of the second moment and the squared mean cancels where one token has all the mass.
+    squares = jnp.where(probs > 0, probs * (log_probs - means[..., None]) ** 2, 0)
+    return TokenStatistics(
+        target_log_probs=jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0],
+        means=means,
+        deviations=jnp.sqrt(jnp.sum(squares, axis=-1)),
+        hits=jnp.argmax(log_probs, axis=-1) == targets,
+    )
+
+
 @partial(jax.jit, static_argnames="apply")
-def _target_log_probs(apply, base: BaseParams, lora, batch: TokenBatch) -> Float[Array, "batch response"]:
-    log_probs = _log_probs(apply, base, lora, batch)
-    return jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
+def _token_statistics(apply, base: BaseParams, lora, batch: TokenBatch) -> TokenStatistics:
+    return token_statistics(_log_probs(apply, base, lora, batch), batch.targets)
 
 
 def _batches(model: Model, dataset: TokenDataset, indices: np.ndarray) -> Iterator[tuple[np.ndarray, TokenBatch]]:
@@ -74,16 +112,31 @@ def score_examples(
         indices: which; None is all, in order.
     """
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    losses, log_probs, min_k = (np.zeros(len(indices)) for _ in range(3))
+    losses, log_probs, min_k, min_k_plus_plus, extraction = (np.zeros(len(indices)) for _ in range(5))
     if len(indices):
         for rows, batch in _batches(model, dataset, indices):
-            token_log_probs = np.asarray(_target_log_probs(model.apply, model.base, lora, batch), np.float64)
-            weights = np.asarray(batch.target_weights, np.float64)
-            token_log_probs, weights = token_log_probs[: len(rows)], weights[: len(rows)]
+            statistics = _token_statistics(model.apply, model.base, lora, batch)
+            token_log_probs, means, deviations, hits = (np.asarray(x)[: len(rows)] for x in statistics)
+            token_log_probs = token_log_probs.astype(np.float64)
+            weights = np.asarray(batch.target_weights, np.float64)[: len(rows)]
             losses[rows] = -(token_log_probs * weights).sum(1)
             log_probs[rows] = np.where(weights > 0, token_log_probs, 0).sum(1)
             min_k[rows] = min_k_scores(token_log_probs, weights > 0)
-    return ExampleScores(losses=losses, log_probs=log_probs, min_k=min_k)
+            min_k_plus_plus[rows] = min_k_plus_plus_scores(token_log_probs, means, deviations, weights > 0)
+            text = _response_text_mask(dataset, indices[rows], weights.shape[1])
+            extraction[rows] = extraction_strengths(hits, text)
+    return ExampleScores(
+        losses=losses, log_probs=log_probs, min_k=min_k, min_k_plus_plus=min_k_plus_plus, extraction=extraction
+    )
+
+
+def _response_text_mask(dataset: TokenDataset, indices: np.ndarray, width: int) -> np.ndarray:
+    """Which loss positions [examples, width] hold the response's text: not the prompt's, nor end-of-sequence."""
+    encoded = [dataset.encoded[i] for i in indices]
+    starts = np.array([e.response_start - e.loss_start for e in encoded])
+    lengths = np.array([len(e.response) for e in encoded]) - bool(dataset.recipe.add_eos)
+    place = np.arange(width)
+    return (place >= starts[:, None]) & (place < (starts + lengths)[:, None])
 
 
 def heldout_kl_of(

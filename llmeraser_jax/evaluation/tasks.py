@@ -1,4 +1,4 @@
-"""Task metrics with counts and standard errors: yes/no accuracy, AUC, exact match.
+"""Task metrics with counts and standard errors: yes/no accuracy, AUC, exact match, HitRatio@1; means over seeds.
 
 An answer is *valid* when it parses. Invalid answers stay in the denominator N: a model that answers nothing
 scores 0, it is not excused. The AUC alone is over the valid rows, because nothing else can be ranked.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -260,4 +262,143 @@ def exact_match(
         correct=sum(answer == truth for answer, truth in zip(answers, truths, strict=True)),
         valid=sum(answer is not None for answer in answers),
         total=len(answers),
+    )
+
+
+def hit_ratio(
+    generated: Sequence[str],
+    expected: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    *,
+    matching: Literal["title", "contained"] = "title",
+    name: str = "hit_ratio@1",
+) -> Metric:
+    """HitRatio@1 of a next-item task: the share of all N answers that name the right one of their candidates.
+
+    An answer is valid when it names exactly one candidate: `valid_ratio` is the ValidRatio of LLaRA (Liao et al.
+    2024, arXiv 2312.02445). Only its first line is read, case and outer white space aside. With `matching`
+
+    * "title": the line is a candidate's title (quotes around it and a closing period are allowed);
+    * "contained": exactly one candidate's title stands somewhere in the line, as in LLaRA's released code. Titles
+      that contain others ("Alien", "Aliens"), or stand there twice, then make an answer that is right invalid.
+
+    LLaRA divides by the valid answers, not by N: see `hit_ratio_of_valid`. The product of its two numbers is this
+    one.
+
+    Args:
+        generated: one answer of the model per example, special tokens removed.
+        expected: the right titles.
+        candidates: per example the titles offered, the right one among them; the same for every model.
+        matching: how an answer names a candidate.
+        name: the metric's name.
+
+    Raises:
+        ValueError: the lengths differ, or a right title is not among its candidates.
+    """
+    if not len(generated) == len(expected) == len(candidates):
+        msg = (
+            f"Got {len(generated)} generated answers, {len(expected)} right ones and {len(candidates)} lists of "
+            "candidates; they must go together."
+        )
+        raise ValueError(msg)
+    if matching not in ("title", "contained"):
+        msg = f"matching is {matching!r}; it must be 'title' or 'contained'."
+        raise ValueError(msg)
+    correct = valid = 0
+    for row, (text, truth, titles) in enumerate(zip(generated, expected, candidates, strict=True)):
+        offered = [_item_title(title) for title in titles]
+        if _item_title(truth) not in offered:
+            msg = f"Row {row}: the right answer {truth!r} is not among its candidates, {list(titles)!r}."
+            raise ValueError(msg)
+        line = text.strip().split("\n")[0].strip().lower()
+        if matching == "title":
+            bare = line.strip(" \"'").removesuffix(".").strip(" \"'")
+            named = [title for title in dict.fromkeys(offered) if title in (line, bare)]
+        else:
+            named = [title for title in offered if title in line]
+        valid += len(named) == 1
+        correct += named == [_item_title(truth)]
+    return count_metric(name, correct=correct, valid=valid, total=len(generated))
+
+
+def _item_title(title: str) -> str:
+    return title.strip().lower()
+
+
+def hit_ratio_of_valid(metric: Metric) -> Metric:
+    """`correct / valid`: HitRatio@1 as LLaRA's released code counts it, invalid answers excused.
+
+    Args:
+        metric: from `hit_ratio`.
+    """
+    if metric.correct is None:
+        msg = f"{metric.name} has no count of correct answers."
+        raise ValueError(msg)
+    return count_metric(f"{metric.name}_of_valid", correct=metric.correct, valid=metric.valid, total=metric.valid)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedMetric:
+    """One metric over models that differ in their seed alone, on one test set.
+
+    Attributes:
+        name: of the metric.
+        value: mean over seeds, or None where a seed has none.
+        num_seeds: R.
+        seed_standard_deviation: between seeds (ddof = 1); None for one seed.
+        seed_standard_error: of the mean over seeds, `sd / sqrt(R)`: how far R more seeds would move it, on this
+            test set.
+        example_standard_error: mean of the seeds' own sampling errors over test examples: how far another test set
+            of this size would move it. Seeds share the test set, so that more of them do not shrink it.
+        correct, valid, total: means over seeds; None where a seed has none.
+        reason: why a field is None; empty when none is.
+    """
+
+    name: str
+    value: float | None
+    num_seeds: int
+    seed_standard_deviation: float | None
+    seed_standard_error: float | None
+    example_standard_error: float | None
+    correct: float | None
+    valid: float
+    total: float
+    reason: str = ""
+
+
+def over_seeds(metrics: Sequence[Metric]) -> SeedMetric:
+    """The same metric of several seeds as one, with both kinds of standard error.
+
+    Args:
+        metrics: one per seed.
+
+    Raises:
+        ValueError: there is none, or they are of different names.
+    """
+    names = sorted({metric.name for metric in metrics})
+    if len(names) != 1:
+        msg = f"Expected one metric of every seed, got {len(metrics)} of the names {names}."
+        raise ValueError(msg)
+
+    def mean_of(key: str) -> float | None:
+        values = [getattr(metric, key) for metric in metrics]
+        return None if None in values else math.fsum(values) / len(values)
+
+    values = [metric.value for metric in metrics if metric.value is not None]
+    complete = len(values) == len(metrics)
+    deviation = statistics.stdev(values) if complete and len(values) > 1 else None
+    reasons = dict.fromkeys(metric.reason for metric in metrics if metric.reason)
+    if complete and len(metrics) == 1:
+        reasons["one seed: no deviation between seeds is known"] = None
+    return SeedMetric(
+        name=names[0],
+        value=mean_of("value"),
+        num_seeds=len(metrics),
+        seed_standard_deviation=deviation,
+        seed_standard_error=None if deviation is None else deviation / math.sqrt(len(values)),
+        example_standard_error=mean_of("standard_error"),
+        correct=mean_of("correct"),
+        valid=math.fsum(metric.valid for metric in metrics) / len(metrics),
+        total=math.fsum(metric.total for metric in metrics) / len(metrics),
+        reason="; ".join(reasons),
     )

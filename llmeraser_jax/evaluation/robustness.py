@@ -1,0 +1,281 @@
+"""Does forgetting last? What rounding the weights, or a little training on other data, brings back.
+
+A model may hide what it still knows. Two cheap probes are known to uncover it:
+
+* rounding the merged model to 4 bits (Zhang et al. 2024, arXiv 2410.16454): a change of the weights that is smaller
+  than a rounding step is rounded away, and with it the forgetting;
+* a short training on data that have nothing to do with what was forgotten (Hu et al. 2024, arXiv 2406.13356;
+  Łucki et al. 2024, arXiv 2409.18025): suppressed knowledge returns without being shown.
+
+Each function measures the forget side before and after. The number to compare with is the same probe on a
+retrained model: rounding harms it too, and relearning moves it too. Only what the unlearned model regains beyond
+the retrained one was hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from llmeraser_jax.data import TokenDataset
+from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_min_k_auc
+from llmeraser_jax.evaluation.scoring import score_examples
+from llmeraser_jax.evaluation.tasks import Metric
+from llmeraser_jax.lora import Lora, merge_lora
+from llmeraser_jax.models import LINEAR_NAMES, Model
+from llmeraser_jax.training import TrainConfig, finetune
+from llmeraser_jax.types import BaseParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ForgetSide:
+    """What one model still knows of the named examples.
+
+    Attributes:
+        losses: on the named examples as trained, nats per token.
+        heldout_losses: on examples that were not trained on.
+        extraction: extraction strength of each named example.
+        membership_aucs: named against held-out examples, by loss and by min-k%.
+    """
+
+    losses: Float[np.ndarray, " named"]
+    heldout_losses: Float[np.ndarray, " heldout"]
+    extraction: Float[np.ndarray, " named"]
+    membership_aucs: tuple[Metric, ...]
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the named examples."""
+        return float(np.mean(self.losses))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Robustness:
+    """One probe on one model.
+
+    Attributes:
+        probe: in words.
+        before: as the model was.
+        after: what the probe left of it.
+    """
+
+    probe: str
+    before: ForgetSide
+    after: ForgetSide
+
+    @property
+    def regained(self) -> float:
+        """Nats per token by which the mean loss on the named examples fell; negative where it rose."""
+        return self.before.mean_loss - self.after.mean_loss
+
+
+def measure_forget_side(
+    model: Model,
+    lora: Lora | None,
+    named: TokenDataset,
+    heldout: TokenDataset,
+    *,
+    indices: np.ndarray | None = None,
+) -> ForgetSide:
+    """Losses and membership inference on the named examples.
+
+    Args:
+        model: the base.
+        lora: the adapter; None is the base alone.
+        named: a set with the named examples as trained.
+        heldout: examples that were not trained on.
+        indices: where in `named` they are; None is all.
+    """
+    inside, outside = score_examples(model, lora, named, indices), score_examples(model, lora, heldout)
+    return ForgetSide(
+        losses=inside.losses,
+        heldout_losses=outside.losses,
+        extraction=inside.extraction,
+        membership_aucs=(
+            membership_loss_auc(inside.losses, outside.losses),
+            membership_min_k_auc(inside.min_k, outside.min_k),
+        ),
+    )
+
+
+def round_to_nearest(
+    kernel: Float[Array | np.ndarray, "*lead inputs outputs"], *, bits: int = 4, group_size: int = 64
+) -> Float[Array, "*lead inputs outputs"]:
+    """Round-to-nearest quantisation, as the values that the integers stand for.
+
+    Each output's weights are cut along the inputs into groups, the last as long as it comes. A group's least and
+    largest weight are exact and `2^bits - 1` equal steps lie between them (asymmetric min-max, no calibration
+    data).
+
+    Args:
+        kernel: weights.
+        bits: per weight, from 2 to 8.
+        group_size: inputs that share one scale.
+
+    Returns:
+        In the kernel's dtype.
+
+    Raises:
+        ValueError: `bits` or `group_size` out of range.
+    """
+    if not 2 <= bits <= 8 or group_size < 1:
+        msg = f"bits is {bits} and group_size {group_size}; expected 2 to 8 bits and groups of at least 1."
+        raise ValueError(msg)
+    weights = jnp.asarray(kernel)
+    inputs, outputs = weights.shape[-2:]
+    padding = -inputs % group_size
+    # A repeated last weight changes neither the least nor the largest of its group.
+    wide = jnp.concatenate([weights, jnp.repeat(weights[..., -1:, :], padding, axis=-2)], axis=-2)
+    groups = wide.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    groups = groups.reshape(*weights.shape[:-2], -1, group_size, outputs)
+    low = groups.min(axis=-2, keepdims=True)
+    step = (groups.max(axis=-2, keepdims=True) - low) / (2**bits - 1)
+    levels = jnp.round((groups - low) / jnp.where(step > 0, step, 1))
+    rounded = (low + levels * step).reshape(*weights.shape[:-2], -1, outputs)
+    return rounded[..., :inputs, :].astype(weights.dtype)
+
+
+def quantise_merged(model: Model, lora: Lora | None, *, bits: int = 4, group_size: int = 64) -> Model:
+    """The base with the adapter merged in and its linear layers rounded; to be used without an adapter.
+
+    The seven linear layers are rounded; embedding, norms and the output head stay as they are, as is usual. The
+    merge is in the base's own dtype, as serving it would be.
+
+    Args:
+        model: the base.
+        lora: the adapter; None rounds the base alone.
+        bits, group_size: see `round_to_nearest`.
+
+    Raises:
+        ValueError: the adapter has parts that are no update of a layer, which a merge would lose.
+    """
+    extras = sorted(set(lora.params) - {"layers"}) if lora is not None else []
+    if extras:
+        msg = f"The adapter holds {', '.join(extras)} besides its low-rank updates; those cannot be merged."
+        raise ValueError(msg)
+    merged: BaseParams = model.base if lora is None else merge_lora(model.base, lora)
+    layers: dict[str, Any] = dict(merged["layers"])
+    for name in LINEAR_NAMES:
+        kernel = round_to_nearest(layers[name]["kernel"], bits=bits, group_size=group_size)
+        layers[name] = dict(layers[name], kernel=kernel)
+    return dataclasses.replace(model, base=dict(merged, layers=layers))
+
+
+def robustness_to_rounding(
+    model: Model,
+    lora: Lora,
+    named: TokenDataset,
+    heldout: TokenDataset,
+    *,
+    indices: np.ndarray | None = None,
+    bits: int = 4,
+    group_size: int = 64,
+) -> Robustness:
+    """The forget side before and after the merged model was rounded.
+
+    Args:
+        model: the base.
+        lora: the adapter after unlearning (or after retraining, for the comparison).
+        named, heldout, indices: see `measure_forget_side`.
+        bits, group_size: see `round_to_nearest`.
+    """
+    rounded = quantise_merged(model, lora, bits=bits, group_size=group_size)
+    return Robustness(
+        probe=f"merged model rounded to {bits} bits in groups of {group_size}",
+        before=measure_forget_side(model, lora, named, heldout, indices=indices),
+        after=measure_forget_side(rounded, None, named, heldout, indices=indices),
+    )
+
+
+def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:
+    """The adapter after a short training on unrelated examples.
+
+    Args:
+        model: the base.
+        lora: where training starts.
+        unrelated: retained examples that say nothing of what was forgotten; `num_steps` batches are drawn of them
+            by the configuration's seed.
+        config: of the training; its epochs are not used, its schedule spans the steps.
+        num_steps: optimiser steps.
+
+    Raises:
+        ValueError: no step, or no example.
+    """
+    if num_steps < 1 or not len(unrelated):
+        msg = f"num_steps is {num_steps} and there are {len(unrelated)} unrelated examples; both must be 1 or more."
+        raise ValueError(msg)
+    rng = np.random.default_rng(config.seed)
+    size = min(len(unrelated), num_steps * config.batch_size)
+    chosen = rng.permutation(len(unrelated))[:size]
+    short = TokenDataset(
+        [unrelated.encoded[i] for i in chosen],
+        unrelated.recipe,
+        buckets=unrelated.buckets,
+        normalizer=unrelated.normalizer,
+    )
+    steps_per_epoch = -(-size // config.batch_size)
+    if num_steps % steps_per_epoch:
+        msg = (
+            f"{len(unrelated)} examples make {steps_per_epoch} batches of {config.batch_size}, and num_steps = "
+            f"{num_steps} is no multiple of that; choose one that is, or give more examples."
+        )
+        raise ValueError(msg)
+    config = dataclasses.replace(config, epochs=num_steps // steps_per_epoch)
+    return finetune(model, short, config, lora=lora).lora
+
+
+def robustness_to_relearning(
+    model: Model,
+    lora: Lora,
+    named: TokenDataset,
+    heldout: TokenDataset,
+    unrelated: TokenDataset,
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    indices: np.ndarray | None = None,
+) -> Robustness:
+    """The forget side before and after a short training on unrelated examples.
+
+    Args:
+        model: the base.
+        lora: the adapter after unlearning (or after retraining, for the comparison).
+        named, heldout, indices: see `measure_forget_side`.
+        unrelated, config, num_steps: see `relearn`.
+
+    Raises:
+        ValueError: an unrelated example is a named one, or as `relearn`.
+    """
+    which = range(len(named)) if indices is None else np.asarray(indices).tolist()
+    tokens = {named.encoded[i].tokens.tobytes(): named.encoded[i].id for i in which}
+    shared = [tokens[e.tokens.tobytes()] for e in unrelated.encoded if e.tokens.tobytes() in tokens]
+    if shared:
+        msg = f"{len(shared)} unrelated examples are named ones, the first is {shared[0]!r}; leave those out."
+        raise ValueError(msg)
+    again = relearn(model, lora, unrelated, config, num_steps=num_steps)
+    return Robustness(
+        probe=f"{num_steps} steps of {config.batch_size} unrelated examples at a rate of {config.learning_rate:g}",
+        before=measure_forget_side(model, lora, named, heldout, indices=indices),
+        after=measure_forget_side(model, again, named, heldout, indices=indices),
+    )
+
+
+def retained_only(dataset: TokenDataset, named: np.ndarray) -> TokenDataset:
+    """The examples that a request does not name, as a set of their own.
+
+    Args:
+        dataset: the training set as it stood.
+        named: positions of the named examples.
+    """
+    kept = np.setdiff1d(np.arange(len(dataset)), named)
+    return TokenDataset(
+        [dataset.encoded[i] for i in kept],
+        dataset.recipe,
+        buckets=dataset.buckets,
+        examples=[dataset.examples[i] for i in kept] if dataset.examples else (),
+        normalizer=dataset.normalizer,
+    )

@@ -1,0 +1,82 @@
+"""HitRatio@1 and ValidRatio counted by hand, in both ways to read an answer; means over seeds with both errors."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llmeraser_jax.evaluation.tasks import auc_metric, count_metric, hit_ratio, hit_ratio_of_valid, over_seeds
+
+TITLES = ["Alien", "Aliens", "Heat (1995)", "Dr. No"]
+
+
+def counts(metric):
+    return metric.correct, metric.valid, metric.total
+
+
+def one(text, truth="Alien", **kwargs):
+    return counts(hit_ratio([text], [truth], [TITLES], **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "contained"),
+    [
+        ("Alien", (1, 1, 1), (1, 1, 1)),
+        (' "alien". ', (1, 1, 1), (1, 1, 1)),
+        ("ALIEN\nHeat (1995)", (1, 1, 1), (1, 1, 1)),  # the first line only
+        ("Heat (1995)", (0, 1, 1), (0, 1, 1)),
+        ("The answer is Alien", (0, 0, 1), (1, 1, 1)),
+        ("Aliens", (0, 1, 1), (0, 0, 1)),  # holds "Alien" too: two are named
+        ("Alien or Dr. No", (0, 0, 1), (0, 0, 1)),
+        ("", (0, 0, 1), (0, 0, 1)),
+    ],
+)
+def test_an_answer_is_read_by_title_or_as_the_released_code_reads_it(text, title, contained):
+    assert one(text) == title
+    assert one(text, matching="contained") == contained
+
+
+def test_shares_are_over_all_answers_and_over_the_valid_ones():
+    generated = ["Alien", "Aliens", "something", "Heat (1995)", "Dr. No"]
+    truths = ["Alien", "Alien", "Heat (1995)", "Heat (1995)", "Dr. No"]
+    metric = hit_ratio(generated, truths, [TITLES] * 5)
+    assert counts(metric) == (3, 4, 5)
+    assert metric.value == pytest.approx(0.6) and metric.valid_ratio == pytest.approx(0.8)
+    assert metric.standard_error == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    released = hit_ratio_of_valid(metric)
+    assert released.value == pytest.approx(0.75)
+    assert released.valid_ratio == 1.0 and (released.correct, released.total) == (3, 4)
+
+
+def test_a_title_that_stands_twice_is_one_candidate_by_title_and_two_in_the_released_code():
+    titles = ["Chasing Amy (1997)", "Chasing Amy (1997)", "Heat (1995)"]
+    arguments = (["Chasing Amy (1997)"], ["Chasing Amy (1997)"], [titles])
+    assert counts(hit_ratio(*arguments)) == (1, 1, 1)
+    assert counts(hit_ratio(*arguments, matching="contained")) == (0, 0, 1)
+
+
+def test_rows_that_do_not_go_together_are_named():
+    with pytest.raises(ValueError, match="2 generated answers, 1 right"):
+        hit_ratio(["a", "b"], ["a"], [["a"]])
+    with pytest.raises(ValueError, match="Row 1: the right answer 'c'"):
+        hit_ratio(["a", "b"], ["a", "c"], [["a"], ["b"]])
+
+
+def test_means_over_seeds_have_one_error_over_seeds_and_one_over_examples():
+    metrics = [count_metric("accuracy", correct=c, valid=90, total=100) for c in (50, 60, 70)]
+    result = over_seeds(metrics)
+    assert result.value == pytest.approx(0.6)
+    assert (result.correct, result.valid, result.total, result.num_seeds) == (60, 90, 100, 3)
+    assert result.seed_standard_deviation == pytest.approx(0.1)
+    assert result.seed_standard_error == pytest.approx(0.1 / math.sqrt(3))
+    expected = (0.05 + math.sqrt(0.24 / 100) + math.sqrt(0.21 / 100)) / 3
+    assert result.example_standard_error == pytest.approx(expected)
+
+
+def test_one_seed_or_a_seed_without_a_value_is_said_in_words():
+    single = over_seeds([count_metric("accuracy", correct=1, valid=2, total=2)])
+    assert single.value == 0.5 and single.seed_standard_error is None and "one seed" in single.reason
+    undefined = over_seeds([auc_metric("auc", np.ones(2), np.zeros(size)) for size in (2, 0)])
+    assert undefined.value is None and "0 negative scores" in undefined.reason
+    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+        over_seeds([count_metric(name, correct=0, valid=0, total=1) for name in "ab"])

@@ -1,0 +1,108 @@
+"""Rounding against a loop over groups written out; both probes on the tiny model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmeraser_jax.data import encode_examples, load_examples
+from llmeraser_jax.evaluation.robustness import (
+    measure_forget_side,
+    quantise_merged,
+    relearn,
+    retained_only,
+    robustness_to_relearning,
+    robustness_to_rounding,
+    round_to_nearest,
+)
+from llmeraser_jax.lora import Lora, merge_lora
+from llmeraser_jax.models import LINEAR_NAMES
+from tests.training import tiny
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 8), (4, 5), (2, 3), (8, 64)])
+def test_rounding_is_the_loop_written_out(bits, group_size):
+    kernel = np.random.default_rng(0).normal(size=(2, 13, 3)).astype(np.float32)
+    expected = np.empty(kernel.shape)
+    for layer, column in np.ndindex(2, 3):
+        for start in range(0, 13, group_size):
+            group = kernel[layer, start : start + group_size, column].astype(np.float64)
+            levels = np.linspace(group.min(), group.max(), 2**bits)
+            nearest = np.abs(group[:, None] - levels).argmin(1)
+            expected[layer, start : start + group_size, column] = levels[nearest]
+    np.testing.assert_allclose(round_to_nearest(kernel, bits=bits, group_size=group_size), expected, atol=1e-5)
+
+
+def test_constant_groups_and_values_already_on_the_grid_stay_as_they_are():
+    assert np.array_equal(round_to_nearest(np.full((6, 2), 0.3, np.float32)), np.full((6, 2), 0.3, np.float32))
+    grid = np.arange(16, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(round_to_nearest(grid, group_size=16), grid, atol=1e-5)
+    rounded = round_to_nearest(jnp.ones((4, 2), jnp.bfloat16) * 3)
+    assert rounded.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="bits is 1"):
+        round_to_nearest(grid, bits=1)
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    fresh = model.init_lora(jax.random.key(0), tiny.LORA)
+    return jax.tree.map(lambda x: x + 0.05, fresh)
+
+
+@pytest.fixture(scope="module")
+def data(model, data_path):
+    """Eight rows that were trained on, of which two are named, and two held-out ones."""
+    examples = load_examples(data_path)
+    train = encode_examples(examples[:8], tiny.RECIPE, model.tokenizer)
+    return train, encode_examples(examples[8:], tiny.RECIPE, model.tokenizer, buckets=train.buckets)
+
+
+NAMED = np.array([1, 4])
+
+
+def test_only_linear_layers_of_the_merged_model_are_rounded(model, lora):
+    rounded = quantise_merged(model, lora, group_size=8)
+    merged = merge_lora(model.base, lora)
+    for name in merged["layers"]:
+        ours, whole = rounded.base["layers"][name], merged["layers"][name]
+        if name in LINEAR_NAMES:
+            np.testing.assert_array_equal(ours["kernel"], round_to_nearest(whole["kernel"], group_size=8))
+            assert not np.array_equal(ours["kernel"], whole["kernel"])
+        else:
+            assert ours is whole
+    assert rounded.base["embed_tokens"] is model.base["embed_tokens"]
+    with pytest.raises(ValueError, match="projector"):
+        quantise_merged(model, Lora(params={**lora.params, "projector": {}}, config=lora.config))
+
+
+def test_eight_bits_change_little_and_two_bits_much(model, lora, data):
+    train, heldout = data
+    fine, coarse = (
+        robustness_to_rounding(model, lora, train, heldout, indices=NAMED, bits=bits, group_size=8)
+        for bits in (8, 2)
+    )
+    np.testing.assert_array_equal(
+        fine.before.losses, measure_forget_side(model, lora, train, heldout).losses[NAMED]
+    )
+    np.testing.assert_allclose(fine.after.losses, fine.before.losses, atol=0.1)
+    assert np.abs(coarse.after.losses - coarse.before.losses).max() > 0.1
+    assert fine.regained == pytest.approx(fine.before.losses.mean() - fine.after.losses.mean())
+    assert [metric.name for metric in fine.after.membership_aucs] == ["loss", "min_k"]
+
+
+def test_relearning_the_named_rows_themselves_is_refused_and_other_rows_leave_a_mark(model, lora, data):
+    train, heldout = data
+    config = dataclasses.replace(tiny.CONFIG, learning_rate=0.02)
+    unrelated = retained_only(train, NAMED)
+    assert unrelated.ids == tuple(id_ for k, id_ in enumerate(train.ids) if k not in NAMED)
+    result = robustness_to_relearning(model, lora, train, heldout, unrelated, config, num_steps=2, indices=NAMED)
+    assert not np.array_equal(result.before.losses, result.after.losses)
+    again = relearn(model, lora, unrelated, config, num_steps=2)
+    after = measure_forget_side(model, again, train, heldout, indices=NAMED)
+    np.testing.assert_array_equal(after.losses, result.after.losses)  # the same seed draws the same rows
+    with pytest.raises(ValueError, match="unrelated examples are named ones, the first is 'r1'"):
+        robustness_to_relearning(model, lora, train, heldout, train, config, num_steps=2, indices=NAMED)
+    with pytest.raises(ValueError, match="no multiple"):
+        relearn(model, lora, unrelated, config, num_steps=3)
