@@ -26,6 +26,7 @@ from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation.job import evaluate_runs
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
+from llmeraser_jax.parallel import parse_mesh
 from llmeraser_jax.runs import RUN_FILE, Run, load_run
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
@@ -90,6 +91,10 @@ class TallrecConfig:
                 msg = f"{name} is {getattr(self, name)}; it must lie between 0 and 1."
                 raise ValueError(msg)
 
+    def load(self, split: Literal["train", "test"]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+        """The rows of a split, and the user of each: what is removed together."""
+        return prepare.load_rows(self.data, split)
+
     @property
     def recipe(self) -> Recipe:
         """Instruction, history and question in lines, and the answer, without EOS.
@@ -142,7 +147,7 @@ class TallrecConfig:
 
 def write_scenario(config: TallrecConfig, scenario: Scenario, directory: Path) -> None:
     """Writes `train.jsonl`, `heldout.jsonl` and `requests.jsonl` of one scenario, the same for every call."""
-    all_rows, all_users = prepare.load_rows(config.data, "train")
+    all_rows, all_users = config.load("train")
     chosen = prepare.choose_rows(all_users, config.num_rows, config.rows_per_user, config.seed)
     examples = tuple(all_rows[row] for row in chosen)
     users = [all_users[row] for row in chosen]
@@ -153,7 +158,7 @@ def write_scenario(config: TallrecConfig, scenario: Scenario, directory: Path) -
         logger.info("removal of users %s: %d of %d rows", ", ".join(gone), len(requests), len(examples))
     else:
         examples, requests = prepare.flip_labels(examples, round(config.flipped_share * len(examples)), config.seed)
-    test_rows, _ = prepare.load_rows(config.data, "test")
+    test_rows, _ = config.load("test")
     heldout_rows = np.random.default_rng(config.seed).choice(len(test_rows), config.num_heldout, replace=False)
     heldout: tuple[Example, ...] = tuple(test_rows[row] for row in sorted(heldout_rows.tolist()))
     directory.mkdir(parents=True, exist_ok=True)
@@ -304,11 +309,17 @@ def _row(
     return "| " + " | ".join(cells) + " |"
 
 
-def main(config: TallrecConfig) -> None:
-    """Runs the scenarios and prints their tables."""
+def main(config: TallrecConfig, *, dtype: str = "float32", mesh: str = "") -> None:
+    """Runs the scenarios and prints their tables.
+
+    Args:
+        config: the experiment.
+        dtype: storage of the base.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
-    model = load_model(config.base)
+    model = load_model(config.base, dtype=dtype, mesh=parse_mesh(mesh))
     for scenario in config.scenarios:
         results = run_scenario(config, scenario, model)
         table = render_table(results)

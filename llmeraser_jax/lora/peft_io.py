@@ -6,6 +6,7 @@ inert, or refused by name.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from llmeraser_jax.models.loading import Model
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EXTRAS_FILE = "extras.safetensors"  # what a model's `adapter_extras` names; PEFT does not read it
 
 _HONOURED = frozenset({"r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout"})
 
@@ -80,7 +82,20 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> Lora:
         shapes[f"layers/{name}/b"] = (model.config.num_layers, width_out, config.rank)
     source = convert.SafetensorsSource.from_file(weights)
     leaves = convert.import_tensors(convert.PEFT_TABLE, source, shapes, "float32", f"The adapter {directory}")
+    leaves |= _read_extras(directory, model.adapter_extras)
     return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
+
+
+def _read_extras(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    if not names:
+        return {}
+    source = convert.SafetensorsSource.from_file(directory / EXTRAS_FILE)
+    leaves = {path: source.read(path).astype(np.float32) for path in source.shapes()}
+    found = sorted({path.split("/")[0] for path in leaves})
+    if found != sorted(names):
+        msg = f"{directory / EXTRAS_FILE} holds {', '.join(found)}; this model needs {', '.join(sorted(names))}."
+        raise ValueError(msg)
+    return leaves
 
 
 def read_adapter_base(directory: str | os.PathLike[str]) -> str | None:
@@ -184,7 +199,9 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Model) ->
         FileExistsError: the directory holds something.
         ValueError: the adapter does not fit the model, or holds numbers that are not finite.
     """
-    check_lora(model.config, model.base, lora)
+    extras = {name: lora.params[name] for name in model.adapter_extras}
+    layers = {name: leaves for name, leaves in lora.params.items() if name not in extras}
+    check_lora(model.config, model.base, dataclasses.replace(lora, params=layers))
     if isinstance(lora.config.target_modules, str) or set(lora.params["layers"]) != set(lora.config.target_modules):
         msg = (
             f"The adapter's configuration names {lora.config.target_modules!r}, its parameters "
@@ -201,5 +218,9 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Model) ->
     with files.atomic_directory(directory) as temporary:
         config = adapter_config_to_peft(lora.config, model.path or None)
         files.atomic_write_json(temporary / CONFIG_FILE, config)
-        tensors = convert.export_tensors(convert.PEFT_TABLE, leaves)
+        own = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] not in extras}
+        tensors = convert.export_tensors(convert.PEFT_TABLE, own)
         convert.write_safetensors(temporary / WEIGHTS_FILE, tensors)
+        if extras:
+            others = {path: leaf for path, leaf in leaves.items() if path not in own}
+            convert.write_safetensors(temporary / EXTRAS_FILE, others)

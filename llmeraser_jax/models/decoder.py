@@ -207,14 +207,17 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.lm_head = Linear(config.vocab_size, False, config.initializer_range, 1.0, 0.0)
 
-    def __call__(self, tokens, attention_mask, positions=None):
-        """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only."""
+    def __call__(self, tokens, attention_mask, positions=None, embeds=None):
+        """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only.
+
+        `embeds` [batch, time, width] takes the place of the tokens' embeddings, where some are no tokens'.
+        """
         valid = jnp.asarray(attention_mask).astype(bool)
         where = token_positions(valid)
-        x, _ = self._hidden(tokens, where, where, valid, None, None)
+        x, _ = self._hidden(tokens, where, where, valid, None, None, embeds)
         return self._logits(x, positions)
 
-    def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions):
+    def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions, embeds=None):
         """Appends tokens to a cache.
 
         Args:
@@ -225,15 +228,16 @@ class Decoder(nn.Module):
             cache: `KVCache`.
             write_at: slot of the first new token.
             positions: [batch, response] indices into `tokens` whose logits are wanted.
+            embeds: [batch, time, width] instead of the tokens' embeddings.
 
         Returns:
             Logits at `positions`, and the cache.
         """
         pair = (cache.keys, cache.values)
-        x, (keys, values) = self._hidden(tokens, where, key_positions, key_valid, pair, write_at)
+        x, (keys, values) = self._hidden(tokens, where, key_positions, key_valid, pair, write_at, embeds)
         return self._logits(x, positions), KVCache(keys=keys, values=values)
 
-    def _hidden(self, tokens, where, key_positions, key_valid, cache, write_at) -> tuple[Array, Any]:
+    def _hidden(self, tokens, where, key_positions, key_valid, cache, write_at, embeds=None) -> tuple[Array, Any]:
         config = self.config
         embedding = self.embed_tokens.embedding
         dtype = jnp.promote_types(jnp.float32, embedding.dtype) if self.dtype is None else self.dtype
@@ -246,7 +250,8 @@ class Decoder(nn.Module):
             key_valid=key_valid,
             write_at=write_at,
         )
-        return self.layers(self.embed_tokens(tokens, dtype), cache, context)
+        x = self.embed_tokens(tokens, dtype) if embeds is None else embeds.astype(dtype)
+        return self.layers(x, cache, context)
 
     def _logits(self, x, positions):
         if positions is not None:

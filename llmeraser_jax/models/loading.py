@@ -48,6 +48,11 @@ class Model:
         """`(base, lora, tokens, attention_mask, positions=None) -> logits`; a static argument under jit."""
         return ApplyDecoder(self.config)
 
+    @property
+    def adapter_extras(self) -> tuple[str, ...]:
+        """Names in an adapter's `params` besides "layers": none, unless a subclass's `apply` reads more."""
+        return ()
+
     def init_lora(self, key: Key, config: Any) -> Any:
         """A fresh adapter for this model; see `lora.init_lora`.
 

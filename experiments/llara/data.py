@@ -1,0 +1,318 @@
+"""Owns reading sequences of items: LLaRA's task as JSON lines, and MovieLens-100K, LastFM and Steam-like raw files.
+
+Everything becomes a `Corpus`: rows "history, then the next item" with titles for the items. Pickles are refused:
+unpickling runs whatever the file says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Domain = Literal["movie", "artist", "game"]
+
+HISTORY_LENGTH = 10  # items of a history at most, as in LLaRA
+MIN_HISTORY = 3  # shorter histories are left out, as in LLaRA
+LIKED = 3  # stars; lower ratings are no interaction, as in LLaRA's MovieLens
+_PICKLES = frozenset({".pkl", ".pickle", ".df", ".pt", ".pth"})
+_SHARES = (0.8, 0.1)  # of the users: training, validation; the rest is the test
+
+
+class CorpusError(ValueError):
+    """Files that cannot be used as they stand; the message names the file and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One prediction to make.
+
+    Attributes:
+        id: unique in its corpus; `<user>-<position>` where the user is known.
+        user: whose history; empty where the files do not say.
+        history: earlier items, earliest first, without padding.
+        target: the item that came next.
+    """
+
+    id: str
+    user: str
+    history: tuple[int, ...]
+    target: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Rows of all three splits.
+
+    Attributes:
+        domain: what the items are; chooses the wording of the prompts.
+        titles: of each item; only items with a title are here.
+        train: rows of the training users, one for each position.
+        val: one row of each validation user.
+        test: one row of each test user.
+    """
+
+    domain: Domain
+    titles: Mapping[int, str]
+    train: tuple[Row, ...]
+    val: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+    def __post_init__(self):
+        seen: set[str] = set()
+        for row in (*self.train, *self.val, *self.test):
+            missing = [item for item in (*row.history, row.target) if item not in self.titles]
+            if missing:
+                msg = f"Row {row.id}: item {missing[0]} has no title; the corpus has {len(self.titles)} titles."
+                raise CorpusError(msg)
+            if row.id in seen:
+                msg = f"Row id {row.id!r} occurs twice."
+                raise CorpusError(msg)
+            seen.add(row.id)
+
+    @property
+    def num_items(self) -> int:
+        """One more than the largest item; the padding item of a table of embeddings comes after them."""
+        return max(self.titles) + 1
+
+
+def load_corpus(directory: Path) -> Corpus:
+    """Reads whichever of the four kinds of files the directory holds.
+
+    * LLaRA's task as JSON lines: `train.jsonl`, `val.jsonl`, `test.jsonl` and MovieLens' `u.item`
+    * MovieLens-100K: `u.data` and `u.item`
+    * LastFM (hetrec2011-lastfm-2k): `user_artists.dat`, `user_taggedartists-timestamps.dat`, `artists.dat`
+    * any other sequences: `sequences.jsonl` and `id2name.txt`
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        CorpusError: it holds none of these, or pickles only, or a file is not what its name says.
+    """
+    if not directory.is_dir():
+        msg = f"{directory}: there is no such directory."
+        raise FileNotFoundError(msg)
+    found = {path.name for path in directory.iterdir()}
+    for names, read in _KINDS:
+        if set(names) <= found:
+            return read(directory)
+    pickles = sorted(name for name in found if Path(name).suffix in _PICKLES)
+    if pickles:
+        raise CorpusError(_refusal(directory / pickles[0]))
+    kinds = "; ".join(" + ".join(names) for names, _ in _KINDS)
+    msg = f"{directory} holds no known kind of data. Expected one of: {kinds}."
+    raise CorpusError(msg)
+
+
+def _refusal(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which is not read: unpickling runs whatever code the file holds. Give MovieLens' or "
+        "LastFM's raw files, or JSON lines: write the data frame with pandas' "
+        "to_json(..., orient='records', lines=True) on a machine where the file may be trusted, as train.jsonl, "
+        "val.jsonl and test.jsonl with the columns seq and next."
+    )
+
+
+def _open(path: Path, encoding: str = "utf-8") -> str:
+    if path.suffix in _PICKLES:
+        raise CorpusError(_refusal(path))
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        msg = f"{path} is not {encoding} at byte {error.start}."
+        raise CorpusError(msg) from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(_open(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            msg = f"{where}: not JSON: {error.msg}."
+            raise CorpusError(msg) from error
+        if not isinstance(row, Mapping):
+            msg = f"{where}: expected an object, got {type(row).__name__}."
+            raise CorpusError(msg)
+        yield where, row
+
+
+def _table(path: Path, separator: str, num_columns: int, *, encoding: str = "utf-8", header: bool = False):
+    lines = _open(path, encoding).splitlines()[1 if header else 0 :]
+    for number, line in enumerate(lines, start=2 if header else 1):
+        if not line.strip():
+            continue
+        cells = line.split(separator)
+        if len(cells) < num_columns:
+            msg = f"{path}, line {number}: {len(cells)} columns, expected at least {num_columns}: {line[:60]!r}."
+            raise CorpusError(msg)
+        yield cells
+
+
+# MovieLens
+
+
+def movie_title(title: str) -> str:
+    """`Usual Suspects, The (1995)` as `The Usual Suspects`: the year goes, a trailing article comes first.
+
+    LLaRA also takes off the last seven characters and moves an article to the front, wherever in the title it
+    finds `, The`, `, A` or `, An`; here it must stand at the end, so that words that begin with these letters
+    stay. A title without a year is kept whole: LLaRA's is then empty.
+    """
+    bare = re.sub(r"\s*\(\d{4}\)\s*$", "", title).strip()
+    match = re.fullmatch(r"(.*), (The|A|An)", bare)
+    return f"{match[2]} {match[1]}" if match else bare
+
+
+def load_movie_titles(path: Path) -> dict[int, str]:
+    """Titles of `u.item`, by item = MovieLens' number - 1; items without one are left out."""
+    cells = _table(path, "|", 2, encoding="iso-8859-1")
+    titles = {int(cell[0]) - 1: movie_title(cell[1]) for cell in cells}
+    return {item: title for item, title in titles.items() if title}
+
+
+def load_movielens(directory: Path, seed: int = 0) -> Corpus:
+    """MovieLens-100K from `u.data` and `u.item`.
+
+    Interactions are ratings of at least 3 stars in the order of their times. As for LLaRA's files users are
+    shared out 8:1:1 and histories have the last 10 items; which user is in which part is drawn here from `seed`,
+    and equal times are ordered by item: neither is published.
+    """
+    events: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for user, item, rating, time in (cells[:4] for cells in _table(directory / "u.data", "\t", 4)):
+        if int(rating) >= LIKED:
+            events[user].append((int(time), int(item) - 1))
+    titles = load_movie_titles(directory / "u.item")
+    return _from_sequences("movie", titles, _ordered(events), seed)
+
+
+# LastFM
+
+
+def load_lastfm(directory: Path, seed: int = 0) -> Corpus:
+    """LastFM (hetrec2011-lastfm-2k) from its raw files.
+
+    `user_artists.dat` says who listened to whom, but not when; the only times are those of tags. An interaction
+    here is an artist that the user listened to and tagged, at the time of the first tag. LLaRA's LastFM has 1,220
+    users and 4,606 artists; how it was filtered and ordered is not published, so the two are not the same rows.
+    """
+    listened = {
+        (cells[0], cells[1]) for cells in _table(directory / "user_artists.dat", "\t", 3, header=True)
+    }  # (user, artist)
+    first: dict[tuple[str, str], int] = {}
+    for cells in _table(directory / "user_taggedartists-timestamps.dat", "\t", 4, header=True):
+        pair, time = (cells[0], cells[1]), int(cells[3])
+        if pair in listened:
+            first[pair] = min(time, first.get(pair, time))
+    events: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for (user, artist), time in first.items():
+        events[user].append((time, int(artist)))
+    titles = {int(cells[0]): cells[1].strip() for cells in _table(directory / "artists.dat", "\t", 2, header=True)}
+    return _from_sequences("artist", titles, _ordered(events), seed)
+
+
+# Steam and whatever else is there as sequences
+
+
+def load_sequences(directory: Path, seed: int = 0) -> Corpus:
+    """Sequences as `{"user": ..., "items": [...]}` in `sequences.jsonl`, titles as `id::name` in `id2name.txt`.
+
+    An optional key `domain` (movie, artist or game) in the first line chooses the wording; it is game otherwise.
+    """
+    sequences: dict[str, list[int]] = {}
+    domain: Domain = "game"
+    for where, row in _json_lines(directory / "sequences.jsonl"):
+        if "user" not in row or not isinstance(row.get("items"), list):
+            msg = f"{where}: expected a user and a list of items, got the keys {', '.join(row)}."
+            raise CorpusError(msg)
+        if not sequences and "domain" in row:
+            if row["domain"] not in ("movie", "artist", "game"):
+                msg = f"{where}: domain is {row['domain']!r}; it must be movie, artist or game."
+                raise CorpusError(msg)
+            domain = row["domain"]
+        user = str(row["user"])
+        if user in sequences:
+            msg = f"{where}: user {user!r} occurs twice; give each user's items in one line."
+            raise CorpusError(msg)
+        sequences[user] = [int(item) for item in row["items"]]
+    titles = {int(cells[0]): cells[1].strip() for cells in _table(directory / "id2name.txt", "::", 2)}
+    return _from_sequences(domain, titles, sequences, seed)
+
+
+def _ordered(events: Mapping[str, Iterable[tuple[int, int]]]) -> dict[str, list[int]]:
+    """Items of each user by (time, item), each once: at its first time."""
+    return {user: list(dict.fromkeys(item for _, item in sorted(events[user]))) for user in events}
+
+
+def _from_sequences(
+    domain: Domain, titles: Mapping[int, str], sequences: Mapping[str, Sequence[int]], seed: int
+) -> Corpus:
+    """Splits by user, 8:1:1: every position of training users, the last one of the others."""
+    titles = {item: title for item, title in titles.items() if title}
+    kept = {user: [item for item in items if item in titles] for user, items in sequences.items()}
+    users = [user for user in sorted(kept) if len(kept[user]) > MIN_HISTORY]
+    if len(users) < 3:
+        msg = f"{len(users)} users have more than {MIN_HISTORY} items with titles; at least 3 are needed."
+        raise CorpusError(msg)
+    order = [users[k] for k in np.random.default_rng(seed).permutation(len(users))]
+    first, second = (round(sum(_SHARES[:k]) * len(users)) for k in (1, 2))
+    first, second = min(first, len(users) - 2), min(max(second, first + 1), len(users) - 1)
+
+    def row(user: str, position: int) -> Row:
+        items = kept[user]
+        history = tuple(items[max(0, position - HISTORY_LENGTH) : position])
+        return Row(id=f"{user}-{position}", user=user, history=history, target=items[position])
+
+    parts = order[:first], order[first:second], order[second:]
+    train = tuple(row(user, k) for user in sorted(parts[0]) for k in range(MIN_HISTORY, len(kept[user])))
+    val, test = (tuple(row(user, len(kept[user]) - 1) for user in sorted(part)) for part in parts[1:])
+    return Corpus(domain=domain, titles=titles, train=train, val=val, test=test)
+
+
+# LLaRA's own split of MovieLens
+
+
+def load_llara(directory: Path) -> Corpus:
+    """LLaRA's MovieLens as JSON lines: `seq` and `next` of `[item, rating]`, and MovieLens' `u.item`.
+
+    Only training rows name their user. Histories of fewer than 3 items are left out, as LLaRA does when it loads
+    them; padding items, which have no title, are dropped.
+    """
+    titles = load_movie_titles(directory / "u.item")
+    splits = {
+        name: tuple(_llara_rows(directory / f"{name}.jsonl", name, titles)) for name in ("train", "val", "test")
+    }
+    return Corpus(domain="movie", titles=titles, **splits)
+
+
+def _llara_rows(path: Path, split: str, titles: Mapping[int, str]) -> Iterator[Row]:
+    positions: dict[str, int] = defaultdict(int)
+    for where, fields in _json_lines(path):
+        try:
+            history = tuple(int(item) for item, _ in fields["seq"])
+            target, _ = fields["next"]
+        except (KeyError, TypeError, ValueError) as error:
+            msg = f"{where}: expected seq and next of [item, rating] pairs."
+            raise CorpusError(msg) from error
+        user = str(fields.get("user", ""))
+        position = positions[user]
+        positions[user] += 1
+        history = tuple(item for item in history if item in titles)
+        if len(history) >= MIN_HISTORY:
+            id_ = f"{user}-{position}" if user else f"{split}-{position}"
+            yield Row(id=id_, user=user, history=history[-HISTORY_LENGTH:], target=int(target))
+
+
+_KINDS = (
+    (("train.jsonl", "val.jsonl", "test.jsonl", "u.item"), load_llara),
+    (("u.data", "u.item"), load_movielens),
+    (("user_artists.dat", "user_taggedartists-timestamps.dat", "artists.dat"), load_lastfm),
+    (("sequences.jsonl", "id2name.txt"), load_sequences),
+)

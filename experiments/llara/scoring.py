@@ -1,0 +1,266 @@
+"""Owns the task's two readings: a score for every candidate, and a generated title matched with the candidates.
+
+Both read the prompt once into a key/value cache and go on from there, for text and for hybrid prompts alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_base
+from experiments.llara.prompts import make_response
+from llmeraser_jax.data import Example, TokenDataset, encode_examples
+from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
+from llmeraser_jax.lora import Lora
+from llmeraser_jax.models import Model
+from llmeraser_jax.models.decoder import Decoder, KVCache, bind
+from llmeraser_jax.models.generation import pad_left
+
+HIT_RATIO_SCORED = "HitRatio@1, candidates scored"
+HIT_RATIO_GENERATED = "HitRatio@1, generated"
+HIT_RATIO_OF_VALID = f"{HIT_RATIO_GENERATED}_of_valid"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt with the titles to choose from; `example.response` is the right one."""
+
+    example: Example
+    titles: tuple[str, ...]
+
+    def __post_init__(self):
+        if [make_response(title) for title in self.titles].count(self.example.response) != 1:
+            msg = f"Question {self.example.id!r}: {self.example.response!r} must be one of its titles, once."
+            raise ValueError(msg)
+
+    @property
+    def answer(self) -> int:
+        """Which of the titles is right."""
+        return [make_response(title) for title in self.titles].index(self.example.response)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a prompt leaves behind."""
+
+    cache: Any
+    first_logits: Array  # [batch, vocab]: of the token after the prompt
+    key_positions: Array
+    key_valid: Array
+    lengths: Array
+
+
+def _read_prompt(apply, base, lora, tokens, mask, num_new: int) -> tuple[Decoder, Any, _Start]:
+    """Fills a cache with left-padded prompts and leaves room for `num_new` tokens."""
+    if isinstance(apply, ApplyHybrid):
+        embeds = embed(base, lora, tokens, apply.first_item)
+        base, lora = split_base(base)[0], split_adapter(lora)[0]
+    else:
+        embeds = None
+    module, variables = bind(apply.config, base, lora)
+    batch, time = tokens.shape
+    valid = mask.astype(bool)
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    where = jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
+    ahead = lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
+    key_positions = jnp.concatenate([where, ahead], axis=1)
+    key_valid = jnp.concatenate([valid, jnp.ones((batch, num_new), bool)], axis=1)
+    config = apply.config
+    shape = (config.num_layers, batch, time + num_new, config.num_kv_heads, config.head_dim)
+    empty = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
+    last = jnp.full((batch, 1), time - 1, jnp.int32)  # padding is on the left
+    logits, cache = module.apply(
+        variables,
+        tokens,
+        where,
+        key_positions,
+        key_valid,
+        empty,
+        jnp.int32(0),
+        last,
+        embeds,
+        method=Decoder.decode,
+    )
+    start = _Start(cache, logits[:, 0], key_positions, key_valid, lengths)
+    return module, variables, start
+
+
+@partial(jax.jit, static_argnames="apply")
+def _candidate_log_probs(
+    apply,
+    base,
+    lora,
+    tokens: Int[Array, "batch time"],
+    mask: Int[Array, "batch time"],
+    candidates: Int[Array, "batch candidates response"],
+    weights: Float[Array, "batch candidates response"],
+) -> Float[Array, "batch candidates"]:
+    """`sum_t weights_t log p(candidate_t | prompt, candidate_<t)`."""
+    num_new = candidates.shape[2]
+    time = tokens.shape[1]
+    module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
+    first = jax.nn.log_softmax(start.first_logits, axis=-1)
+    where = start.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(num_new, dtype=jnp.int32), where.shape)
+
+    def one(candidate_and_weights):
+        candidate, weight = candidate_and_weights
+        logits, _ = module.apply(
+            variables,
+            candidate,
+            where,
+            start.key_positions,
+            start.key_valid,
+            start.cache,
+            jnp.int32(time),
+            positions,
+            method=Decoder.decode,
+        )
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        log_probs = jnp.concatenate([first[:, None], log_probs[:, :-1]], axis=1)
+        picked = jnp.take_along_axis(log_probs, candidate[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(weight > 0, picked * weight, 0), axis=1)
+
+    parts = (jnp.moveaxis(candidates, 1, 0), jnp.moveaxis(weights, 1, 0))
+    return jax.lax.map(one, parts).T
+
+
+@partial(jax.jit, static_argnames=("apply", "num_new"))
+def _greedy(apply, base, lora, tokens, mask, num_new: int) -> Int[Array, "batch new"]:
+    time = tokens.shape[1]
+    module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
+    zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+
+    def advance(state, step):
+        token, cache = state
+        logits, cache = module.apply(
+            variables,
+            token[:, None],
+            (start.lengths + step)[:, None],
+            start.key_positions,
+            start.key_valid,
+            cache,
+            time + step,
+            zero,
+            method=Decoder.decode,
+        )
+        return (jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache), token
+
+    first = jnp.argmax(start.first_logits, axis=-1).astype(jnp.int32)
+    _, out = jax.lax.scan(advance, (first, start.cache), jnp.arange(num_new, dtype=jnp.int32))
+    return out.T
+
+
+class Scorer:
+    """Questions, tokenised once, for any number of adapters of one model.
+
+    Args:
+        model: text or hybrid.
+        questions: all with equally many titles.
+        like: its recipe is used; its tokenization must be separate, so that a title's tokens are the same after
+            every prompt.
+        batch_size: prompts read together.
+        per_token: titles are compared by their mean log-probability per token instead of their sum. The sum is the
+            probability of the answer; the mean does not favour short titles.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        questions: Sequence[Question],
+        like: TokenDataset,
+        *,
+        batch_size: int = 8,
+        per_token: bool = False,
+    ):
+        if not questions or len({len(q.titles) for q in questions}) != 1:
+            msg = f"{len(questions)} questions; expected some, all with equally many titles."
+            raise ValueError(msg)
+        if like.recipe.tokenization != "separate":
+            msg = f"tokenization is {like.recipe.tokenization!r}; a title's tokens would depend on its prompt."
+            raise ValueError(msg)
+        self.model = model
+        self.questions = tuple(questions)
+        self.batch_size = min(batch_size, len(questions))
+        encoded = encode_examples([q.example for q in questions], like.recipe, model.tokenizer)
+        self.num_truncated = encoded.num_truncated
+        self._prompts = [row.prompt.tolist() for row in encoded.encoded]
+        titles = sorted({title for q in questions for title in q.titles})
+        stand_ins = [
+            Example(id=str(k), instruction="-", response=make_response(title), format="prompt")
+            for k, title in enumerate(titles)
+        ]
+        responses = encode_examples(stand_ins, like.recipe, model.tokenizer).encoded
+        self._response_of = {title: row.response for title, row in zip(titles, responses, strict=True)}
+        self._num_new = max(len(row.response) for row in responses)
+        self.per_token = per_token
+
+    def _batches(self):
+        """Rows of similar length together; the last batch is filled up with its last row."""
+        order = sorted(range(len(self.questions)), key=lambda k: len(self._prompts[k]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            filled = rows + [rows[-1]] * (self.batch_size - len(rows))
+            tokens, mask = pad_left([self._prompts[row] for row in filled])
+            yield rows, filled, jnp.asarray(tokens), jnp.asarray(mask)
+
+    def candidate_scores(self, lora: Lora | None) -> Float[np.ndarray, "questions titles"]:
+        """Log-probability of every title as the response, in nats."""
+        num_titles = len(self.questions[0].titles)
+        out = np.zeros((len(self.questions), num_titles))
+        for rows, filled, tokens, mask in self._batches():
+            candidates = np.zeros((len(filled), num_titles, self._num_new), np.int32)
+            weights = np.zeros(candidates.shape, np.float32)
+            for k, row in enumerate(filled):
+                for c, title in enumerate(self.questions[row].titles):
+                    response = self._response_of[title]
+                    candidates[k, c, : len(response)] = response
+                    weights[k, c, : len(response)] = 1 / len(response) if self.per_token else 1
+            scores = _candidate_log_probs(
+                self.model.apply, self.model.base, lora, tokens, mask, jnp.asarray(candidates), jnp.asarray(weights)
+            )
+            out[rows] = np.asarray(scores)[: len(rows)]
+        return out
+
+    def generate(self, lora: Lora | None) -> list[str]:
+        """The greedy answer to every question, as long as the longest title; only its first line is an answer."""
+        out = [""] * len(self.questions)
+        for rows, _, tokens, mask in self._batches():
+            new = np.asarray(_greedy(self.model.apply, self.model.base, lora, tokens, mask, self._num_new))
+            for k, row in enumerate(rows):
+                out[row] = self.model.tokenizer.decode(new[k].tolist(), skip_special_tokens=True)
+        return out
+
+    def scored_metric(self, lora: Lora | None) -> Metric:
+        """HitRatio@1 of the most probable title: always valid, since nothing but titles can be answered."""
+        chosen = self.candidate_scores(lora).argmax(1)
+        correct = int(sum(c == q.answer for c, q in zip(chosen.tolist(), self.questions, strict=True)))
+        total = len(self.questions)
+        return count_metric(HIT_RATIO_SCORED, correct=correct, valid=total, total=total)
+
+    def generated_metrics(self, lora: Lora | None) -> tuple[Metric, Metric]:
+        """HitRatio@1 of generated titles, matched as LLaRA does: of all questions, and of the valid ones.
+
+        LLaRA reports the latter; ValidRatio is the first one's `valid_ratio`.
+        """
+        return match_answers(self.generate(lora), self.questions)
+
+
+def match_answers(generated: Sequence[str], questions: Sequence[Question]) -> tuple[Metric, Metric]:
+    """Counts of generated texts, one for each question; see `Scorer.generated_metrics`."""
+    metric = hit_ratio(
+        generated,
+        [q.titles[q.answer] for q in questions],
+        [q.titles for q in questions],
+        matching="contained",
+        name=HIT_RATIO_GENERATED,
+    )
+    return metric, hit_ratio_of_valid(metric)

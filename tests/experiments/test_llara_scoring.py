@@ -1,0 +1,130 @@
+"""Scores and generated titles against the library's own scoring and generation, one candidate at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.llara import hybrid
+from experiments.llara.prompts import item_text, make_example
+from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Question, Scorer, match_answers
+from llmeraser_jax import trees
+from llmeraser_jax.data import Recipe, encode_examples
+from llmeraser_jax.evaluation.scoring import score_examples
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.models import generate, load_model
+from tests.training import tiny
+
+# Words are split at white space, so a title's line break is no token here.
+RECIPE = Recipe(template="{instruction}", response_prefix=" ", add_eos=True, max_length=32)
+TITLES = ("red", "blue now", "green s1 s2", "grey")
+LORA = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj"))
+
+
+def _questions(suffixes):
+    """Prompts of several lengths, the right answer at another place in each."""
+    return [
+        Question(
+            example=make_example(f"q{k}", f"colour of {'now ' * k}s{k}{suffix}", TITLES[k % 4]),
+            titles=TITLES[k % 3 :] + TITLES[: k % 3],
+        )
+        for k, suffix in enumerate(suffixes)
+    ]
+
+
+@pytest.fixture(scope="module", params=["text", "hybrid"])
+def setting(request, tmp_path_factory):
+    model = load_model(tiny.save_tiny_model(tmp_path_factory.mktemp("base") / "model", seed=4))
+    suffixes = ["", "", "", "", ""]
+    if request.param == "hybrid":
+        table = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+        model = hybrid.make_hybrid(model, table)
+        suffixes = [f" {item_text(k)} of {item_text(0)}" for k in range(5)]
+    fresh = model.init_lora(jax.random.key(1), LORA)
+    lora = trees.tree_axpy(0.3, trees.tree_random_normal(jax.random.key(2), fresh), fresh)
+    questions = _questions(suffixes)
+    like = encode_examples([q.example for q in questions], RECIPE, model.tokenizer)
+    return model, lora, questions, like
+
+
+def _one_by_one(model, lora, questions):
+    """Every title as the response of an example of its own."""
+    out = []
+    for question in questions:
+        examples = [
+            dataclasses.replace(question.example, id=str(k), response=title + "\n")
+            for k, title in enumerate(question.titles)
+        ]
+        out.append(score_examples(model, lora, encode_examples(examples, RECIPE, model.tokenizer)))
+    return out
+
+
+def test_scores_are_the_log_probabilities_of_whole_responses(setting):
+    model, lora, questions, like = setting
+    expected = _one_by_one(model, lora, questions)
+    got = Scorer(model, questions, like, batch_size=2).candidate_scores(lora)
+    np.testing.assert_allclose(got, [scores.log_probs for scores in expected], atol=1e-4)
+    assert got.std() > 0.1
+    per_token = Scorer(model, questions, like, batch_size=3, per_token=True).candidate_scores(lora)
+    np.testing.assert_allclose(per_token, [-scores.losses for scores in expected], atol=1e-4)
+
+
+def test_the_most_probable_title_is_the_answer(setting):
+    model, lora, questions, like = setting
+    scorer = Scorer(model, questions, like, batch_size=5)
+    chosen = scorer.candidate_scores(lora).argmax(1)
+    expected = [question.titles.index(question.example.response.strip()) for question in questions]
+    metric = scorer.scored_metric(lora)
+    assert metric.correct == sum(c == e for c, e in zip(chosen.tolist(), expected, strict=True))
+    assert (metric.valid, metric.total) == (5, 5)
+
+
+def test_greedy_answers_are_those_of_step_by_step_logits(setting):
+    model, lora, questions, like = setting
+    got = Scorer(model, questions, like, batch_size=2).generate(lora)
+    apply = jax.jit(model.apply)
+    for question, text in zip(questions, got, strict=True):
+        tokens = encode_examples([question.example], RECIPE, model.tokenizer).encoded[0].prompt.tolist()
+        start, length = len(tokens), 24
+        for _ in range(4):
+            padded = np.zeros((1, length), np.int32)
+            padded[0, : len(tokens)] = tokens
+            mask = np.arange(length)[None] < len(tokens)
+            logits = apply(model.base, lora, padded, mask, np.array([[len(tokens) - 1]]))
+            tokens.append(int(np.argmax(logits[0, 0])))
+        assert text == model.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+
+def test_text_answers_are_those_of_the_library(setting):
+    model, lora, questions, like = setting
+    if isinstance(model, hybrid.HybridModel):
+        pytest.skip("the library generates from text prompts only")
+    prompts = [row.prompt.tolist() for row in like.encoded]
+    expected = generate(model, lora, prompts, 4, stop_ids=())
+    decoded = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
+    assert Scorer(model, questions, like, batch_size=2).generate(lora) == decoded
+
+
+def test_counts_of_generated_titles():
+    questions = _questions([""] * 4)  # right: red, blue now, green s1 s2, grey
+    hit_ratio, of_valid = match_answers([" red\nblue", "GREY.", "red or grey", "grey"], questions)
+    assert (hit_ratio.name, hit_ratio.correct, hit_ratio.valid, hit_ratio.total) == (HIT_RATIO_GENERATED, 2, 3, 4)
+    assert hit_ratio.value == 0.5
+    assert hit_ratio.valid_ratio == 0.75
+    assert (of_valid.name, of_valid.value) == (HIT_RATIO_OF_VALID, pytest.approx(2 / 3))
+
+
+def test_a_question_whose_answer_is_no_title_is_refused():
+    with pytest.raises(ValueError, match="must be one of its titles, once"):
+        Question(example=make_example("q", "colour of s1", "black"), titles=TITLES)
+
+
+def test_a_tokenization_that_depends_on_the_prompt_is_refused(setting):
+    model, _, questions, _ = setting
+    joint = dataclasses.replace(RECIPE, tokenization="joint")
+    like = encode_examples([q.example for q in questions], joint, model.tokenizer)
+    with pytest.raises(ValueError, match="tokenization is 'joint'"):
+        Scorer(model, questions, like)
