@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
@@ -47,7 +48,15 @@ def linearise_hessian(
     """
 
     def gradient(p):
-        return scan_weighted_sum(partial(chunk_gradient_sum, objective, p), stack, trees.tree_zeros_like(p))
+        def chunk_gradient(batch, weights):
+            def loss(q):
+                return jnp.sum(weights * objective.data_losses(q, batch))
 
-    _, product = jax.linearize(store_everything(gradient), params)
+            # Stored before it is differentiated: in a gradient that rematerialises, the forward pass stands twice,
+            # and so would its tangents in every product.
+            return jax.grad(store_everything(loss))(p)
+
+        return scan_weighted_sum(chunk_gradient, stack, trees.tree_zeros_like(p))
+
+    _, product = jax.linearize(gradient, params)
     return product

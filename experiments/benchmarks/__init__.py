@@ -1,0 +1,1 @@
+"""Speed and memory beside PyTorch: gradients, curvature products, solves and whole erasures."""
