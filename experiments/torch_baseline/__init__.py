@@ -1,0 +1,1 @@
+"""LLMEraser on transformers, PEFT and PyTorch: an independent implementation to compare with."""

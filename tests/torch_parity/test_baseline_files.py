@@ -1,0 +1,285 @@
+"""Whole erasures from run directory to run directory: `llmeraser` and the baseline, and PEFT reading the result."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmeraser_jax import data, runs
+from llmeraser_jax.evaluation.scoring import score_examples
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.models import load_model
+from llmeraser_jax.unlearning import EraseConfig, UnlearningError, erase_run
+from tests.golden.cases import CASES
+from tests.training import tiny
+
+pytestmark = pytest.mark.torch
+
+TRAIN = dataclasses.replace(tiny.CONFIG, l2=0.02)
+LORA = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj", "down_proj"), dropout=0.3)
+REQUESTS = [
+    {"id": "r1", "action": "remove"},
+    {"id": "r4", "action": "modify_query", "instruction": "colour of s11"},
+    {"id": "r7", "action": "correct_response", "response": "red"},
+]
+CG = {
+    "curvature_data": "all",
+    "damping": 0.5,
+    "cg_rtol": 1e-5,
+    "cg_max_steps": 80,
+    "l2": TRAIN.l2,
+    "chunk_size": 12,
+}
+
+
+@pytest.fixture(scope="module", params=["llama_gqa_tied_llama3_rope", "qwen2_gqa_tied"])
+def work(request, tmp_path_factory):
+    """A directory with a run whose adapter is random, and requests; one thread."""
+    import torch
+    import transformers
+
+    from tests.torch_parity import reference
+
+    directory = tmp_path_factory.mktemp("files")
+    base = reference.build({**CASES[request.param], "vocab_size": len(tiny.WORDS)}, seed=6)
+    base.save_pretrained(directory / "base")
+    tiny.word_tokenizer().save_pretrained(directory / "base")
+    # transformers reads the tokenizer of every qwen2 model as a byte-level one, whatever its files say.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.word_tokenizer())
+    model = load_model(directory / "base")
+    examples = data.load_examples(tiny.write_rows(directory / "train.jsonl", tiny.rows()))
+    dataset = data.encode_examples(examples, tiny.RECIPE, model.tokenizer)
+    rng = np.random.default_rng(1)
+    lora = jax.tree.map(
+        lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), model.init_lora(jax.random.key(0), LORA)
+    )
+    runs.write_run(
+        directory / "run",
+        kind="finetune",
+        model=model,
+        recipe=dataset.recipe,
+        normalizer=dataset.normalizer,
+        train_config=TRAIN,
+        examples=examples,
+        data_path=directory / "train.jsonl",
+        lora=lora,
+        initial_lora=lora,
+        result={"seconds": 1.0, "gradient_equivalents": 1.0},
+    )
+    (directory / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in REQUESTS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield directory
+    patch.undo()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(work):
+    return load_model(work / "base")
+
+
+@pytest.fixture(scope="module")
+def ours(work, model):
+    """The run that `llmeraser erase` makes with one step over all data."""
+    config = EraseConfig(method="step", trust_region=False, memory_budget_bytes=0, **CG)
+    run = runs.load_run(work / "run")
+    return erase_run(run, work / "requests.jsonl", work / "ours", config, model=model)[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(work):
+    """The same with the baseline."""
+    from experiments.torch_baseline.config import BaselineConfig
+    from experiments.torch_baseline.job import erase_run as their_erase_run
+
+    run = runs.load_run(work / "run")
+    return their_erase_run(run, work / "requests.jsonl", work / "theirs", BaselineConfig(mode="cg", **CG))[0]
+
+
+def encoded(run, model):
+    """The examples as trained."""
+    return run.encode(run.load_examples(), model.tokenizer)
+
+
+def their_model(work, adapter):
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(work / "base", attn_implementation="eager")
+    return peft.PeftModel.from_pretrained(base, adapter).eval()
+
+
+def logits(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(np.asarray(tokens)[None]).long()).logits[0].double().numpy()
+
+
+def receipt_of(run):
+    return json.loads((run.path / "receipt.json").read_text())
+
+
+def test_the_finished_adapters_agree_and_give_the_same_logits(work, model, ours, theirs):
+    from tests.torch_parity.baseline_problem import relative_difference
+
+    before, after = runs.load_run(work / "run").load_adapter(model), ours.load_adapter(model)
+    other = theirs.load_adapter(model)
+    assert other.config == after.config
+    delta = jax.tree.map(jnp.subtract, after, before)
+    assert relative_difference(other, after) < 1e-5
+    assert relative_difference(jax.tree.map(jnp.subtract, other, before), delta) < 1e-4
+    lowest, highest = receipt_of(theirs)["steps"][0]["ritz_extremes"]
+    assert highest / lowest < 1e3
+
+    adapted = {name: their_model(work, path / "adapter") for name, path in
+               (("before", work / "run"), ("ours", ours.path), ("theirs", theirs.path))}  # fmt: skip
+    for example in encoded(runs.load_run(work / "run"), model).encoded[:4]:
+        seen = {name: logits(m, example.tokens) for name, m in adapted.items()}
+        scale = np.abs(seen["ours"]).max()
+        assert np.abs(seen["ours"] - seen["theirs"]).max() < 1e-5 * scale
+        assert np.abs(seen["ours"] - seen["before"]).max() > 1e-2 * scale
+
+
+def test_an_adapter_erased_here_scores_the_same_losses_in_pytorch(work, model, ours):
+    import torch
+
+    run = runs.load_run(work / "run")
+    dataset = encoded(run, model)
+    scores = {r.path: score_examples(model, r.load_adapter(model), dataset).losses for r in (run, ours)}
+    for scored in (run, ours):
+        adapted, losses = their_model(work, scored.path / "adapter"), []
+        for example in dataset.encoded:
+            predicted = torch.tensor(logits(adapted, example.tokens))[example.loss_start - 1 : -1]
+            targets = torch.tensor(example.tokens[example.loss_start :]).long()
+            losses.append(float(torch.nn.functional.cross_entropy(predicted, targets)))
+        np.testing.assert_allclose(scores[scored.path], losses, rtol=1e-5, atol=1e-6)
+    assert np.abs(scores[run.path] - scores[ours.path]).max() > 0.05
+
+
+def test_receipts_have_the_same_fields_and_the_same_numbers(ours, theirs):
+    one, other = receipt_of(ours), receipt_of(theirs)
+    assert one.keys() == other.keys()
+    assert one["steps"][0].keys() == other["steps"][0].keys()
+    assert one["range_check"].keys() == other["range_check"].keys()
+    same = (
+        "format",
+        "counts",
+        "named",
+        "num_examples_before",
+        "num_examples_after",
+        "method",
+        "final_weight",
+        "parent",
+    )
+    assert {k: one[k] for k in same} == {k: other[k] for k in same}
+    assert set(other["config"]) > {"method", "rhs", "curvature", "curvature_data", "damping", "mode"}
+    near = (
+        "rhs_norm", "delta_norm", "adapter_norm_before", "adapter_norm_after", "product_change_norm",
+        "product_norm_before", "edited_gradient_norm_before", "edited_gradient_norm_after",
+    )  # fmt: skip
+    for name in near:
+        assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    assert other["bf16_survival"] == pytest.approx(one["bf16_survival"], abs=0.01)
+    for group in ("forget", "wanted", "probe"):
+        for name, value in one["range_check"][group].items():
+            assert other["range_check"][group][name] == pytest.approx(value, rel=1e-4), (group, name)
+    assert other["range_check"]["passed"] == one["range_check"]["passed"]
+    assert other["steps"][0]["iterations"] == pytest.approx(one["steps"][0]["iterations"], abs=1)
+    assert other["steps"][0]["status"] == one["steps"][0]["status"]
+    assert other["gradient_equivalents"]["rhs"] == one["gradient_equivalents"]["rhs"] == 5
+    products = {name: r["steps"][0]["iterations"] + 1 for name, r in (("one", one), ("other", other))}
+    for name, receipt in (("one", one), ("other", other)):
+        assert receipt["gradient_equivalents"]["curvature"] == pytest.approx(1.5 * 10 * products[name])
+
+
+def test_what_the_baseline_writes_is_a_run(theirs, ours, work):
+    assert theirs.kind == "erase" and theirs.data_ids == ours.data_ids and theirs.data_sha256 == ours.data_sha256
+    assert theirs.receipts[-1].keys() == ours.receipts[-1].keys()
+    assert theirs.parent == ours.parent and theirs.knows_initial_adapter
+    assert [e.id for e in theirs.load_examples()] == [e.id for e in ours.load_examples()]
+
+
+def run_main(work, workdir, *flags, requests="requests.jsonl"):
+    import tyro
+
+    from experiments.torch_baseline.main import Main, main
+
+    arguments = ["--run", str(work / "run"), "--requests", str(work / requests), "--workdir", str(workdir), *flags]
+    return main(tyro.cli(Main, args=arguments))
+
+
+def test_the_command_runs_every_mode(work, tmp_path, capsys):
+    quick = ["--chunk-size", "12", "--descent-steps", "3", "--num-steps", "2", "--cg-max-steps", "2"]
+    deltas = {}
+    for mode in ("published", "paper", "path"):
+        assert run_main(work, tmp_path / mode, "--mode", mode, *quick) == 0
+        receipt = receipt_of(runs.load_run(tmp_path / mode))
+        assert receipt["config"]["mode"] == mode and receipt["solver"]["status"].startswith("not converged")
+        assert len(receipt["steps"]) == (2 if mode == "path" else 1)
+        if mode != "path":
+            assert receipt["gradient_equivalents"]["curvature"] == 3 * 2
+            assert receipt["config"]["dropout"] is True
+        deltas[mode] = receipt["delta_norm"]
+    assert "Run directory" in capsys.readouterr().out
+    assert deltas["published"] < 1e-2 < deltas["path"], "the script's 3 steps move each number by 4e-5 at most"
+
+
+def test_dropout_acts_in_the_published_mode_alone_and_can_be_turned_off(work, tmp_path):
+    import torch
+
+    def rhs_norm(directory, *flags):
+        torch.manual_seed(len(flags))
+        assert run_main(work, directory, "--mode", "published", "--descent-steps", "2", *flags) == 0
+        return receipt_of(runs.load_run(directory))["steps"][0]["rhs_norm"]
+
+    quiet = rhs_norm(tmp_path / "off", "--no-dropout")
+    assert quiet == pytest.approx(receipt_of(runs.load_run(work / "theirs"))["rhs_norm"], rel=1e-5)
+    assert abs(rhs_norm(tmp_path / "on") / quiet - 1) > 1e-3
+
+
+def test_failures_are_one_clear_error_and_leave_nothing(work, tmp_path, capsys):
+    (work / "bad.jsonl").write_text(json.dumps({"id": "nobody", "action": "remove"}) + "\n")
+    assert run_main(work, tmp_path / "a", requests="bad.jsonl") == 1
+    assert "nobody" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "kept").write_text("mine")
+    assert run_main(work, tmp_path) == 1
+    assert "kept" in capsys.readouterr().err
+
+
+def test_a_solve_without_a_step_writes_nothing(work, tmp_path, monkeypatch):
+    from experiments.torch_baseline import erase as erase_module
+    from experiments.torch_baseline.config import BaselineConfig
+    from experiments.torch_baseline.job import erase_run as their_erase_run
+    from experiments.torch_baseline.model import scaled
+
+    product = erase_module.Eraser.product
+    monkeypatch.setattr(erase_module.Eraser, "product", lambda *arguments: scaled(-1.0, product(*arguments)))
+    with pytest.raises(UnlearningError, match="non-positive curvature"):
+        their_erase_run(
+            runs.load_run(work / "run"), work / "requests.jsonl", tmp_path / "out", BaselineConfig(mode="cg", **CG)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"mode": "published", "curvature": "gauss-newton"}, "curvature"),
+        ({"damping": -1.0}, "rho"),
+        ({"cg_rtol": 1.0}, "cg_rtol"),
+        ({"mode": "path", "path_weights": (1.0, 0.5)}, "path_weights"),
+        ({"sample_size": 0}, "sample_size"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(changes, name):
+    from experiments.torch_baseline.config import BaselineConfig
+
+    with pytest.raises(ValueError, match=name):
+        BaselineConfig(**changes)
