@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from llmeraser_jax.baselines.controls import ControlResult
+from llmeraser_jax.baselines.setting import Fitted, Setting
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
@@ -32,3 +33,31 @@ def finetune_edited(
     return ControlResult(
         params=result.lora, seconds=result.seconds, gradient_equivalents=float(epochs * len(edited))
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneEdited:
+    """Short fine-tuning on the edited data; its source is habit: it is what one does without a method.
+
+    Attributes:
+        epochs: passes over the edited data.
+    """
+
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.epochs, int) and self.epochs >= 1):
+            msg = f"epochs is {self.epochs!r}; it must be a whole number of at least 1."
+            raise ValueError(msg)
+
+    def fit(self, setting: Setting) -> Fitted:
+        """Goes on training with the setting's hyper-parameters but the epochs."""
+        result = finetune_edited(setting.model, setting.lora, setting.edited, setting.training, epochs=self.epochs)
+        return Fitted(
+            model=setting.model,
+            params=result.params,
+            before=setting.lora,
+            gradient_equivalents=result.gradient_equivalents,
+            seconds=result.seconds,
+            details={"epochs": self.epochs},
+        )
