@@ -145,6 +145,8 @@ class Erase:
             data, so that it can be erased from again.
         heldout: examples of the same kind that were not trained on; they show where removed rows should end.
             Without them removals go along the influence path, which costs more and can go too far.
+        factors: where --solver ekfac keeps the adapter's Kronecker factors: made by the first request with this
+            curvature sample, read by every later one.
         data: where the training data is now; default: where it was.
         mesh: devices, e.g. data=4,model=2; empty is one device.
         config: how to move.
@@ -154,6 +156,7 @@ class Erase:
     requests: Path
     workdir: Path
     heldout: Path | None = None
+    factors: Path | None = None
     data: Path | None = None
     mesh: str = ""
     config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
@@ -168,6 +171,7 @@ class Erase:
             mesh=mesh,
             data_path=self.data,
             heldout_path=self.heldout,
+            factors_path=self.factors,
         )
         return 0
 

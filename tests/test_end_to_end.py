@@ -192,7 +192,7 @@ def test_runs_that_do_not_belong_together_are_refused(run, erased, work, capsys)
     assert "not derived from" in capsys.readouterr().err and not (work / "e3").exists()
 
 
-@pytest.mark.parametrize("command", ["finetune", "adopt", "erase", "retrain", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["finetune", "adopt", "erase", "retrain", "evaluate", "report", "demo"])
 def test_help_of_every_command_names_its_output_flag(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from experiments.fidelity.cells import REFERENCE_FILE
 from llmeraser_jax import files
@@ -23,7 +24,28 @@ LOWEST_CLOSURE = -0.5
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = {"removal": "#0072B2", "query": "#009E73", "correction": "#D55E00"}
-_MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h", "p", "8", "d", "H"]
+_MARKERS = [
+    "*",
+    "s",
+    "D",
+    "^",
+    "v",
+    "P",
+    "X",
+    "<",
+    ">",
+    "o",
+    "h",
+    "p",
+    "8",
+    "d",
+    "H",
+    "$a$",
+    "$b$",
+    "$c$",
+    "$d$",
+    "$e$",
+]
 
 Row = Mapping[str, Any]
 
@@ -151,7 +173,7 @@ def render_table(results: Sequence[Row], methods: Sequence[str] = ()) -> str:
 
 
 def render_plot(results: Sequence[Row], methods: Sequence[str]) -> bytes:
-    """The frontier as PNG: cost against closure on S, a panel per task, with the two targets as lines.
+    """The frontier as PNG: cost (of five epochs) against closure on S, a panel per task, the two targets as lines.
 
     Mean over requests; the number beside a point is its share in percent. Closures below -0.5 are drawn there.
 
@@ -170,13 +192,14 @@ def render_plot(results: Sequence[Row], methods: Sequence[str]) -> bytes:
     for axes, task in zip(panels, tasks, strict=True):
         axes.axhline(TARGET_CLOSURE, color="#555555", linewidth=1, linestyle="--")
         axes.axvline(TARGET_COST, color="#555555", linewidth=1, linestyle="--")
-        axes.set(xscale="log", title=task, xlabel="cost / retraining (gradient equivalents)")
+        axes.set(xscale="log", title=task, xlabel="cost / retraining of 5 epochs (gradient equivalents)")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(LOWEST_CLOSURE - 0.08, 1.08)
         axes.grid(color="#DDDDDD", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         for (of, category, share, method), rows in sorted(groups.items()):
-            cost = _mean([row["cost"] for row in rows])
+            cost = _mean([row["cost_of_5_epochs"] for row in rows])
             closure = _mean([row["closure"].get("forget_loss") for row in rows])
             if of != task or cost is None or closure is None or cost <= 0:
                 continue

@@ -33,11 +33,13 @@ def token_similarities(dataset: TokenDataset, to: np.ndarray) -> Float[np.ndarra
     rows = np.repeat(np.arange(len(tokens)), lengths)
     columns = np.concatenate(tokens)
     shape = (len(tokens), int(columns.max()) + 1)
-    counts = scipy.sparse.csr_matrix((np.ones(len(columns)), (rows, columns)), shape=shape)
+    counts = scipy.sparse.csr_array((np.ones(len(columns)), (rows, columns)), shape=shape)
     counts.sum_duplicates()
-    document_counts = np.maximum(np.asarray((counts > 0).sum(0)).ravel(), 1)
+    document_counts = np.maximum(np.bincount(counts.indices, minlength=shape[1]), 1)
     inverse_frequency = np.log(len(tokens) / document_counts)
-    counts.data = 1 + np.log(counts.data)  # sublinear term frequency
-    vectors = normalize(counts @ scipy.sparse.diags(inverse_frequency))
-    nearest = (vectors @ vectors[np.asarray(to)].T).max(axis=1)
-    return np.clip(np.asarray(nearest.todense()).ravel(), 0.0, 1.0)
+    # Sublinear term frequency times inverse document frequency, entry by entry.
+    values = (1 + np.log(counts.data)) * inverse_frequency[counts.indices]
+    weighted = scipy.sparse.csr_array((values, counts.indices, counts.indptr), shape=shape)
+    vectors = scipy.sparse.csr_array(normalize(weighted))
+    nearest = (vectors @ vectors[np.asarray(to)].T).toarray().max(axis=1)
+    return np.clip(nearest, 0.0, 1.0)
