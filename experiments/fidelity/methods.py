@@ -232,7 +232,7 @@ METHODS: Mapping[str, Method] = {
     "paper-step": erasing(method="step", curvature="hessian", curvature_data="all", trust_region=False),
     "paper-step-sample": erasing(method="step", curvature="hessian", trust_region=False),
     "step-gauss-newton": erasing(method="step", trust_region=False),
-    "ekfac-direct": erasing(method="step", solver="ekfac", sample_size=256, trust_region=False),
+    "ekfac": erasing(method="step", solver="ekfac", sample_size=256, trust_region=False),
     "newton": erasing(method="step", rhs="newton"),
     "newton-correctors": erasing(method="step", rhs="newton", correctors=3),
     "reference-compat": erasing(

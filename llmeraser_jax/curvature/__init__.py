@@ -13,6 +13,7 @@ from llmeraser_jax.curvature.dense import DenseOperator, materialise
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product
 from llmeraser_jax.curvature.hessian import hessian_product
+from llmeraser_jax.curvature.kfac import EkFac, KroneckerFactors, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.curvature.linearised import (
     LinearisedCurvature,
     choose_linearisation,
@@ -37,17 +38,22 @@ __all__ = [
     "Damped",
     "DatasetCurvature",
     "DenseOperator",
+    "EkFac",
+    "KroneckerFactors",
     "LinearisedCurvature",
     "block_mean_eigenvalues",
     "choose_linearisation",
     "damping_product",
+    "ekfac",
     "empirical_fisher_product",
+    "example_factors",
     "gauss_newton_product",
     "hessian_product",
     "importance_probabilities",
     "importance_sample",
     "largest_term_eigenvalue",
     "linearisation_bytes",
+    "load_ekfac",
     "make_linearised",
     "materialise",
     "mean_eigenvalue",
@@ -55,5 +61,6 @@ __all__ = [
     "product_asymmetry",
     "product_cost",
     "relative_damping",
+    "save_ekfac",
     "stacked_axes",
 ]

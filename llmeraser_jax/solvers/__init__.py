@@ -5,10 +5,12 @@ from types import MappingProxyType
 
 from llmeraser_jax.solvers.block_cg import BlockConjugateGradients, BlockSolution
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
+from llmeraser_jax.solvers.direct import DirectInverse
 from llmeraser_jax.solvers.lissa import Lissa
 from llmeraser_jax.solvers.minres import Minres
 from llmeraser_jax.solvers.quadratic import QuadraticDescent
 from llmeraser_jax.solvers.reference_compat import ReferenceCompat
+from llmeraser_jax.solvers.spectral import SpectralPreconditioner, factored_preconditioner, nystroem_preconditioner
 from llmeraser_jax.solvers.status import SolverError, Status, describe, is_failure, require_success
 from llmeraser_jax.solvers.streamed import StreamedOperator, solve_streamed
 
@@ -30,15 +32,19 @@ __all__ = [
     "BlockSolution",
     "CGState",
     "ConjugateGradients",
+    "DirectInverse",
     "Lissa",
     "Minres",
     "QuadraticDescent",
     "ReferenceCompat",
     "SolverError",
+    "SpectralPreconditioner",
     "Status",
     "StreamedOperator",
     "describe",
+    "factored_preconditioner",
     "is_failure",
+    "nystroem_preconditioner",
     "python_while_loop",
     "require_success",
     "solve_streamed",

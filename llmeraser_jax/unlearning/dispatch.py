@@ -26,7 +26,7 @@ from llmeraser_jax.unlearning.trust_region import Check
 
 logger = logging.getLogger(__name__)
 
-_NUM_HELDOUT = 64  # held-out rows whose mean loss is the target of removed ones
+_NUM_HELDOUT = 128  # held-out rows whose mean loss is the target of removed ones
 _NUM_KNOWN = 64  # retained rows whose mean loss is the target of wanted ones
 
 
@@ -41,6 +41,7 @@ def unlearn(
     modified: np.ndarray | None = None,
     retrain_cost: float | None = None,
     checkpoint_directory: Path | None = None,
+    factors_directory: Path | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Unlearned:
     """Moves the adapter as `config.method` says.
@@ -60,6 +61,8 @@ def unlearn(
             rows need held-out rows for the matched way, corrected ones can do without.
         retrain_cost: gradient equivalents of a retraining, which a budget is a share of.
         checkpoint_directory: where `config.stream` saves its solves.
+        factors_directory: where solver `ekfac` keeps its factors: read where they are there, else made and saved;
+            None makes them anew.
         on_step: called after every accepted step.
 
     Returns:
@@ -83,7 +86,9 @@ def unlearn(
             "held-out examples or target_loss, or use method 'path'."
         )
         raise ValueError(msg)
-    move = _Way(objective, params, problem, mesh, heldout, retrain_cost, checkpoint_directory, on_step)
+    move = _Way(
+        objective, params, problem, mesh, heldout, retrain_cost, checkpoint_directory, factors_directory, on_step
+    )
     if not (may_go_on and config.method == "matched"):
         return move(config)
     along_the_path = dataclasses.replace(config, method="path", sample_size=None, num_steps=None)
@@ -116,6 +121,7 @@ class _Way:
     heldout: ExampleSet | None
     retrain_cost: float | None
     checkpoint_directory: Path | None
+    factors_directory: Path | None
     on_step: Callable[[StepRecord], None]
 
     def __call__(
@@ -129,6 +135,7 @@ class _Way:
             self.mesh,
             retrain_cost=self.retrain_cost,
             checkpoint_directory=self.checkpoint_directory,
+            factors_directory=self.factors_directory,
         )
         if cost is not None:
             evaluator.cost = cost

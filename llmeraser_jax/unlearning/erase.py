@@ -112,6 +112,7 @@ def erase(
     heldout: TokenDataset | None = None,
     retrain_cost: float | None = None,
     checkpoint_directory: Path | None = None,
+    factors_directory: Path | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> EraseResult:
     """Makes the adapter forget, or remember differently, what the requests name.
@@ -130,6 +131,8 @@ def erase(
             rows should end. Without them removals go along the path.
         retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of.
         checkpoint_directory: where `config.stream` saves its solves.
+        factors_directory: where solver `ekfac` keeps its factors: read where they are there, else made and saved;
+            None makes them anew.
         on_step: called after every accepted step.
 
     Returns:
@@ -161,6 +164,7 @@ def erase(
         modified=np.array(modified, bool),
         retrain_cost=retrain_cost,
         checkpoint_directory=checkpoint_directory,
+        factors_directory=factors_directory,
         on_step=on_step,
     )
     seconds = time.perf_counter() - started

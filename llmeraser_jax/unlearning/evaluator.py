@@ -29,6 +29,8 @@ from llmeraser_jax.curvature import (
     product_cost,
     relative_damping,
 )
+from llmeraser_jax.curvature.factor import factored_curvature
+from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.losses import Objective, gradient_sum
 from llmeraser_jax.parallel import place_batch, place_stack
 from llmeraser_jax.solvers import (
@@ -37,12 +39,23 @@ from llmeraser_jax.solvers import (
     Minres,
     QuadraticDescent,
     ReferenceCompat,
+    SpectralPreconditioner,
     StreamedOperator,
+    factored_preconditioner,
     solve_streamed,
 )
-from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams, Operator, PyTree, Solution, Solver
+from llmeraser_jax.types import (
+    ExampleSet,
+    ExampleStack,
+    LoraParams,
+    Operator,
+    Preconditioner,
+    PyTree,
+    Solution,
+    Solver,
+)
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.cost import FORWARD, CostMeter
+from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, CostMeter
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from llmeraser_jax.unlearning.steps import BudgetSpent
 
@@ -51,12 +64,32 @@ logger = logging.getLogger(__name__)
 _EIGENVALUE_PROBES = 4  # products behind a relative damping
 _LEAST_DAMPING = 1e-5  # memorised data shrink eigenvalues; a relative damping stays above this
 _TERMS, _PRODUCTS = 4, 5  # behind the step size of stochastic solvers
+_PRECONDITIONER_ROOTS = 8  # fewer are too noisy to help, see experiments/preconditioners
 _LISSA_MARGIN = 1.5  # of LiSSA's scale over the eigenvalue estimated, which is a lower one
 
 
 @partial(jax.jit, static_argnames="solver")
 def _solve(solver: Solver, operator: Operator, rhs: LoraParams) -> Solution:
     return solver.solve(operator, rhs)
+
+
+@partial(jax.jit, static_argnames="solver")
+def _solve_preconditioned(
+    solver: ConjugateGradients, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner
+) -> Solution:
+    return solver.solve(operator, rhs, preconditioner)
+
+
+@partial(jax.jit, static_argnames="num_roots")
+def _make_factored(objective, params, stack, key, damping, num_roots: int) -> SpectralPreconditioner:
+    curvature = factored_curvature(objective, params, stack, key, damping=damping, num_roots=num_roots)
+    return factored_preconditioner(curvature)
+
+
+@partial(jax.jit, static_argnames="num_roots")
+def _make_ekfac(objective, params, stack, basis_key, eigenvalue_key, damping, num_roots: int) -> EkFac:
+    factors = example_factors(objective, params, stack, basis_key, num_roots=num_roots)
+    return ekfac(objective, params, stack, eigenvalue_key, factors=factors, damping=damping, num_roots=num_roots)
 
 
 @partial(jax.jit, static_argnames="num_probes")
@@ -98,6 +131,7 @@ class Evaluator:
         *,
         retrain_cost: float | None = None,
         checkpoint_directory: Path | None = None,
+        factors_directory: Path | None = None,
     ):
         self.objective = objective
         self.problem = problem
@@ -110,6 +144,7 @@ class Evaluator:
         self._rhos: PyTree = None if config.damping_kind != "constant" else config.damping
         self._num_solves = 0
         self._checkpoint_directory = checkpoint_directory
+        self._factors_directory = factors_directory
         self.budget = math.inf
         if config.budget is not None:
             if retrain_cost is None:
@@ -217,6 +252,8 @@ class Evaluator:
         """
         if self.config.solver in ("cg", "minres"):
             solution = self._solve_krylov(params, weighted, rhs)
+        elif self.config.solver == "ekfac":
+            solution = self._solve_by_factors(params, weighted, rhs)
         else:
             solution = self._solve_stochastic(params, weighted, rhs)
         if self.config.curvature == "auto" and self.kind == "hessian" and bool(solution.negative_curvature):
@@ -243,7 +280,15 @@ class Evaluator:
                 per_product = product_cost(kind, cached=True)
             damped = _damped(operator, rhos)
             self.measure_asymmetry(damped, rhs, per_product * len(weighted.indices))
-            solution = _solve(solver, damped, rhs)
+            if config.preconditioner == "factored":
+                key = jax.random.fold_in(jax.random.key(config.seed), self._num_solves)
+                preconditioner = _make_factored(
+                    self.objective, params, plain.stack, key, config.damping, _PRECONDITIONER_ROOTS
+                )
+                self.cost.curvature += (FORWARD + _PRECONDITIONER_ROOTS * BACKWARD) * len(weighted.indices)
+                solution = _solve_preconditioned(solver, damped, rhs, preconditioner)
+            else:
+                solution = _solve(solver, damped, rhs)
         # One more product for the true residual, and the one that met negative curvature.
         products = int(solution.num_steps) + 1 + int(config.solver == "cg" and bool(solution.negative_curvature))
         self.cost.curvature += products * per_product * len(weighted.indices)
@@ -285,6 +330,33 @@ class Evaluator:
             measure = _asymmetry if jitted else product_asymmetry
             self.asymmetry = float(measure(operator, jax.random.key(self.config.seed), like))
             self.cost.diagnostics += 2 * product_cost
+
+    def _solve_by_factors(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
+        """One conjugate-gradient step preconditioned with Kronecker factors, read where they were cached.
+
+        The factors alone give a direction and no length: their step can be so long that it raises the quadratic.
+        One step of the recurrence is that direction at its best length, for one product.
+        """
+        self._num_solves += 1
+        stack, kind = self.stack(weighted), CURVATURES["gauss-newton"]
+        mu = self.config.damping + self.objective.l2 * float(weighted.weights.sum())
+        path = self._factors_directory
+        if path is not None and path.exists():
+            factors = load_ekfac(path, params, stack, mu=mu)
+        else:
+            keys = jax.random.split(jax.random.key(self.config.seed))
+            factors = _make_ekfac(self.objective, params, stack, *keys, self.config.damping, self.config.draws)
+            # Two passes: the bases, and the eigenvalues in them.
+            self.cost.curvature += 2 * (FORWARD + self.config.draws * BACKWARD) * len(weighted.indices)
+            if path is not None:
+                save_ekfac(path, factors, params, stack)
+        operator = _damped(DatasetCurvature(self.objective, params, stack, kind), self.config.damping)
+        per_product = kind.gradient_equivalents * len(weighted.indices)
+        self.measure_asymmetry(operator, rhs, per_product)
+        solver = ConjugateGradients(rtol=self.config.cg_rtol, max_steps=1)
+        solution = _solve_preconditioned(solver, operator, rhs, factors)
+        self.cost.curvature += 2 * per_product  # the step's, and the true residual's
+        return solution
 
     def _solve_stochastic(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]

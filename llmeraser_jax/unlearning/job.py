@@ -35,6 +35,7 @@ def erase_run(
     mesh: Mesh | None = None,
     data_path: str | os.PathLike[str] | None = None,
     heldout_path: str | os.PathLike[str] | None = None,
+    factors_path: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> tuple[Run, EraseResult]:
     """Erases from a run and makes `workdir` a run directory of the result, whole or not at all.
@@ -52,6 +53,7 @@ def erase_run(
         mesh: where to load the model to otherwise.
         data_path: where the run's training data is now; None is where it was.
         heldout_path: examples of the same kind that were not trained on; see `erase`.
+        factors_path: where solver `ekfac` keeps its factors; see `erase`.
         on_step: called after every accepted step.
 
     Raises:
@@ -84,6 +86,7 @@ def erase_run(
         heldout=heldout,
         retrain_cost=float(run.train_config.epochs * len(edited)),
         checkpoint_directory=solves,
+        factors_directory=None if factors_path is None else Path(factors_path),
         on_step=on_step,
     )
     receipt = result.receipt.to_mapping()

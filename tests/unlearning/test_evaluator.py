@@ -1,19 +1,27 @@
 """Solvers, dampings, samples and streaming behind one configuration: on ridge they all have dense answers."""
 
 import dataclasses
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, block_mean_eigenvalues, mean_eigenvalue
+from llmeraser_jax.curvature.kfac import load_ekfac
+from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import Status
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import Weighted
 from tests.problems import join_params, ridge_objective, split_params
+from tests.unlearning.test_matched import CONFIG, OBJECTIVE, make
+from tests.unlearning.test_matched import memorised as memorised_rows
 from tests.unlearning.test_path_on_ridge import L2, D, N, config, make_problem
+
+memorised = memorised_rows  # the fixture, under a name of this module
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +117,61 @@ def test_streamed_solves_are_those_in_memory_and_go_on_from_their_states(tmp_pat
         unlearn(objective, params, problem, other, checkpoint_directory=tmp_path / "solves")
 
 
+def test_kronecker_factors_give_the_step_and_are_kept_for_the_next_request(memorised, tmp_path):
+    problem, params, _ = make(memorised, "remove")
+    settings = dataclasses.replace(
+        CONFIG, method="step", solver="ekfac", curvature_data="all", trust_region=False, draws=2, damping=0.05
+    )
+    move = partial(unlearn, OBJECTIVE, params, config=settings, factors_directory=tmp_path / "factors")
+    first = move(problem=problem)
+    everything = Weighted(np.arange(len(memorised[0])), np.full(len(memorised[0]), 1 / len(memorised[0])))
+    stack = Evaluator(OBJECTIVE, problem, settings).stack(everything)
+    factors = load_ekfac(tmp_path / "factors", params, stack, mu=settings.damping + settings.l2)
+    rhs = gradient_sum(OBJECTIVE, params, problem.examples.stack(problem.named, np.full(4, 1 / 48), chunk_size=8))
+    # The factors' direction, at the length that minimises the quadratic.
+    direction = factors.solve(rhs)
+    operator = DatasetCurvature(OBJECTIVE, params, stack, CURVATURES["gauss-newton"])
+    product = operator.mv(direction)["w"] + settings.damping * direction["w"]
+    length = jnp.vdot(rhs["w"], direction["w"]) / jnp.vdot(direction["w"], product)
+    np.testing.assert_allclose(first.params["w"] - params["w"], length * direction["w"], rtol=1e-9)
+    residual = jnp.linalg.norm(rhs["w"] - length * product) / jnp.linalg.norm(rhs["w"])
+    assert first.steps[0].relative_residual == pytest.approx(float(residual)) and first.steps[0].iterations == 1
+    # Two passes with two roots each, a product and one for the residual; later requests pay the products alone.
+    assert first.cost.curvature == pytest.approx(48 * (2 * (1 / 3 + 2 * 2 / 3) + 2 * 1.5))
+    other, _, _ = make(memorised, "correct")
+    assert move(problem=other).cost.curvature == pytest.approx(48 * 2 * 1.5)
+    with pytest.raises(ValueError, match="another adapter"):
+        unlearn(
+            OBJECTIVE,
+            {"w": params["w"] + 1},
+            problem,
+            settings,
+            factors_directory=tmp_path / "factors",
+        )
+
+
+def test_a_factored_preconditioner_finds_the_same_step_in_fewer_products_and_is_paid_for(memorised):
+    problem, params, _ = make(memorised, "remove")
+    plain = dataclasses.replace(
+        CONFIG,
+        method="step",
+        curvature_data="all",
+        trust_region=False,
+        damping=1e-5,
+        cg_rtol=1e-8,
+        cg_max_steps=200,
+        memory_budget_bytes=0,
+    )
+    without = unlearn(OBJECTIVE, params, problem, plain)
+    settings = dataclasses.replace(plain, preconditioner="factored")
+    result = unlearn(OBJECTIVE, params, problem, settings)
+    np.testing.assert_allclose(result.params["w"], without.params["w"], rtol=1e-5, atol=1e-7)
+    assert all(found.steps[0].status is Status.CONVERGED for found in (without, result))
+    fewer, more = result.steps[0].iterations, without.steps[0].iterations
+    assert fewer < more
+    assert result.cost.curvature == pytest.approx(48 * (1.5 * (fewer + 1) + 1 / 3 + 8 * 2 / 3))
+
+
 def test_samples_that_favour_similar_rows_stay_unbiased():
     problem, _, _ = make_problem("r")
     similar = np.random.default_rng(1).uniform(size=N) ** 4
@@ -153,6 +216,10 @@ def test_the_receipt_s_facts_about_the_matrix_are_measured():
         ({"stream": True, "method": "matched"}, "stream"),
         ({"stream": True, "method": "step", "damping_kind": "per-matrix"}, "stream"),
         ({"correctors": -1}, "correctors"),
+        ({"solver": "ekfac", "method": "path"}, "ekfac"),
+        ({"preconditioner": "factored", "solver": "minres"}, "preconditioner"),
+        ({"preconditioner": "factored", "curvature": "hessian"}, "preconditioner"),
+        ({"solver": "ekfac", "method": "step", "curvature": "hessian"}, "ekfac"),
     ],
 )
 def test_bad_choices_are_refused_by_name(changes, named):

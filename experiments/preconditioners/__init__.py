@@ -1,0 +1,1 @@
+"""What preconditioners and approximate inverses are worth on a real LoRA problem."""

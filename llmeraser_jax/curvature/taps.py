@@ -1,0 +1,94 @@
+"""K-FAC's factors of a language model's adapter: sums over tokens, collected without a change to the network.
+
+Linen's method interception adds a zero ("tap") to the output of every adapted linear layer and keeps its input; the
+derivative with respect to the tap is that layer's pseudo-gradient per token.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmeraser_jax.curvature.kfac import KroneckerFactors, sum_over_chunks
+from llmeraser_jax.lora import Lora
+from llmeraser_jax.losses import LogitsAtResponse, Objective
+from llmeraser_jax.models.decoder import ApplyDecoder, Linear, bind
+from llmeraser_jax.types import ExampleStack, Key, TokenBatch
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def _outputs_and_inputs(apply: ApplyDecoder, base, lora: Lora, taps, batch: TokenBatch):
+    """Logits at the response, and the inputs [layers, batch, time, in] of every adapted linear layer."""
+    module, variables = bind(apply.config, base, lora)
+    adapted = {name: {**leaves, "tap": taps[name]} for name, leaves in lora.params["layers"].items()}
+
+    def intercept(call, args, kwargs, context):
+        out, linear = call(*args, **kwargs), context.module
+        if isinstance(linear, Linear) and linear.has_variable("lora", "tap"):
+            linear.put_variable("lora", "input", args[0])
+            out = out + linear.get_variable("lora", "tap")
+        return out
+
+    with nn.intercept_methods(intercept):
+        logits, changed = module.apply(
+            {**variables, "lora": {"layers": adapted}},
+            batch.tokens,
+            batch.attention_mask,
+            batch.positions,
+            mutable=["lora"],
+        )
+    return logits, {name: leaves["input"] for name, leaves in changed["lora"]["layers"].items()}
+
+
+def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Key) -> KroneckerFactors:
+    """Sums over examples and real tokens, weighted as the examples are.
+
+    With `x` a token's input of a linear layer and `g` its pseudo-gradient at the output, A's factors are those of
+    `B' g` and `x`, B's those of `g` and `A x`.
+
+    Args:
+        objective: of a language model, with an `output_root_fn`.
+        lora: where.
+        stack: the examples and their coefficients, at least 0.
+        key: of the random roots, one per example.
+
+    Raises:
+        ValueError: the objective is not this package's decoder, or has no root.
+    """
+    outputs_fn, root_fn = objective.outputs_fn, objective.output_root_fn
+    decoder = outputs_fn.apply if isinstance(outputs_fn, LogitsAtResponse) else None
+    if not isinstance(decoder, ApplyDecoder) or root_fn is None:
+        msg = "Token factors need a decoder's objective with an output_root_fn; use kfac.example_factors instead."
+        raise ValueError(msg)
+    apply = decoder
+
+    def gram(rows, weights):
+        return jnp.einsum("lbtm,lbtn,b->lmn", rows, rows, weights, precision=_EXACT)
+
+    def chunk_sum(chunk):
+        batch, weights, key = chunk
+        taps = {
+            name: jnp.zeros((len(leaves["b"]), *batch.tokens.shape, leaves["b"].shape[1]), leaves["b"].dtype)
+            for name, leaves in lora.params["layers"].items()
+        }
+        logits, pull_back, inputs = jax.vjp(
+            lambda t: _outputs_and_inputs(apply, objective.frozen, lora, t, batch), taps, has_aux=True
+        )
+        (slopes,) = pull_back(root_fn(logits, batch, key))
+        real = batch.attention_mask[None, :, :, None].astype(logits.dtype)
+        left, right = {}, {}
+        for name, leaves in lora.params["layers"].items():
+            x, g = inputs[name] * real, slopes[name]
+            inner_x = jnp.einsum("lbtn,lrn->lbtr", x, leaves["a"], precision=_EXACT)
+            inner_g = jnp.einsum("lbtm,lmr->lbtr", g, leaves["b"], precision=_EXACT)
+            left[name] = {"a": gram(inner_g, weights), "b": gram(g, weights)}
+            right[name] = {"a": gram(x, weights), "b": gram(inner_x, weights)}
+        return KroneckerFactors(*(Lora(params={"layers": side}, config=lora.config) for side in (left, right)))
+
+    parts = [
+        (batches, weights, jax.random.split(jax.random.fold_in(key, position), len(weights)))
+        for position, (batches, weights) in enumerate(zip(stack.batches, stack.weights, strict=True))
+    ]
+    return sum_over_chunks(chunk_sum, parts)
