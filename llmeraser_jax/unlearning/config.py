@@ -145,7 +145,7 @@ class EraseConfig:
         ):
             msg = (
                 "preconditioner 'factored' goes with solver 'cg', curvature 'gauss-newton' and constant damping, "
-                f"not streamed; got {self.solver!r}, {self.curvature!r}, {self.damping_kind!r}, stream {self.stream}."
+                f"not stream; got {self.solver!r}, {self.curvature!r}, {self.damping_kind!r}, stream {self.stream}."
             )
             raise ValueError(msg)
         if self.solver == "ekfac" and (
