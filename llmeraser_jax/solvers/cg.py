@@ -77,12 +77,7 @@ class ConjugateGradients:
     while_loop: Callable[..., Any] = jax.lax.while_loop
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rtol < 1:
-            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
-            raise ValueError(msg)
-        if self.max_steps < 1:
-            msg = f"max_steps is {self.max_steps}; it must be at least 1."
-            raise ValueError(msg)
+        common.check_hyper_parameters(self, at_least_one=("max_steps",))
         if not self.radius > 0:
             msg = f"radius is {self.radius}; it must be above 0 (infinity for no trust region)."
             raise ValueError(msg)

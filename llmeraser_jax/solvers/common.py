@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
 from llmeraser_jax.types import LoraParams, Operator
+
+
+def check_hyper_parameters(
+    solver: Any, *, at_least_one: tuple[str, ...] = (), positive: tuple[str, ...] = ()
+) -> None:
+    """Refuses a solver's hyper-parameters by name; `rtol` is checked of every solver.
+
+    Raises:
+        ValueError: which, what it is, and what it must be.
+    """
+    for name in positive:
+        if not getattr(solver, name) > 0:
+            msg = f"{name} is {getattr(solver, name)}; it must be above 0."
+            raise ValueError(msg)
+    for name in at_least_one:
+        if getattr(solver, name) < 1:
+            msg = f"{name} is {getattr(solver, name)}; it must be at least 1."
+            raise ValueError(msg)
+    if not 0 <= solver.rtol < 1:
+        msg = f"rtol is {solver.rtol}; it must be in [0, 1)."
+        raise ValueError(msg)
 
 
 def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:

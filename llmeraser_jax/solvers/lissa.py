@@ -57,16 +57,9 @@ class Lissa:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            msg = f"scale is {self.scale}; it must be above 0."
-            raise ValueError(msg)
-        for name in ("num_steps", "repeats", "batch_terms"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
-                raise ValueError(msg)
-        if not 0 <= self.rtol < 1:
-            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
-            raise ValueError(msg)
+        common.check_hyper_parameters(
+            self, at_least_one=("num_steps", "repeats", "batch_terms"), positive=("scale",)
+        )
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Estimates `A^-1 rhs`.

@@ -62,12 +62,7 @@ class Minres:
     max_steps: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rtol < 1:
-            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
-            raise ValueError(msg)
-        if self.max_steps < 1:
-            msg = f"max_steps is {self.max_steps}; it must be at least 1."
-            raise ValueError(msg)
+        common.check_hyper_parameters(self, at_least_one=("max_steps",))
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Solves `A x = rhs` from x = 0.

@@ -15,7 +15,7 @@ import jax
 import optax
 
 from llmeraser_jax import trees
-from llmeraser_jax.solvers import descent
+from llmeraser_jax.solvers import common, descent
 from llmeraser_jax.types import LoraParams, Operator, Solution
 
 _OPTIMISERS = {"sgd": optax.sgd, "adam": optax.adam}
@@ -48,16 +48,7 @@ class QuadraticDescent:
         if self.optimiser not in _OPTIMISERS:
             msg = f"optimiser is {self.optimiser!r}; it must be one of {', '.join(_OPTIMISERS)}."
             raise ValueError(msg)
-        if not self.learning_rate > 0:
-            msg = f"learning_rate is {self.learning_rate}; it must be above 0."
-            raise ValueError(msg)
-        for name in ("num_steps", "batch_terms"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
-                raise ValueError(msg)
-        if not 0 <= self.rtol < 1:
-            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
-            raise ValueError(msg)
+        common.check_hyper_parameters(self, at_least_one=("num_steps", "batch_terms"), positive=("learning_rate",))
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Descends on `1/2 d'Hd - rhs'd` from d = 0.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from llmeraser_jax import trees
-from llmeraser_jax.solvers import descent
+from llmeraser_jax.solvers import common, descent
 from llmeraser_jax.types import LoraParams, Operator, Solution
 
 
@@ -43,19 +43,10 @@ class ReferenceCompat:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            msg = f"learning_rate is {self.learning_rate}; it must be above 0."
-            raise ValueError(msg)
         if self.weight_decay < 0:
             msg = f"weight_decay is {self.weight_decay}; it must be at least 0."
             raise ValueError(msg)
-        for name in ("num_steps", "batch_terms"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
-                raise ValueError(msg)
-        if not 0 <= self.rtol < 1:
-            msg = f"rtol is {self.rtol}; it must be in [0, 1)."
-            raise ValueError(msg)
+        common.check_hyper_parameters(self, at_least_one=("num_steps", "batch_terms"), positive=("learning_rate",))
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Runs the script's loop.
