@@ -1,7 +1,7 @@
 """Set-up shared by all tests: eight CPU devices and run-time shape checks.
 
-No persistent compilation cache: on CPU, reading some programs back aborted the process (jaxlib 0.10.2). Whoever wants
-one all the same sets JAX_COMPILATION_CACHE_DIR.
+No persistent compilation cache: on CPU, reading some programs back aborted the process (jaxlib 0.10.2). Whoever
+wants one all the same sets JAX_COMPILATION_CACHE_DIR.
 """
 
 import os
