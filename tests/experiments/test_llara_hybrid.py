@@ -79,6 +79,7 @@ def test_every_item_is_one_token_after_the_vocabulary(model, text_model, dataset
     assert len(text_model.tokenizer) == len(tiny.WORDS)  # the given tokenizer is not changed
 
 
+@pytest.mark.torch
 def test_the_projector_is_two_linear_layers_with_gelu():
     projector = hybrid.init_projector(jax.random.key(0), SIZE, 5)
     import torch
