@@ -140,7 +140,7 @@ class _Way:
         if cost is not None:
             evaluator.cost = cost
         check = None
-        if config.trust_region or config.correctors:
+        if config.correctors or (config.trust_region and config.method != "matched"):
             rng = np.random.default_rng([config.seed, 0])
             probe = self.problem.trained_mean(evaluator.curvature_sample, rng, without_named=True).indices
             check = Check(evaluator, probe)
