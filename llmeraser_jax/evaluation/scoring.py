@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llmeraser_jax.baselines.ensemble import Ensemble, ensemble_model
+from llmeraser_jax.baselines.ensemble_generation import generate_ensemble
 from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.extraction import extraction_strengths
 from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult
@@ -20,7 +22,7 @@ from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy,
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, generate
 from llmeraser_jax.parallel import place_batch
-from llmeraser_jax.types import BaseParams, TokenBatch
+from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
 
 _CHUNK_SIZE = 16
 _SPARE_TOKENS = 4  # a generated answer may run this much longer than the longest expected one
@@ -101,13 +103,13 @@ def _batches(model: Model, dataset: TokenDataset, indices: np.ndarray) -> Iterat
 
 
 def score_examples(
-    model: Model, lora: Lora | None, dataset: TokenDataset, indices: np.ndarray | None = None
+    model: Model, lora: LoraParams | None, dataset: TokenDataset, indices: np.ndarray | None = None
 ) -> ExampleScores:
     """Losses and log-probabilities of the examples' responses.
 
     Args:
-        model: the base.
-        lora: the adapter; None is the base alone.
+        model: the base, or an `EnsembleModel` of it.
+        lora: the adapter, or an ensemble; None is the base alone.
         dataset: encoded examples.
         indices: which; None is all, in order.
     """
@@ -142,15 +144,15 @@ def _response_text_mask(dataset: TokenDataset, indices: np.ndarray, width: int) 
 def heldout_kl_of(
     model: Model,
     heldout: TokenDataset,
-    candidates: Mapping[str, Lora],
+    candidates: Mapping[str, LoraParams],
     retrained: Sequence[Lora],
 ) -> HeldOutKLResult:
     """Held-out KL of every candidate to the retrained models, one micro-batch of vocabularies at a time.
 
     Args:
-        model: the base of all.
+        model: the base of all; an `EnsembleModel` where a candidate is an ensemble.
         heldout: held-out prompts with their responses.
-        candidates: adapters to judge, by name.
+        candidates: adapters or ensembles to judge, by name.
         retrained: adapters retrained with different seeds, at least two.
 
     Raises:
@@ -172,19 +174,25 @@ def heldout_kl_of(
     return accumulator.result()
 
 
-def answer(model: Model, lora: Lora | None, dataset: TokenDataset, indices: np.ndarray | None = None) -> list[str]:
+def answer(
+    model: Model, lora: LoraParams | None, dataset: TokenDataset, indices: np.ndarray | None = None
+) -> list[str]:
     """Greedy answers to the examples' queries, special tokens removed.
 
     Args:
         model: the base.
-        lora: the adapter; None is the base alone.
+        lora: the adapter, or an ensemble; None is the base alone.
         dataset: encoded examples; their responses only bound the length.
         indices: which; None is all, in order.
     """
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     longest = max((len(dataset.encoded[i].response) for i in indices), default=0)
     prompts = [dataset.encoded[i].prompt.tolist() for i in indices]
-    tokens = generate(model, lora, prompts, longest + _SPARE_TOKENS, batch_size=_CHUNK_SIZE)
+    length = longest + _SPARE_TOKENS
+    if isinstance(lora, Ensemble):
+        tokens = generate_ensemble(ensemble_model(model), lora, prompts, length, batch_size=_CHUNK_SIZE)
+    else:
+        tokens = generate(model, lora, prompts, length, batch_size=_CHUNK_SIZE)
     return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 
@@ -218,10 +226,10 @@ def make_task_metrics(model: Model, heldout: TokenDataset) -> TaskMetrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TaskMetrics:
-    """Measures adapters on the held-out task; call it with one.
+    """Measures adapters on the held-out task; call it with one, or with an ensemble.
 
     Attributes:
-        model: the base.
+        model: the base, or an `EnsembleModel` of it.
         heldout: the test set.
         alternatives: for a yes/no task, the test set with every response yes, and with every response no.
         labels: for a yes/no task, where yes is right.
@@ -232,7 +240,7 @@ class TaskMetrics:
     alternatives: tuple[TokenDataset, ...] | None
     labels: np.ndarray | None
 
-    def __call__(self, lora: Lora | None) -> tuple[Metric, ...]:
+    def __call__(self, lora: LoraParams | None) -> tuple[Metric, ...]:
         """Accuracy and AUC of a yes/no task; exact match of greedy answers otherwise."""
         if self.alternatives is not None and self.labels is not None:
             yes, no = (score_examples(self.model, lora, data).log_probs for data in self.alternatives)

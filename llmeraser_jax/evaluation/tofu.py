@@ -34,8 +34,8 @@ from scipy.stats import hmean, ks_2samp
 
 from llmeraser_jax.data import Example, TokenDataset
 from llmeraser_jax.evaluation.scoring import answer, score_examples
-from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
+from llmeraser_jax.types import LoraParams
 
 _WORD_BREAK = re.compile(r"[^a-z0-9]+")
 _SHORT_WORD = 3  # rouge-score leaves words of up to this many letters unstemmed
@@ -317,7 +317,7 @@ class QuestionScores:
 
 def score_questions(
     model: Model,
-    lora: Lora | None,
+    lora: LoraParams | None,
     questions: Questions,
     encode: Callable[[Sequence[Example]], TokenDataset],
     *,
@@ -326,8 +326,8 @@ def score_questions(
     """Losses of every answer under one model, and what it answers by itself.
 
     Args:
-        model: the base.
-        lora: the adapter; None is the base alone.
+        model: the base, or an `EnsembleModel` of it.
+        lora: the adapter, or an ensemble; None is the base alone.
         questions: from `questions_from_rows`.
         encode: examples as the adapter's training saw them (`Run.encode` with the tokenizer).
         with_answers: also generate.
