@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 from experiments.fidelity.methods import PAPER_EPOCHS, Method, NotYetError, Setting
 from experiments.fidelity.profiles import Category, write_requests, write_rows
 from experiments.fidelity.tasks import Task
+from experiments.workdirs import finite_json
 from llmeraser_jax import files, trees
 from llmeraser_jax.baselines import retrain
 from llmeraser_jax.data import TokenDataset, apply_requests, load_requests
@@ -67,30 +67,6 @@ class CellId:
     def path_of(self, method: str) -> str:
         """What a subset's patterns are matched with."""
         return f"{self.task}/{self.directory}/{method}"
-
-
-def claim_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses a task directory that was made with other settings.
-
-    Raises:
-        ValueError: names what differs.
-    """
-    path = directory / "settings.json"
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        files.atomic_write_json(path, settings)
-        return
-    found = files.read_json(path)
-    wanted = _as_json(settings)
-    differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if differing:
-        listed = "; ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
-        msg = f"{directory} was made with other settings ({listed}). Repeat them, or name another workdir."
-        raise ValueError(msg)
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(files.to_json(value))
 
 
 class Cell:
@@ -310,8 +286,8 @@ class Cell:
                 "details": moved.details,
             }
         result["cell_seconds"] = time.perf_counter() - started
-        files.atomic_write_json(path, _finite(result))
-        return _finite(result)
+        files.atomic_write_json(path, finite_json(result))
+        return finite_json(result)
 
 
 def distance_left(
@@ -334,19 +310,6 @@ def distance_left(
         (defined if is_defined else others).append(left)
     worst = max(defined or others)
     return worst if np.isfinite(worst) else 1e30  # what diverged is last, and JSON has no infinity
-
-
-def _finite(value: Any) -> Any:
-    """A copy for JSON in which numbers that are not finite are their names."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
 
 
 def comparison(reference: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:

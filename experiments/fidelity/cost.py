@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.fidelity.cells import Cell, CellId, claim_settings
+from experiments.fidelity.cells import Cell, CellId
 from experiments.fidelity.methods import PAPER_EPOCHS, PAPER_SHARE
 from experiments.fidelity.profiles import CATEGORIES, Category
 from experiments.fidelity.tasks import profiles_task
+from experiments.workdirs import claim_settings
 from llmeraser_jax import files
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.models import load_model

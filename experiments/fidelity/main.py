@@ -22,11 +22,12 @@ from typing import Any
 
 import tyro
 
-from experiments.fidelity.cells import Cell, CellId, claim_settings
+from experiments.fidelity.cells import Cell, CellId
 from experiments.fidelity.methods import METHODS, NotYetError
 from experiments.fidelity.profiles import CATEGORIES, Category
 from experiments.fidelity.table import load_results, render_plot, render_table
 from experiments.fidelity.tasks import LARGE, TallrecTask, Task, profiles_task
+from experiments.workdirs import claim_settings
 from llmeraser_jax import files
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.models import Model, load_model

@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_base
 from experiments.llara.prompts import make_response
+from llmeraser_jax.baselines import Ensemble, ensemble_model
+from llmeraser_jax.baselines.ensemble import ApplyEnsemble
 from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind
 from llmeraser_jax.models.generation import pad_left
+from llmeraser_jax.types import LoraParams
 
 HIT_RATIO_SCORED = "HitRatio@1, candidates scored"
 HIT_RATIO_GENERATED = "HitRatio@1, generated"
@@ -97,13 +100,33 @@ def _read_prompt(apply, base, lora, tokens, mask, num_new: int) -> tuple[Decoder
 def _candidate_log_probs(
     apply,
     base,
-    lora,
+    params,
     tokens: Int[Array, "batch time"],
     mask: Int[Array, "batch time"],
     candidates: Int[Array, "batch candidates response"],
     weights: Float[Array, "batch candidates response"],
 ) -> Float[Array, "batch candidates"]:
-    """`sum_t weights_t log p(candidate_t | prompt, candidate_<t)`."""
+    """`sum_t weights_t log p(candidate_t | prompt, candidate_<t)`; an ensemble's p is the mean of its members'."""
+    if isinstance(apply, ApplyEnsemble):
+        last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
+        log_weights = apply.log_weights(base, params, tokens, mask, last)
+
+        def add(total, member_and_weight):
+            member, log_weight = member_and_weight
+            picked = _picked_log_probs(apply.apply, base, member, tokens, mask, candidates)
+            return jnp.logaddexp(total, log_weight[:, None, None] + picked), None
+
+        start = jnp.full(candidates.shape, -jnp.inf, jnp.float32)
+        picked, _ = jax.lax.scan(add, start, (params.members, log_weights.astype(jnp.float32)))
+    else:
+        picked = _picked_log_probs(apply, base, params, tokens, mask, candidates)
+    return jnp.sum(jnp.where(weights > 0, picked * weights, 0), axis=2)
+
+
+def _picked_log_probs(
+    apply, base, lora, tokens: Array, mask: Array, candidates: Int[Array, "batch candidates response"]
+) -> Float[Array, "batch candidates response"]:
+    """`log p(candidate_t | prompt, candidate_<t)` of one adapter."""
     num_new = candidates.shape[2]
     time = tokens.shape[1]
     module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
@@ -111,8 +134,7 @@ def _candidate_log_probs(
     where = start.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(num_new, dtype=jnp.int32), where.shape)
 
-    def one(candidate_and_weights):
-        candidate, weight = candidate_and_weights
+    def one(candidate):
         logits, _ = module.apply(
             variables,
             candidate,
@@ -126,11 +148,9 @@ def _candidate_log_probs(
         )
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         log_probs = jnp.concatenate([first[:, None], log_probs[:, :-1]], axis=1)
-        picked = jnp.take_along_axis(log_probs, candidate[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(weight > 0, picked * weight, 0), axis=1)
+        return jnp.take_along_axis(log_probs, candidate[..., None], axis=-1)[..., 0]
 
-    parts = (jnp.moveaxis(candidates, 1, 0), jnp.moveaxis(weights, 1, 0))
-    return jax.lax.map(one, parts).T
+    return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(candidates, 1, 0)), 0, 1)
 
 
 @partial(jax.jit, static_argnames=("apply", "num_new"))
@@ -212,8 +232,21 @@ class Scorer:
             tokens, mask = pad_left([self._prompts[row] for row in filled])
             yield rows, filled, jnp.asarray(tokens), jnp.asarray(mask)
 
-    def candidate_scores(self, lora: Lora | None) -> Float[np.ndarray, "questions titles"]:
-        """Log-probability of every title as the response, in nats."""
+    def candidate_scores(self, lora: LoraParams | None) -> Float[np.ndarray, "questions titles"]:
+        """Log-probability of every title as the response, in nats.
+
+        Args:
+            lora: an adapter, or an ensemble where the model reads ensembles.
+
+        Raises:
+            ValueError: an ensemble that averages log-probabilities, whose normaliser needs the whole vocabulary.
+        """
+        model = self.model
+        if isinstance(lora, Ensemble):
+            if lora.aggregation != "probabilities":
+                msg = f"aggregation is {lora.aggregation!r}; titles are scored under 'probabilities' only."
+                raise ValueError(msg)
+            model = ensemble_model(model)
         num_titles = len(self.questions[0].titles)
         out = np.zeros((len(self.questions), num_titles))
         for rows, filled, tokens, mask in self._batches():
@@ -225,7 +258,7 @@ class Scorer:
                     candidates[k, c, : len(response)] = response
                     weights[k, c, : len(response)] = 1 / len(response) if self.per_token else 1
             scores = _candidate_log_probs(
-                self.model.apply, self.model.base, lora, tokens, mask, jnp.asarray(candidates), jnp.asarray(weights)
+                model.apply, model.base, lora, tokens, mask, jnp.asarray(candidates), jnp.asarray(weights)
             )
             out[rows] = np.asarray(scores)[: len(rows)]
         return out
@@ -239,7 +272,7 @@ class Scorer:
                 out[row] = self.model.tokenizer.decode(new[k].tolist(), skip_special_tokens=True)
         return out
 
-    def scored_metric(self, lora: Lora | None) -> Metric:
+    def scored_metric(self, lora: LoraParams | None) -> Metric:
         """HitRatio@1 of the most probable title: always valid, since nothing but titles can be answered."""
         chosen = self.candidate_scores(lora).argmax(1)
         correct = int(sum(c == q.answer for c, q in zip(chosen.tolist(), self.questions, strict=True)))

@@ -9,12 +9,13 @@ The code is that of `experiments.tallrec_movie`; only the files differ, and that
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from experiments.tallrec_movie import prepare
 from experiments.tallrec_movie.full import FullTallrecConfig, run
-from experiments.tallrec_movie.main import TallrecConfig, main
+from experiments.tallrec_movie.main import Split, TallrecConfig, main
 from llmeraser_jax.data import Example, load_examples
 
 FILES = {"train": "valid.json", "test": "test.json"}
@@ -36,10 +37,17 @@ class BookConfig(TallrecConfig):
     rows_per_user: int = 1
     max_length: int = 1024
 
-    def load(self, split: Literal["train", "test"]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    def load(self, split: Split) -> tuple[tuple[Example, ...], tuple[str, ...]]:
         """The rows of a split, each with its own number in the place of a user."""
         examples = load_examples(self.data / FILES[split])
         return examples, tuple(example.id for example in examples)
+
+    def load_outside(self) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """Both of test.json, since the validation rows are trained on: no row is in both."""
+        test, _ = self.load("test")
+        drawn = prepare.draw(test, self.num_test + self.num_unseen, self.seed)
+        shown = set(prepare.draw(drawn, self.num_unseen, self.seed + 1))
+        return tuple(row for row in drawn if row not in shown), tuple(row for row in drawn if row in shown)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +55,7 @@ class FullBookConfig(FullTallrecConfig, BookConfig):
     """The published setting: Llama-2-7B, all rows, on one large GPU or a TPU slice."""
 
     num_rows: int = NUM_ROWS
-    num_heldout: int = NUM_ROWS
+    num_test: int = NUM_ROWS - 100
     rows_per_user: int = 1
 
 

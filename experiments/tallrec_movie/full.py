@@ -21,15 +21,12 @@ from llmeraser_jax.unlearning import EraseConfig
 class FullTallrecConfig(TallrecConfig):
     """`TallrecConfig` with the settings of `experiments.full_size`.
 
-    `damping`, `num_steps`, `sample_size` and `cg_max_steps` are not read: methods have the library's own.
-
     Attributes:
         mesh: devices, e.g. data=4,model=2; empty is one device.
     """
 
     num_rows: int = 8000
     rows_per_user: int = 8000
-    num_heldout: int = 1000
     max_length: int = 1024
     rank: int = full_size.LORA.rank
     epochs: int = full_size.TRAIN.epochs
@@ -55,15 +52,9 @@ class FullTallrecConfig(TallrecConfig):
         )
 
     @property
-    def methods(self) -> dict[str, EraseConfig]:
-        """The path, and the paper's single step with either curvature."""
-        shared = dataclasses.replace(full_size.ERASE, l2=self.l2, seed=self.seed)
-        step = dataclasses.replace(shared, method="step", trust_region=False)
-        return {
-            "path": dataclasses.replace(shared, method="path"),
-            "step-hessian": dataclasses.replace(step, curvature="hessian"),
-            "step-gauss-newton": step,
-        }
+    def erase(self) -> EraseConfig:
+        """What the package's own ways share."""
+        return dataclasses.replace(full_size.ERASE, l2=self.l2)
 
 
 def run(config: FullTallrecConfig) -> None:

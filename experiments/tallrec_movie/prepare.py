@@ -62,6 +62,19 @@ def choose_rows(users: Sequence[str], num_rows: int, rows_per_user: int, seed: i
     return np.sort(np.array(chosen, np.int64))
 
 
+def draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
+    """A seeded choice of examples, in their order; all of them where as many are asked for.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    if count > len(examples):
+        msg = f"{count} rows were asked for, and there are {len(examples)}."
+        raise ValueError(msg)
+    rows = np.random.default_rng(seed).choice(len(examples), count, replace=False)
+    return tuple(examples[row] for row in sorted(rows.tolist()))
+
+
 def choose_users(users: Sequence[str], num_rows: int, seed: int) -> tuple[str, ...]:
     """A set of users who together have exactly `num_rows` rows: seeded order, whoever still fits.
 

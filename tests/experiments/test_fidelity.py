@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.fidelity import cells, main, methods, profiles, table, tasks
+from experiments.workdirs import claim_settings
 from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS
 from llmeraser_jax.models import load_model
@@ -197,10 +198,10 @@ def test_the_plot_is_a_picture_with_and_without_results(workdir):
 
 
 def test_other_settings_are_refused_in_a_workdir(tmp_path):
-    cells.claim_settings(tmp_path, {"epochs": 5, "modules": ("a",)})
-    cells.claim_settings(tmp_path, {"epochs": 5, "modules": ("a",)})
+    claim_settings(tmp_path, {"epochs": 5, "modules": ("a",)})
+    claim_settings(tmp_path, {"epochs": 5, "modules": ("a",)})
     with pytest.raises(ValueError, match="epochs: 5 there, 6 now"):
-        cells.claim_settings(tmp_path, {"epochs": 6, "modules": ("a",)})
+        claim_settings(tmp_path, {"epochs": 6, "modules": ("a",)})
 
 
 def test_the_plan_is_cut_to_a_subset_and_large_tasks_to_their_shares(tmp_path):

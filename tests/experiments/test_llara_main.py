@@ -1,4 +1,4 @@
-"""The whole experiment on a tiny base, text and hybrid, and that a second call computes nothing."""
+"""The whole experiment on a tiny base, text and hybrid."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from experiments.llara import main as llara
 from experiments.llara.data import load_corpus
-from experiments.llara.main import PRESETS, LlaraConfig, Study, load_base, recipe_of, render_table
-from experiments.llara.scoring import HIT_RATIO_SCORED
+from experiments.llara.main import PRESETS, LlaraConfig, load_base, make_scenario, recipe_of
+from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_SCORED
 from tests.training import tiny
 
 NUM_ITEMS = 12
@@ -31,7 +31,8 @@ def directory(tmp_path_factory) -> Path:
 
 def _config(directory: Path, prompts: str, **changes) -> LlaraConfig:
     settings = {
-        "scenarios": ("query-removal",), "methods": ("default",), "retrain_seeds": 2, "num_rows": 12,
+        "scenarios": ("query-removal",), "methods": ("finetune-edited", "sisa"), "retrain_seeds": 2,
+        "method_seeds": 1, "num_rows": 12,
         "rows_per_user": 3, "num_heldout": 4, "num_candidates": 4, "max_length": 96, "epochs": 2,
         "num_generated": 2, "num_kl": 3,
     }  # fmt: skip
@@ -45,31 +46,34 @@ def _config(directory: Path, prompts: str, **changes) -> LlaraConfig:
 
 
 @pytest.mark.parametrize("prompts", ["text", "hybrid"])
-def test_one_call_trains_erases_retrains_and_measures_and_a_second_one_reads(directory, prompts, monkeypatch):
+def test_one_call_trains_forgets_retrains_and_measures(directory, prompts):
     config = _config(directory, prompts)
-    corpus = load_corpus(config.data)
-    model = load_base(config, config.resolve(), corpus)
-    results = Study(config, "query-removal", model, corpus).run()
-    assert not results["failed"]
-    assert set(results["models"]) == {"before", "default"}
+    llara.main(config)
+    workdir = config.workdir / prompts / "query-removal"
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["methods"]) == {"finetune-edited", "sisa"}
     assert len(results["retrained"]) == 2
-    assert results["delta_norm"]["default"] > 0
-    held = results["models"]["default"]["metrics"]["held-out"][HIT_RATIO_SCORED]
-    assert held["total"] == held["valid"] == 4
-    extras = list((config.workdir / prompts / "query-removal").glob("*/adapter/extras.safetensors"))
-    assert len(extras) == (2 if prompts == "hybrid" else 0)
-    table = render_table(results)
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
-        "| before",
-        "| retrained, 2 seeds",
-        "| default",
-    ]
+    for scores in (results["before"], *results["retrained"], *results["methods"]["sisa"]):
+        held = scores["task"]["metrics"][f"held-out: {HIT_RATIO_SCORED}"]
+        assert held["total"] == held["valid"] == 4
+    generated = results["before"]["task"]["metrics"][f"held-out: {HIT_RATIO_GENERATED}"]
+    assert generated["total"] == 2
+    assert results["methods"]["finetune-edited"][0]["delta_norm"] > 0
+    extras = list(workdir.glob("*/adapter/extras.safetensors"))
+    assert len(extras) == (1 if prompts == "hybrid" else 0)
+    # Merging would lose a projector, so that a hybrid adapter is not rounded.
+    assert (results["before"]["forget_loss_4_bit"] is None) == (prompts == "hybrid")
+    assert (workdir / "table.md").exists()
 
-    for name in ("score_examples", "heldout_kl_of", "erase_run"):
-        monkeypatch.setattr(llara, name, None)
-    assert Study(config, "query-removal", model, corpus).run() == results
-    with pytest.raises(ValueError, match="other settings"):
-        Study(_config(directory, prompts, epochs=3), "query-removal", model, corpus)
+
+def test_held_out_users_are_shown_to_no_method(directory):
+    config = _config(directory, "text")
+    corpus = load_corpus(config.data)
+    scenario, prepared = make_scenario(config, "removal", load_base(config, config.resolve(), corpus), corpus)
+    shown = {example.id for example in (*scenario.examples, *scenario.unseen)}
+    measured = {q.example.id for name in ("held-out", "test") for q in prepared.questions[name]}
+    assert not shown & measured
+    assert {example.id for example in scenario.heldout} <= {q.example.id for q in prepared.questions["held-out"]}
 
 
 def test_the_full_preset_is_the_published_setting(directory):
@@ -89,9 +93,11 @@ def test_candidates_are_never_cut_and_1000_rows_are_held_out(name):
 
 
 def test_settings_that_cannot_be_are_refused(directory):
-    with pytest.raises(ValueError, match="Unknown methods guess"):
-        _config(directory, "text", methods=("guess",))
-    with pytest.raises(ValueError, match="at least 2"):
-        _config(directory, "text", retrain_seeds=1)
     with pytest.raises(ValueError, match="add --prompts hybrid"):
         _config(directory, "text", item_embeddings=directory / "x.npz")
+
+
+def test_hybrid_prompts_leave_receraser_out(directory):
+    config = _config(directory, "hybrid", methods=("sisa", "receraser"))
+    assert config.methods_of_prompts() == ("sisa",)
+    assert _config(directory, "text", methods=("sisa", "receraser")).methods_of_prompts() == ("sisa", "receraser")

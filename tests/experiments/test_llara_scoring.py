@@ -12,6 +12,7 @@ from experiments.llara import hybrid
 from experiments.llara.prompts import item_text, make_example
 from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Question, Scorer, match_answers
 from llmeraser_jax import trees
+from llmeraser_jax.baselines import ensemble_model, make_ensemble
 from llmeraser_jax.data import Recipe, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
@@ -70,6 +71,20 @@ def test_scores_are_the_log_probabilities_of_whole_responses(setting):
     assert got.std() > 0.1
     per_token = Scorer(model, questions, like, batch_size=3, per_token=True).candidate_scores(lora)
     np.testing.assert_allclose(per_token, [-scores.losses for scores in expected], atol=1e-4)
+
+
+def test_an_ensembles_scores_are_those_of_its_mean_prediction(setting):
+    model, lora, questions, like = setting
+    other = trees.tree_axpy(0.4, trees.tree_random_normal(jax.random.key(5), lora), lora)
+    ensemble = make_ensemble([lora, other])
+    expected = [scores.log_probs for scores in _one_by_one(ensemble_model(model), ensemble, questions)]
+    got = Scorer(model, questions, like, batch_size=2).candidate_scores(ensemble)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert not np.allclose(got, Scorer(model, questions, like).candidate_scores(lora), atol=1e-2)
+    with pytest.raises(ValueError, match="under 'probabilities' only"):
+        Scorer(model, questions, like).candidate_scores(
+            dataclasses.replace(ensemble, aggregation="log-probabilities")
+        )
 
 
 def test_the_most_probable_title_is_the_answer(setting):

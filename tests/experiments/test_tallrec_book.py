@@ -7,8 +7,10 @@ import pytest
 import tyro
 
 from experiments.tallrec_book.main import BookConfig, FullBookConfig, Preset
-from experiments.tallrec_movie.main import write_scenario
-from llmeraser_jax.data import Action, apply_requests, load_examples, load_requests
+from experiments.tallrec_movie.main import make_scenario
+from llmeraser_jax.data import Action, apply_requests, load_examples
+from llmeraser_jax.models import load_model
+from tests.training import tiny
 
 
 @pytest.fixture
@@ -38,30 +40,34 @@ def test_validation_rows_are_trained_on_and_every_row_is_its_own_user(directory)
     assert "test3" in held[3].input
 
 
-@pytest.mark.parametrize("scenario", ["removal", "correction"])
-def test_a_scenario_is_written_as_files_the_library_reads(directory, tmp_path, scenario):
-    config = _config(directory, num_rows=8, num_heldout=5, removed_share=0.25, flipped_share=0.5)
-    write_scenario(config, scenario, tmp_path / "data")
-    examples = load_examples(tmp_path / "data" / "train.jsonl")
-    requests = load_requests(tmp_path / "data" / "requests.jsonl", examples)
-    edited = apply_requests(examples, requests)
+@pytest.mark.parametrize("name", ["removal", "correction"])
+def test_a_scenario_trains_on_released_rows_and_no_row_is_in_two_places(directory, name):
+    tiny.save_tiny_model(directory / "base")
+    config = _config(
+        directory, num_rows=8, num_test=5, num_kl=3, num_unseen=4, removed_share=0.25, flipped_share=0.5
+    )
+    scenario = make_scenario(config, name, load_model(directory / "base"))
+    edited = apply_requests(scenario.examples, scenario.requests)
     released = {e.id: e for e in load_examples(directory / "valid.json")}
     assert all(released[e.id] == e for e in edited)
-    if scenario == "removal":
-        assert [r.action for r in requests] == [Action.REMOVE] * 2
+    if name == "removal":
+        assert [r.action for r in scenario.requests] == [Action.REMOVE] * 2
         assert len(edited) == 6
     else:
-        assert sum(released[e.id] != e for e in examples) == len(requests) == 4
-    assert len(load_examples(tmp_path / "data" / "heldout.jsonl")) == 5
+        assert sum(released[e.id] != e for e in scenario.examples) == len(scenario.requests) == 4
+    test, unseen = config.load_outside()
+    assert (len(test), len(unseen)) == (5, 4)
+    assert not {e.input for e in test} & {e.input for e in unseen}
+    assert {e.id for e in scenario.heldout} <= {e.id for e in test}
 
 
 def test_the_full_preset_is_the_published_setting_on_the_same_files(directory):
     config = _config(directory, FullBookConfig)
     assert (config.lora.rank, config.lora.alpha, config.lora.target_modules) == (8, 32.0, "all-linear")
     assert (config.train.epochs, config.train.batch_size, config.train.learning_rate) == (5, 128, 2e-4)
-    assert {m.l2 for m in config.methods.values()} == {config.train.l2}
+    assert config.erase.l2 == config.train.l2
     assert config.recipe.template == "alpaca"
-    assert (config.num_rows, config.num_heldout, config.rows_per_user) == (2427, 2427, 1)
+    assert (config.num_rows, config.num_test, config.num_unseen, config.rows_per_user) == (2427, 2327, 100, 1)
     assert config.load("train") == _config(directory).load("train")
 
 

@@ -1,14 +1,15 @@
 """Which rows the TALLRec experiment takes and what it requests, on four rows of two users."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from experiments.tallrec_movie import prepare
-from experiments.tallrec_movie.main import TallrecConfig, render_table, write_scenario
-from llmeraser_jax.data import Action, Request, apply_requests, encode_examples, load_examples, load_requests
+from experiments.tallrec_movie.main import TallrecConfig, main, make_scenario
+from llmeraser_jax.data import Action, Request, apply_requests
 from llmeraser_jax.models import load_model
 from tests.training import tiny
 
@@ -28,7 +29,9 @@ def _write_split(directory: Path, split: str) -> None:
 @pytest.fixture
 def directory(tmp_path):
     _write_split(tmp_path, "train")
+    _write_split(tmp_path, "valid")
     _write_split(tmp_path, "test")
+    tiny.save_tiny_model(tmp_path / "base")
     return tmp_path
 
 
@@ -38,8 +41,13 @@ def examples(directory):
 
 
 def _config(directory: Path, **changes) -> TallrecConfig:
-    settings = {"num_rows": 4, "num_heldout": 2, "removed_share": 0.25, "flipped_share": 0.5, "max_length": 32}
-    return TallrecConfig(base=directory, data=directory, workdir=directory / "out", **{**settings, **changes})
+    settings = {
+        "num_rows": 4, "num_test": 4, "num_kl": 2, "num_unseen": 2, "removed_share": 0.25, "flipped_share": 0.5,
+        "max_length": 32,
+    }  # fmt: skip
+    return TallrecConfig(
+        **{"base": directory, "data": directory, "workdir": directory / "out", **settings, **changes}
+    )
 
 
 def test_rows_carry_their_number_as_id_and_their_user(directory):
@@ -103,43 +111,44 @@ def test_the_corrections_restore_the_labels(examples):
     assert apply_requests(wrong, requests) == examples
 
 
-@pytest.mark.parametrize("scenario", ["removal", "correction"])
-def test_a_scenario_is_written_as_files_the_library_reads_and_encodes(directory, tmp_path, scenario):
+@pytest.mark.parametrize("name", ["removal", "correction"])
+def test_a_scenario_names_what_it_says_and_measures_on_other_rows(directory, name):
     config = _config(directory)
-    out = tmp_path / scenario
-    write_scenario(config, scenario, out)
-    first = {path.name: path.read_bytes() for path in out.iterdir()}
-    examples = load_examples(out / "train.jsonl")
-    requests = load_requests(out / "requests.jsonl", examples)
-    model = load_model(tiny.save_tiny_model(tmp_path / "base"))
-    dataset = encode_examples(apply_requests(examples, requests), config.recipe, model.tokenizer)
-    if scenario == "removal":
-        assert [(r.id, r.action) for r in requests] == [("3", Action.REMOVE)]
-        assert dataset.ids == ("0", "1", "2")
+    scenario = make_scenario(config, name, load_model(directory / "base"))
+    edited = apply_requests(scenario.examples, scenario.requests)
+    if name == "removal":
+        assert [(r.id, r.action) for r in scenario.requests] == [("3", Action.REMOVE)]
+        assert [e.id for e in edited] == ["0", "1", "2"]
+        assert scenario.users == dict(zip("0123", USERS, strict=True))
     else:
-        assert {r.action for r in requests} == {Action.CORRECT_RESPONSE}
-        assert [e.response for e in dataset.examples] == list(LABELS)
-    assert len(load_examples(out / "heldout.jsonl")) == 2
-    write_scenario(config, scenario, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+        assert {r.action for r in scenario.requests} == {Action.CORRECT_RESPONSE}
+        assert [e.response for e in edited] == list(LABELS)
+    assert (len(scenario.unseen), len(scenario.heldout)) == (2, 2)
+    again = make_scenario(config, name, scenario.model)
+    assert (again.examples, again.requests, again.unseen) == (scenario.examples, scenario.requests, scenario.unseen)
 
 
-def test_the_single_step_is_the_papers_and_shares_its_settings_with_the_path(directory):
-    methods = _config(directory, damping=0.25, sample_size=5).methods
-    assert [(m.method, m.curvature, m.trust_region) for m in methods.values()] == [
-        ("path", "gauss-newton", True),
-        ("step", "hessian", False),
-        ("step", "gauss-newton", False),
-    ]
-    assert {(m.damping, m.sample_size, m.l2) for m in methods.values()} == {(0.25, 5, 1e-3)}
+def test_one_command_measures_yes_no_answers_of_every_model(directory, capsys):
+    config = _config(directory, base=directory / "base", scenarios=("removal",), epochs=2)
+    main(dataclasses.replace(config, methods=("finetune-edited",), retrain_seeds=2, method_seeds=1))
+    results = json.loads((config.workdir / "removal" / "results.json").read_text())
+    for scores in (results["before"], *results["retrained"], *results["methods"]["finetune-edited"]):
+        metric = scores["task"]["metrics"]["accuracy"]
+        # The tiny tokenizer knows neither answer: equally probable ones are no answer.
+        assert (metric["total"], metric["valid"]) == (4, 0)
+        assert set(scores["task"]["metrics"]) == {"accuracy", "auc"}
+    assert results["retrained"][0]["gradient_equivalents"] == 6
+    assert "removal: 1 of 4 rows named" in capsys.readouterr().out
+
+
+def test_more_rows_than_there_are_cannot_be_drawn(examples):
+    assert prepare.draw(examples, 4, 0) == examples
+    assert len({e.id for e in prepare.draw(examples, 3, 0)}) == 3
+    with pytest.raises(ValueError, match="5 rows were asked for, and there are 4"):
+        prepare.draw(examples, 5, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_that_names_nothing_or_everything_is_refused(directory, share):
     with pytest.raises(ValueError, match="removed_share is"):
         _config(directory, removed_share=share)
-
-
-def test_a_method_without_a_step_stays_in_the_table():
-    table = render_table({"step-hessian": {"failed": "negative curvature at once"}})
-    assert "| step-hessian | no step: negative curvature at once |" in table

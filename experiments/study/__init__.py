@@ -1,0 +1,27 @@
+"""The comparison that the recommendation and question-answer experiments share; no experiment of its own."""
+
+from experiments.study.show import set_up_logging, show
+from experiments.study.study import (
+    METHODS,
+    Encode,
+    Scenario,
+    Study,
+    held_out_task,
+    metrics_as_json,
+    run_study,
+)
+from experiments.study.table import render_plot, render_tables
+
+__all__ = [
+    "METHODS",
+    "Encode",
+    "Scenario",
+    "Study",
+    "held_out_task",
+    "metrics_as_json",
+    "render_plot",
+    "render_tables",
+    "run_study",
+    "set_up_logging",
+    "show",
+]

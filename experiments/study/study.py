@@ -1,0 +1,503 @@
+"""Owns the comparison of all ways to forget on one request: training, retraining, rivals, measures, tables.
+
+A `Scenario` says what is trained, what is to go, and how the task is measured; `run_study` computes what its
+workdir lacks and returns everything. A workdir holds
+
+    settings.json             what it was made with; other settings are refused
+    data/                     train.jsonl, requests.jsonl, unseen.jsonl, heldout.jsonl
+    before/, retrained/seed_*/   run directories
+    scores/<model>.json       before and retrained, measured
+    methods/<name>-seed_<k>.json   a way to forget with one seed: cost, scores, held-out KL
+    results.json, table.md    all of it together
+
+What a rival is told. All get the same adapter, data and requests. The descents' learning rates are those of a
+small grid at which the losses come nearest to the retrained models' (an oracle that no user has, and that the ways
+of this package are not given); everything else is the default of `llmeraser_jax.baselines`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiments.workdirs import claim_settings, finite_json
+from llmeraser_jax import files, trees
+from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
+from llmeraser_jax.baselines.descent import Descent
+from llmeraser_jax.baselines.erasing import Erasing
+from llmeraser_jax.data import Example, Recipe, Request, TokenDataset, load_requests, request_to_json, save_examples
+from llmeraser_jax.environment import describe_devices, library_versions
+from llmeraser_jax.evaluation.membership import (
+    mean_of_others,
+    membership_auc,
+    membership_loss_auc,
+    membership_min_k_auc,
+    reference_scores,
+)
+from llmeraser_jax.evaluation.robustness import relearn, retained_only, robustness_to_rounding
+from llmeraser_jax.evaluation.scoring import ExampleScores, heldout_kl_of, make_task_metrics, score_examples
+from llmeraser_jax.evaluation.tasks import Metric
+from llmeraser_jax.lora import Lora, LoraConfig
+from llmeraser_jax.models import Model
+from llmeraser_jax.runs import Run
+from llmeraser_jax.training import TrainConfig
+from llmeraser_jax.training.job import finetune_run
+from llmeraser_jax.types import LoraParams
+from llmeraser_jax.unlearning import EraseConfig, UnlearningError
+from llmeraser_jax.unlearning.problem import EditProblem
+
+logger = logging.getLogger("study")
+
+ERASING = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Erasing))
+DESCENTS = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Descent))
+SHARDED = ("sisa", "receraser")
+# A second seed would repeat the training of all shards, or a path that costs as much as one; the paper's step draws
+# no sample.
+ONE_SEED = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
+# `retrain` is the reference of every study, and the equal-length controls belong to one other method each.
+METHODS = (
+    "llmeraser-auto",
+    "llmeraser-path",
+    "llmeraser-step",
+    "llmeraser-paper-step",
+    "finetune-edited",
+    *DESCENTS,
+    *SHARDED,
+)
+LEARNING_RATES = (1e-4, 1e-3, 4e-3)
+NUM_RETAINED_SCORED = 100
+NUM_RELEARNING_STEPS = 10
+
+Encode = Callable[[Sequence[Example]], TokenDataset]
+
+
+class Task(Protocol):
+    """Measures a model on the task that it was tuned for."""
+
+    def __call__(self, model: Model, params: LoraParams | None) -> Mapping[str, Any]:
+        """`metrics`: name -> `Metric` as a mapping; anything else is kept for `against_retrained`."""
+        ...
+
+
+def held_out_task(base: Model, encode: Encode, examples: Sequence[Example]) -> Task:
+    """Accuracy and AUC of yes/no questions, else exact match, on held-out examples."""
+    task = make_task_metrics(base, encode(examples))
+
+    def measure(model: Model, params: LoraParams | None) -> Mapping[str, Any]:
+        return {"metrics": metrics_as_json(dataclasses.replace(task, model=model)(params))}
+
+    return measure
+
+
+def metrics_as_json(metrics: Sequence[Metric]) -> dict[str, Any]:
+    """By name, with the valid ratio."""
+    return {m.name: {**dataclasses.asdict(m), "valid_ratio": m.valid_ratio} for m in metrics}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Scenario:
+    """One request on one trained adapter.
+
+    Attributes:
+        name: a directory's name.
+        model: the base, loaded.
+        recipe: how examples become tokens.
+        lora, train: the adapter and its training.
+        erase: what the package's own ways share; each then states what is its own.
+        examples: as trained on.
+        requests: what is to go.
+        unseen: examples of the same kind that were not trained on: non-members of membership inference, and where
+            erasing by matching looks up how removed rows should end.
+        heldout: that no model and no method saw: held-out KL.
+        make_task: `(model, encode) -> Task`.
+        users: id -> user, where examples have one.
+        num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
+            does; losses, held-out KL and membership inference are of all seeds. None is all.
+        against_retrained: `(scores of a model, scores of the retrained ones) -> metrics` that need both.
+        settings: JSON-like: what else the workdir must have been made with.
+    """
+
+    name: str
+    model: Model
+    recipe: Recipe
+    lora: LoraConfig
+    train: TrainConfig
+    erase: EraseConfig
+    examples: tuple[Example, ...]
+    requests: tuple[Request, ...]
+    unseen: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    make_task: Callable[[Model, Encode], Task]
+    users: Mapping[str, str] | None = None
+    num_task_seeds: int | None = None
+    against_retrained: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Study:
+    """The models of a scenario, made or loaded when first needed, and their scores.
+
+    Args:
+        scenario: what.
+        workdir: of this scenario.
+        retrain_seeds: retrained models, at least 2.
+    """
+
+    def __init__(self, scenario: Scenario, workdir: Path, *, retrain_seeds: int = 3):
+        if retrain_seeds < 2:
+            msg = f"retrain_seeds is {retrain_seeds}; the held-out KL needs at least 2."
+            raise ValueError(msg)
+        self.scenario, self.workdir, self.retrain_seeds = scenario, workdir, retrain_seeds
+        self.model = scenario.model
+        parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train", "erase")}
+        claim_settings(workdir, {**scenario.settings, **parts, "recipe": scenario.recipe.to_mapping()})
+        self.data = workdir / "data"
+        self.data.mkdir(parents=True, exist_ok=True)
+        for name, rows in (
+            ("train", scenario.examples),
+            ("unseen", scenario.unseen),
+            ("heldout", scenario.heldout),
+        ):
+            save_examples(self.data / f"{name}.jsonl", rows)
+        lines = "".join(request_to_json(request) + "\n" for request in scenario.requests)
+        files.atomic_write_text(self.data / "requests.jsonl", lines)
+
+    @functools.cached_property
+    def before(self) -> Run:
+        """The trained model."""
+        scenario = self.scenario
+        return finetune_run(
+            self.model,
+            self.data / "train.jsonl",
+            self.workdir / "before",
+            recipe=scenario.recipe,
+            lora=scenario.lora,
+            config=scenario.train,
+        )
+
+    @functools.cached_property
+    def requests(self) -> tuple[Request, ...]:
+        """As files hold them, validated."""
+        return load_requests(self.data / "requests.jsonl", self.before.load_examples())
+
+    @functools.cached_property
+    def retrained(self) -> tuple[Run, ...]:
+        """Trained on the edited data, one per seed."""
+        return retrain(
+            self.before, self.requests, self.workdir / "retrained", seeds=self.retrain_seeds, model=self.model
+        )
+
+    @functools.cached_property
+    def retrained_loras(self) -> tuple[Lora, ...]:
+        """Their adapters."""
+        return tuple(run.load_adapter(self.model) for run in self.retrained)
+
+    @functools.cached_property
+    def lora(self) -> Lora:
+        """The trained adapter."""
+        return self.before.load_adapter(self.model)
+
+    def encode(self, examples: Sequence[Example]) -> TokenDataset:
+        """As the training saw them."""
+        return self.before.encode(examples, self.model.tokenizer)
+
+    def setting(self, workdir: Path | None = None) -> Setting:
+        """What a baseline is given."""
+        return setting_of_run(
+            self.before,
+            self.requests,
+            model=self.model,
+            heldout=self.scenario.unseen,
+            users=self.scenario.users,
+            workdir=workdir,
+        )
+
+    @functools.cached_property
+    def problem(self) -> EditProblem[TokenDataset]:
+        """The requests as index arrays."""
+        return self.setting().problem
+
+    @functools.cached_property
+    def _unseen(self) -> TokenDataset:
+        return self.encode(self.scenario.unseen)
+
+    @functools.cached_property
+    def _heldout(self) -> TokenDataset:
+        return self.encode(self.scenario.heldout)
+
+    @functools.cached_property
+    def _task(self) -> Task:
+        return self.scenario.make_task(self.model, self.encode)
+
+    @functools.cached_property
+    def _retained(self) -> np.ndarray:
+        """Positions of some retained rows, the same for all models."""
+        rows = self.problem.retained
+        size = min(NUM_RETAINED_SCORED, len(rows))
+        return np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
+
+    def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
+        """Mean losses on S as trained, on the wanted pairs, and on some retained rows."""
+        problem = self.problem
+        places = {"forget_loss": problem.named, "wanted_loss": problem.wanted, "retained_loss": self._retained}
+        return {
+            name: float(score_examples(model, params, problem.examples, rows).losses.mean()) if len(rows) else None
+            for name, rows in places.items()
+        }
+
+    def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
+        """Everything about one adapter or ensemble that needs no other model, JSON-like."""
+        named = score_examples(model, params, self.problem.examples, self.problem.named)
+        unseen = score_examples(model, params, self._unseen)
+        return {
+            **self.losses(model, params),
+            "forget_probability": float(np.exp(-named.losses).mean()),
+            "extraction_strength": float(named.extraction.mean()),
+            "named": _arrays(named),
+            "unseen": _arrays(unseen),
+            **({"task": dict(self._task(model, params))} if with_task else {}),
+        }
+
+    def probe(self, lora: Lora) -> dict[str, float | None]:
+        """Loss on S after 4-bit rounding of the merged model, and after training on retained rows for a while."""
+        problem, train = self.problem, self.scenario.train
+        rounded = None
+        if set(lora.params) == {"layers"}:
+            rounding = robustness_to_rounding(
+                self.model, lora, problem.examples, self._unseen, indices=problem.named
+            )
+            rounded = rounding.after.mean_loss
+        unrelated = retained_only(self.setting().dataset, problem.named)
+        num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
+        size = min(train.batch_size, len(unrelated) // num_steps)
+        config = dataclasses.replace(train, batch_size=size, microbatch_size=None, learning_rate=1e-3)
+        again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
+        relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
+        return {"forget_loss_4_bit": rounded, "forget_loss_relearned": float(relearned)}
+
+    def _kept(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is in a file, or is computed and then kept there."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            result = finite_json(compute())
+            files.atomic_write_json(path, result)
+            logger.info("%s: %s, %.0f s", self.scenario.name, path.stem, time.perf_counter() - started)
+        return files.read_json(path)
+
+    def reference(self) -> dict[str, Any]:
+        """Before and retrained, measured once."""
+
+        def of(run: Run, lora: Lora) -> dict[str, Any]:
+            cost = {name: run.result[name] for name in ("gradient_equivalents", "seconds", "loss")}
+            return {**self.score(self.model, lora), **self.probe(lora), **cost}
+
+        scores = self.workdir / "scores"
+        before = self._kept(scores / "before.json", lambda: of(self.before, self.lora))
+        retrained = [
+            self._kept(scores / f"{run.path.name}.json", functools.partial(of, run, lora))
+            for run, lora in zip(self.retrained, self.retrained_loras, strict=True)
+        ]
+
+        def kl():
+            found = heldout_kl_of(self.model, self._heldout, {"before": self.lora}, self.retrained_loras)
+            return {"before": found.heldout_kl("before"), "seed_floors": list(found.retrained_left_out)}
+
+        return {"before": before, "retrained": retrained, "kl": self._kept(scores / "heldout_kl.json", kl)}
+
+    def _distance(self, fitted: Fitted) -> float:
+        """Sum of the differences of the mean losses from the retrained models', in nats: the descents' oracle."""
+        losses, retrained = self.losses(fitted.model, fitted.params), self.reference()["retrained"]
+        gaps = [
+            abs(value - np.mean([scores[name] for scores in retrained]))
+            for name, value in losses.items()
+            if value is not None
+        ]
+        return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
+
+    def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
+        """A descent at the learning rate of the grid that comes nearest to retraining."""
+        found: dict[float, float | str] = {}
+        for rate in LEARNING_RATES:
+            baseline: Any = dataclasses.replace(BASELINES[name], learning_rate=rate)  # pyright: ignore
+            try:
+                found[rate] = self._distance(baseline.fit(self.setting()))
+            except FloatingPointError as error:
+                found[rate] = str(error)
+        finite = {rate: value for rate, value in found.items() if isinstance(value, float) and np.isfinite(value)}
+        if not finite:
+            msg = f"No learning rate of {LEARNING_RATES} ended in finite losses."
+            raise FloatingPointError(msg)
+        best = min(finite, key=finite.__getitem__)
+        chosen: Any = dataclasses.replace(BASELINES[name], learning_rate=best)  # pyright: ignore
+        tried = {f"{rate:g}": value for rate, value in found.items()}
+        return chosen, {"learning_rate": best, "distances_of_learning_rates": tried}
+
+    def baseline(
+        self, name: str, seed: int, tuned: Mapping[str, Any] | None = None
+    ) -> tuple[Baseline, dict[str, Any]]:
+        """A method with a seed, and what was chosen for it."""
+        chosen: dict[str, Any] = {}
+        baseline: Any = BASELINES[name]
+        if isinstance(baseline, Erasing):
+            own = {k: v for k, v in _changed(baseline.config).items() if k not in ("l2", "seed")}
+            config = dataclasses.replace(self.scenario.erase, **own, seed=seed)
+            return dataclasses.replace(baseline, config=config), chosen
+        if isinstance(baseline, Descent):
+            if tuned is None:
+                baseline, chosen = self._tuned(name)
+            else:
+                chosen = {"learning_rate": tuned["learning_rate"]}
+                baseline = dataclasses.replace(baseline, learning_rate=tuned["learning_rate"])
+        if any(field.name == "seed" for field in dataclasses.fields(baseline)):
+            baseline = dataclasses.replace(baseline, seed=seed)
+        return baseline, chosen
+
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        """One method with one seed, or its file. One that finds no step is a result too: `failed`, the reason."""
+        path = self.workdir / "methods" / f"{name}-seed_{seed}.json"
+        first = self.workdir / "methods" / f"{name}-seed_0.json"
+        kl = self.reference()["kl"]
+
+        def compute() -> dict[str, Any]:
+            tuned = files.read_json(first).get("chosen") if seed and first.exists() else None
+            try:
+                baseline, chosen = self.baseline(name, seed, tuned)
+                checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
+                fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
+            except (UnlearningError, FloatingPointError) as error:
+                return {"method": name, "seed": seed, "failed": str(error)}
+            single = fitted.model is self.model
+            num_task_seeds = self.scenario.num_task_seeds
+            with_task = num_task_seeds is None or seed < num_task_seeds
+            judged = heldout_kl_of(fitted.model, self._heldout, {"after": fitted.params}, self.retrained_loras)
+            details = {k: v for k, v in fitted.details.items() if k != "loss_terms"}
+            return {
+                "method": name,
+                "seed": seed,
+                "chosen": chosen,
+                "heldout_kl": judged.heldout_kl("after"),
+                "kl_over_floor": judged.heldout_kl("after") / float(np.mean(kl["seed_floors"])),
+                **self.score(fitted.model, fitted.params, with_task=with_task),
+                **(self.probe(fitted.params) if single and seed == 0 else {}),
+                **{
+                    key: getattr(fitted, key)
+                    for key in (
+                        "gradient_equivalents",
+                        "seconds",
+                        "preparation_gradient_equivalents",
+                        "preparation_seconds",
+                    )
+                },
+                "delta_norm": float(trees.tree_norm(trees.tree_sub(fitted.params, self.lora))) if single else None,
+                "details": details,
+            }
+
+        return self._kept(path, compute)
+
+
+def _changed(config: EraseConfig) -> dict[str, Any]:
+    """The fields of a configuration that are not its defaults, and its method."""
+    default = EraseConfig()
+    names = [field.name for field in dataclasses.fields(config)]
+    changed = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    return {**changed, "method": config.method}
+
+
+def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
+    return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
+
+
+def membership(
+    scores: Mapping[str, Any], retrained: Sequence[Mapping[str, Any]], left_out: int | None = None
+) -> dict[str, float | None]:
+    """AUC of telling S from unseen examples, by attack.
+
+    Args:
+        scores: of the model attacked.
+        retrained: of the retrained models, whose mean loss is the reference of the reference-model attack.
+        left_out: which of them is the model attacked, where it is one.
+    """
+
+    def array(side: str, name: str) -> np.ndarray:
+        return np.asarray([np.nan if value is None else value for value in scores[side][name]], np.float64)
+
+    found = {
+        "loss": membership_loss_auc(array("named", "losses"), array("unseen", "losses")),
+        "min-k%": membership_min_k_auc(array("named", "min_k"), array("unseen", "min_k")),
+        "min-k%++": membership_auc(
+            "min_k_plus_plus", array("named", "min_k_plus_plus"), array("unseen", "min_k_plus_plus")
+        ),
+    }
+    attacked = []
+    for side in ("named", "unseen"):
+        others = mean_of_others([np.asarray(r[side]["losses"], np.float64) for r in retrained], left_out)
+        if others is not None:
+            attacked.append(reference_scores(array(side, "losses"), others))
+    if attacked:
+        found["reference"] = membership_auc("reference", *attacked)
+    return {name: metric.value for name, metric in found.items()}
+
+
+def run_study(
+    scenario: Scenario,
+    workdir: Path,
+    *,
+    methods: Sequence[str] = METHODS,
+    method_seeds: int = 3,
+    retrain_seeds: int = 3,
+) -> dict[str, Any]:
+    """Computes what a workdir lacks.
+
+    Args:
+        scenario: what.
+        workdir: of this scenario.
+        methods: names in `BASELINES`.
+        method_seeds: seeds of each method but those of `ONE_SEED`.
+        retrain_seeds: retrained models.
+
+    Returns:
+        `before`, `retrained`, `kl` as `Study.reference` has them; `methods`: name -> results by seed.
+
+    Raises:
+        ValueError: an unknown method, named with those there are.
+    """
+    unknown = sorted(set(methods) - set(BASELINES))
+    if unknown:
+        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(BASELINES)}."
+        raise ValueError(msg)
+    study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
+    logger.info("%s: trained, loss %.4f", scenario.name, study.before.result["loss"])
+    results: dict[str, Any] = {**study.reference(), "methods": {}}
+    for name in methods:
+        seeds = 1 if name in ONE_SEED else method_seeds
+        results["methods"][name] = [study.run(name, seed) for seed in range(seeds)]
+    retrained = results["retrained"]
+    everything = [
+        (results["before"], None),
+        *((scores, k) for k, scores in enumerate(retrained)),
+        *((scores, None) for rows in results["methods"].values() for scores in rows if "failed" not in scores),
+    ]
+    for scores, left_out in everything:
+        scores["membership"] = membership(scores, retrained, left_out)
+        if scenario.against_retrained is not None and "task" in scores:
+            others = [r for k, r in enumerate(retrained) if k != left_out]
+            scores["task"]["metrics"] |= scenario.against_retrained(scores, others)
+    results["scenario"] = {
+        "name": scenario.name,
+        "num_rows": len(scenario.examples),
+        "num_named": len(study.problem.named),
+        "num_unseen": len(scenario.unseen),
+        "num_heldout": len(scenario.heldout),
+        "num_truncated": study.setting().dataset.num_truncated,
+    }
+    results["versions"], results["devices"] = library_versions(), describe_devices()
+    files.atomic_write_json(workdir / "results.json", finite_json(results))
+    return results

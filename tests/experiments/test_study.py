@@ -1,0 +1,157 @@
+"""The comparison that experiments share, whole on a tiny base: what is measured against numbers computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import study
+from experiments.study import study as module
+from experiments.study.table import render_plot, render_tables
+from llmeraser_jax.baselines import Ensemble, ensemble_model, make_ensemble
+from llmeraser_jax.data import Action, Example, Request
+from llmeraser_jax.evaluation.scoring import answer, score_examples
+from llmeraser_jax.models import load_model
+from llmeraser_jax.unlearning import EraseConfig
+from tests.training import tiny
+
+METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
+
+
+def _examples(shapes, colour=0):
+    return tuple(
+        Example(id=f"{k}", instruction=f"colour of s{k}", response=tiny.COLOURS[(k + colour) % 4]) for k in shapes
+    )
+
+
+def _scenario(base, **changes) -> study.Scenario:
+    model = load_model(base)
+    fields = {
+        "name": "tiny",
+        "model": model,
+        "recipe": tiny.RECIPE,
+        "lora": tiny.LORA,
+        "train": tiny.CONFIG,
+        "erase": EraseConfig(l2=tiny.CONFIG.l2, chunk_size=4),
+        "examples": _examples(range(8)),
+        "requests": (Request(id="2", action=Action.REMOVE), Request(id="5", action=Action.REMOVE)),
+        "unseen": _examples((8, 9)),
+        "heldout": _examples((10, 11)),
+        "make_task": lambda model, encode: study.held_out_task(model, encode, _examples((8, 9, 10, 11))),
+    }
+    return study.Scenario(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("base") / "model", seed=4)
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory):
+    """A study with all kinds of methods, its workdir and its results."""
+    workdir = tmp_path_factory.mktemp("study")
+    scenario = _scenario(base)
+    return scenario, workdir, study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
+
+
+def test_every_method_has_its_seeds_and_sharded_ones_a_single_one(done):
+    _, _, results = done
+    assert {name: len(seeds) for name, seeds in results["methods"].items()} == {
+        "llmeraser-step": 2, "finetune-edited": 2, "npo": 2, "sisa": 1,
+    }  # fmt: skip
+    assert len(results["retrained"]) == 2
+    assert not any("failed" in scores for seeds in results["methods"].values() for scores in seeds)
+
+
+def test_scores_are_those_of_the_library_on_the_retrained_run(done):
+    scenario, workdir, results = done
+    owner = study.Study(scenario, workdir, retrain_seeds=2)
+    lora, scores = owner.retrained_loras[0], results["retrained"][0]
+    named = score_examples(scenario.model, lora, owner.encode([scenario.examples[2], scenario.examples[5]]))
+    np.testing.assert_allclose(scores["named"]["losses"], named.losses, rtol=1e-5)
+    assert scores["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-5)
+    assert scores["forget_probability"] == pytest.approx(np.exp(-named.losses).mean(), rel=1e-5)
+    outside = score_examples(scenario.model, lora, owner.encode(scenario.unseen)).losses
+    wins = [(a < b) + 0.5 * (a == b) for a in named.losses for b in outside]
+    assert scores["membership"]["loss"] == pytest.approx(np.mean(wins))
+    assert scores["wanted_loss"] is None
+
+
+def test_a_retrained_model_is_not_its_own_reference():
+    def scores(named, unseen):
+        def side(losses):
+            return {"losses": losses, "min_k": losses, "min_k_plus_plus": losses}
+
+        return {"named": side(named), "unseen": side(unseen)}
+
+    retrained = [scores([0.0, 1.0], [2.0, 3.0]), scores([5.0, 5.0], [0.0, 0.0])]
+    # Against the other one, the first knows its named rows by 5 and 4 better, its unseen ones by 2 and 3 worse.
+    assert module.membership(retrained[0], retrained, 0)["reference"] == 1.0
+    assert module.membership(retrained[1], retrained, 1)["reference"] == 0.0
+    assert module.membership(retrained[0], retrained)["loss"] == 1.0
+
+
+def test_the_descents_rate_is_the_grids_nearest_to_retraining(done):
+    _, _, results = done
+    chosen = results["methods"]["npo"][0]["chosen"]
+    distances = {float(rate): value for rate, value in chosen["distances_of_learning_rates"].items()}
+    assert set(distances) == set(module.LEARNING_RATES)
+    assert chosen["learning_rate"] == min(distances, key=distances.__getitem__)
+    assert results["methods"]["npo"][1]["chosen"] == {"learning_rate": chosen["learning_rate"]}
+
+
+def test_costs_are_the_gradients_that_were_taken(done):
+    _, _, results = done
+    assert results["retrained"][0]["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
+    assert results["methods"]["sisa"][0]["preparation_gradient_equivalents"] > 0
+
+
+def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
+    scenario, workdir, results = done
+    for name in ("score_examples", "heldout_kl_of", "relearn"):
+        monkeypatch.setattr(module, name, None)
+    again = study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
+    assert again["methods"] == results["methods"]
+    other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
+    with pytest.raises(ValueError, match="other settings"):
+        study.Study(other, workdir)
+
+
+def test_tables_name_every_model_once_and_the_plot_is_a_png(done):
+    _, _, results = done
+    tables = render_tables(results)
+    for name in ("before", "retrained", *METHODS):
+        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 2
+    assert render_plot(results).startswith(b"\x89PNG")
+
+
+def test_a_method_without_a_step_stays_in_the_tables(done):
+    _, _, results = done
+    failed = {"method": "npo", "seed": 0, "failed": "negative curvature at once"}
+    tables = render_tables({**results, "methods": {"npo": [failed]}})
+    assert tables.count("| npo | no step: negative curvature at once |") == 2
+
+
+def test_what_names_nothing_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="Unknown methods guess"):
+        study.run_study(_scenario(base), tmp_path, methods=("guess",))
+    with pytest.raises(ValueError, match="at least 2"):
+        study.Study(_scenario(base), tmp_path, retrain_seeds=1)
+
+
+def test_an_ensemble_of_one_adapter_answers_and_scores_as_the_adapter(done):
+    scenario, workdir, _ = done
+    owner = study.Study(scenario, workdir, retrain_seeds=2)
+    rows = owner.encode(scenario.examples)
+    lora = owner.lora
+    alone: Ensemble = make_ensemble([lora, lora])
+    model = ensemble_model(scenario.model)
+    assert answer(model, alone, rows) == answer(scenario.model, lora, rows)
+    np.testing.assert_allclose(
+        score_examples(model, alone, rows).losses, score_examples(scenario.model, lora, rows).losses, atol=1e-5
+    )
+    both = make_ensemble([owner.retrained_loras[0], lora])
+    assert not np.allclose(score_examples(model, both, rows).losses, score_examples(model, alone, rows).losses)
