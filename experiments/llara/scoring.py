@@ -27,6 +27,7 @@ from llmeraser_jax.models.decoder import Decoder, KVCache, bind
 from llmeraser_jax.models.generation import pad_left
 from llmeraser_jax.types import LoraParams
 
+_TITLE_STEP = 16  # the titles of a batch are padded to a multiple of this many tokens
 HIT_RATIO_SCORED = "HitRatio@1, candidates scored"
 HIT_RATIO_GENERATED = "HitRatio@1, generated"
 HIT_RATIO_OF_VALID = f"{HIT_RATIO_GENERATED}_of_valid"
@@ -250,7 +251,9 @@ class Scorer:
         num_titles = len(self.questions[0].titles)
         out = np.zeros((len(self.questions), num_titles))
         for rows, filled, tokens, mask in self._batches():
-            candidates = np.zeros((len(filled), num_titles, self._num_new), np.int32)
+            longest = max(len(self._response_of[title]) for row in filled for title in self.questions[row].titles)
+            num_new = -(-longest // _TITLE_STEP) * _TITLE_STEP
+            candidates = np.zeros((len(filled), num_titles, num_new), np.int32)
             weights = np.zeros(candidates.shape, np.float32)
             for k, row in enumerate(filled):
                 for c, title in enumerate(self.questions[row].titles):

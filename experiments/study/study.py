@@ -59,8 +59,8 @@ ERASING = tuple(name for name, baseline in BASELINES.items() if isinstance(basel
 DESCENTS = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Descent))
 SHARDED = ("sisa", "receraser")
 # A second seed would repeat the training of all shards, or a path that costs as much as one; the paper's step draws
-# no sample.
-ONE_SEED = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
+# no sample, and fine-tuning takes its order from the training's own seed.
+ONE_SEED = (*SHARDED, "llmeraser-paper-step", "llmeraser-path", "finetune-edited")
 # `retrain` is the reference of every study, and the equal-length controls belong to one other method each.
 METHODS = (
     "llmeraser-auto",

@@ -317,6 +317,7 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         heldout=examples(authors.heldout),
         make_task=make_task,
         users={example.id: str(int(example.id) // ROWS_PER_AUTHOR) for example in train},
+        num_task_seeds=1,
         against_retrained=forget_quality,
         settings={name: getattr(config, name) for name in counts},
     )

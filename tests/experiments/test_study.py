@@ -39,6 +39,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "requests": (Request(id="2", action=Action.REMOVE), Request(id="5", action=Action.REMOVE)),
         "unseen": _examples((8, 9)),
         "heldout": _examples((10, 11)),
+        "num_task_seeds": 1,
         "make_task": lambda model, encode: study.held_out_task(model, encode, _examples((8, 9, 10, 11))),
     }
     return study.Scenario(**{**fields, **changes})
@@ -57,11 +58,12 @@ def done(base, tmp_path_factory):
     return scenario, workdir, study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
 
 
-def test_every_method_has_its_seeds_and_sharded_ones_a_single_one(done):
+def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(done):
     _, _, results = done
     assert {name: len(seeds) for name, seeds in results["methods"].items()} == {
-        "llmeraser-step": 2, "finetune-edited": 2, "npo": 2, "sisa": 1,
+        "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 1,
     }  # fmt: skip
+    assert ["task" in scores for scores in results["methods"]["npo"]] == [True, False]
     assert len(results["retrained"]) == 2
     assert not any("failed" in scores for seeds in results["methods"].values() for scores in seeds)
 
