@@ -190,7 +190,11 @@ def render_plot(results: Mapping[str, Any]) -> bytes:
         axis.set_ylim(-1.1, 2.1)
     axes[1].axvline(1, color="0.6", linewidth=1)
     axes[0].set_ylabel("closure of the loss on S (1 is retraining; cut at -1 and 2)")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
+    if axes[1].get_legend_handles_labels()[0]:
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
+    else:
+        why = "Closure is undefined for every method:\nbefore is within the spread of the retrained models."
+        axes[0].text(0.5, 0.5, why, transform=axes[0].transAxes, ha="center")
     figure.suptitle(results["scenario"]["name"])
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
