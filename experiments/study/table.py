@@ -14,6 +14,7 @@ from llmeraser_jax.evaluation.closure import gap_closure, seed_standard_deviatio
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 QUANTITIES = ("forget_loss", "wanted_loss")
 ATTACKS = ("loss", "min-k%", "min-k%++", "reference")
@@ -186,6 +187,9 @@ def render_plot(results: Mapping[str, Any]) -> bytes:
     for axis, (title, _) in zip(axes, panels, strict=True):
         axis.axhline(1, color="0.6", linewidth=1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(title)
         axis.set_ylim(-1.1, 2.1)
     axes[1].axvline(1, color="0.6", linewidth=1)
