@@ -219,8 +219,7 @@ class TallrecTask:
         train = tuple(all_rows[row] for row in chosen)
         users = [all_users[row] for row in chosen]
         test_rows, _ = prepare.load_rows(self.data, "test")
-        rows = np.random.default_rng(self.seed).choice(len(test_rows), self.num_heldout, replace=False)
-        heldout = tuple(test_rows[row] for row in sorted(rows.tolist()))
+        heldout = prepare.draw(test_rows, self.num_heldout, self.seed)
         trained_key = "shared"
         count = max(1, round(share * len(train)))
         if category == "removal":

@@ -220,6 +220,11 @@ class Study:
         )
 
     @functools.cached_property
+    def dataset(self) -> TokenDataset:
+        """The training set as it stood, encoded once."""
+        return self.setting().dataset
+
+    @functools.cached_property
     def problem(self) -> EditProblem[TokenDataset]:
         """The requests as index arrays."""
         return self.setting().problem
@@ -274,7 +279,7 @@ class Study:
                 self.model, lora, problem.examples, self._unseen, indices=problem.named
             )
             rounded = rounding.after.mean_loss
-        unrelated = retained_only(self.setting().dataset, problem.named)
+        unrelated = retained_only(self.dataset, problem.named)
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
         config = dataclasses.replace(train, batch_size=size, microbatch_size=None, learning_rate=1e-3)
@@ -496,7 +501,7 @@ def run_study(
         "num_named": len(study.problem.named),
         "num_unseen": len(scenario.unseen),
         "num_heldout": len(scenario.heldout),
-        "num_truncated": study.setting().dataset.num_truncated,
+        "num_truncated": study.dataset.num_truncated,
     }
     results["versions"], results["devices"] = library_versions(), describe_devices()
     files.atomic_write_json(workdir / "results.json", finite_json(results))

@@ -62,7 +62,6 @@ def render_tables(results: Mapping[str, Any]) -> str:
         ],
         failed,
     )
-    closures = dict.fromkeys(QUANTITIES, "closure")
     forgetting = _table(
         (
             "model",
@@ -80,7 +79,7 @@ def render_tables(results: Mapping[str, Any]) -> str:
                 name,
                 *(
                     cell
-                    for key in closures
+                    for key in QUANTITIES
                     for cell in (_number([s[key] for s in scores]), _closure(results, name, scores, key))
                 ),
                 *(_number([s["membership"].get(attack) for s in scores], 2) for attack in ATTACKS),
