@@ -22,7 +22,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 def _outputs_and_inputs(apply: ApplyDecoder, base, lora: Lora, taps, batch: TokenBatch):
     """Logits at the response, and the inputs [layers, batch, time, in] of every adapted linear layer."""
     module, variables = bind(apply.config, base, lora)
-    adapted = {name: {**leaves, "tap": taps[name]} for name, leaves in lora.params["layers"].items()}
+    adapted = {name: {**leaves, "tap": taps[name]} for name, leaves in variables["lora"]["layers"].items()}
 
     def intercept(call, args, kwargs, context):
         out, linear = call(*args, **kwargs), context.module

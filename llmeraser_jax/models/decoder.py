@@ -19,7 +19,7 @@ base, on which sharding rules and conversion tables rely (kernels are [in, out],
 and of the adapter, for each targeted linear layer:
 
     layers/{name}/a                             [layers, rank, in]
-    layers/{name}/b                             [layers, out, rank]
+    layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
 The effective weight is `kernel + scaling * (B A)'`.
 """
@@ -50,7 +50,7 @@ class Context:
     sin: Float[Array, "batch time half"]
     query_positions: Int[Array, "batch time"]
     key_positions: Int[Array, "batch keys"]
-    key_valid: Bool[Array, "batch keys"]
+    key_valid: Bool[Array, "batch keys"] | Bool[Array, "batch time keys"]
     write_at: Int[Array, ""] | None  # slot of the cache that the first token of this call goes to
 
 
@@ -89,11 +89,11 @@ class Linear(nn.Module):
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a, b_t = self.get_variable("lora", "a"), self.get_variable("lora", "b_t")
             if self.lora_dropout > 0 and self.has_rng("dropout"):
                 keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            out = out + layers.low_rank(x, a, b, self.lora_scaling)
+            out = out + layers.low_rank(x, a, b_t, self.lora_scaling)
         return out
 
 
@@ -224,7 +224,8 @@ class Decoder(nn.Module):
             tokens: [batch, time] new tokens.
             where: [batch, time] their positions in their texts.
             key_positions: [batch, slots] positions of what the cache holds, the new tokens included.
-            key_valid: [batch, slots] which slots hold real tokens, the new ones included.
+            key_valid: [batch, slots] which slots hold real tokens, the new ones included; or [batch, time, slots]
+                which of them each new token may see, itself included.
             cache: `KVCache`.
             write_at: slot of the first new token.
             positions: [batch, response] indices into `tokens` whose logits are wanted.
@@ -299,7 +300,20 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
     check_lora(config, base, lora)
     dtype = jnp.result_type(dtype, *(leaf.dtype for leaf in jax.tree.leaves(lora.params)))
     module = Decoder(config, lora.config.scaling, lora.config.dropout, dtype)
-    return module, {"params": base, "lora": lora.params}
+    return module, {"params": base, "lora": adapter_variables(lora.params)}
+
+
+def adapter_variables(params: LoraParams) -> LoraParams:
+    """The collection "lora" of an adapter's leaves: B transposed, as `layers.low_rank` reads it.
+
+    Here, outside of the scan over layers, since inside XLA would merge the transposition with its products.
+    """
+    return {
+        "layers": {
+            name: {"a": leaves["a"], "b_t": jnp.swapaxes(leaves["b"], 1, 2)}
+            for name, leaves in params.get("layers", {}).items()
+        }
+    }
 
 
 def check_lora(config: ModelConfig, base: BaseParams, lora: LoraParams) -> None:

@@ -70,22 +70,29 @@ def project(x: Float[Array, "*lead n"], kernel: Float[Array, "n m"]) -> Float[Ar
 
 
 def low_rank(
-    x: Float[Array, "*lead n"], a: Float[Array, "rank n"], b: Float[Array, "m rank"], scaling: float
+    x: Float[Array, "*lead n"], a: Float[Array, "rank n"], b_t: Float[Array, "rank m"], scaling: float
 ) -> Float[Array, "*lead m"]:
-    """`scaling * B A x`, without forming B A."""
-    inner = jnp.einsum("...n,rn->...r", x, a.astype(x.dtype), precision=PRECISION)
-    return scaling * jnp.einsum("...r,mr->...m", inner, b.astype(x.dtype), precision=PRECISION)
+    """`scaling * B A x`, without forming B A.
+
+    Tokens are one axis and B is transposed, so that the derivative with respect to it is `inner' g`: of a product
+    over two axes, or for B as it is, XLA would transpose `g`, which is as wide as `m` and made of everything that
+    a backward pass fuses into it.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    inner = jnp.einsum("tn,rn->tr", tokens, a.astype(x.dtype), precision=PRECISION)
+    out = scaling * jnp.einsum("tr,rm->tm", inner, b_t.astype(x.dtype), precision=PRECISION)
+    return out.reshape(*x.shape[:-1], b_t.shape[-1])
 
 
 def visible(
     query_positions: Int[Array, "batch queries"],
     key_positions: Int[Array, "batch keys"],
-    key_valid: Bool[Array, "batch keys"],
+    key_valid: Bool[Array, "batch keys"] | Bool[Array, "batch queries keys"],
     window: int | None,
 ) -> Bool[Array, "batch queries keys"]:
-    """Which keys a query sees: real tokens, not after it, and less than `window` tokens before it."""
+    """Which keys a query sees: those valid (for it), not after it, and less than `window` tokens before it."""
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = key_valid[:, None, :] & (distance >= 0)
+    seen = (key_valid if key_valid.ndim == 3 else key_valid[:, None]) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
 
@@ -95,7 +102,7 @@ def attention(
     v: Float[Array, "batch keys kv_heads head_dim"],
     query_positions: Int[Array, "batch queries"],
     key_positions: Int[Array, "batch keys"],
-    key_valid: Bool[Array, "batch keys"],
+    key_valid: Bool[Array, "batch keys"] | Bool[Array, "batch queries keys"],
     *,
     window: int | None = None,
     chunk: int | None = None,
@@ -111,7 +118,7 @@ def attention(
         v: values.
         query_positions: place of each query in its text, padding not counted.
         key_positions: the same for keys.
-        key_valid: False for padding.
+        key_valid: False for padding, or, with a row for each query, for what that query must not see.
         window: sliding window in tokens; None for all.
         chunk: queries computed at a time; None for all.
     """
@@ -122,24 +129,41 @@ def attention(
     fill = -queries % chunk
     q_parts = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0))).reshape(batch, -1, chunk, *q.shape[2:])
     position_parts = jnp.pad(query_positions, ((0, 0), (0, fill))).reshape(batch, -1, chunk)
+    parts = [q_parts, position_parts]
+    if key_valid.ndim == 3:
+        parts.append(jnp.pad(key_valid, ((0, 0), (0, fill), (0, 0))).reshape(batch, -1, chunk, k.shape[1]))
 
     # Recomputed in the backward pass: otherwise the scores of all chunks would be kept after all.
     @jax.checkpoint
     def one_chunk(parts):
-        q_part, positions = parts
-        return _attend(q_part, k, v, visible(positions, key_positions, key_valid, window))
+        q_part, positions, *valid = parts
+        return _attend(q_part, k, v, visible(positions, key_positions, valid[0] if valid else key_valid, window))
 
-    out = jax.lax.map(one_chunk, (jnp.moveaxis(q_parts, 1, 0), jnp.moveaxis(position_parts, 1, 0)))
+    out = jax.lax.map(one_chunk, tuple(jnp.moveaxis(part, 1, 0) for part in parts))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :queries]
 
 
 def _attend(q, k, v, mask):
+    """Attention of all queries, for second derivatives on a CPU: few passes over numbers of every pair of tokens.
+
+    Weights are not normalised, their products with the values are: every derivative of the division is then one
+    of [queries, head_dim] numbers, and what is left for pairs is the exponential. The peak that is subtracted
+    cancels, so that it needs no derivative. Products have the order of axes that they are computed in.
+    """
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=PRECISION) * head_dim**-0.5
+    groups = heads // kv_heads
+    rows = (batch, kv_heads, groups * queries)
+    q = jnp.moveaxis(q.reshape(batch, queries, kv_heads, groups, head_dim), 1, 3).reshape(*rows, head_dim)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    heads_first = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(q * head_dim**-0.5, k, (((3,), (3,)), heads_first), precision=PRECISION)
+    scores = scores.reshape(batch, kv_heads, groups, queries, -1)
     # A finite number: a row of padding that sees nothing stays free of nan, also in derivatives.
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=PRECISION)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak).reshape(*rows, -1)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jax.lax.dot_general(weights, v, (((3,), (2,)), heads_first), precision=PRECISION) / total
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, groups, queries, head_dim), 3, 1)
     return out.reshape(batch, queries, heads, head_dim)

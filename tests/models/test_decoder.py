@@ -7,7 +7,7 @@ import pytest
 from llmeraser_jax import trees
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import DecoderLayer, Model, decoder, init_base, layers
-from llmeraser_jax.models.decoder import ApplyDecoder, Context, Decoder, token_positions
+from llmeraser_jax.models.decoder import ApplyDecoder, Context, Decoder, adapter_variables, token_positions
 from tests.models.tiny import MASK, TOKENS, apply, random_lora, tiny_config, tiny_model
 
 
@@ -23,8 +23,9 @@ def test_the_scan_equals_an_explicit_loop_over_layers(with_lora):
     context = Context(cos=cos, sin=sin, query_positions=where, key_positions=where, key_valid=MASK, write_at=None)
     x = model.base["embed_tokens"]["embedding"][TOKENS]
     layer = DecoderLayer(config, 1.0 if lora is None else lora.config.scaling)
+    adapted = {} if lora is None else adapter_variables(lora.params)
     for index in range(config.num_layers):
-        variables = {"params": model.base["layers"]} | ({} if lora is None else {"lora": lora.params["layers"]})
+        variables = {"params": model.base["layers"]} | ({} if lora is None else {"lora": adapted["layers"]})
         x, _ = layer.apply(jax.tree.map(lambda leaf: leaf[index], variables), x, None, context)  # noqa: B023
     x = layers.rms_norm(x, model.base["final_norm"]["scale"], config.norm_eps)
     logits = layers.project(x, model.base["lm_head"]["kernel"])
@@ -227,7 +228,7 @@ def test_dropout_is_unbiased():
     model = tiny_model(num_layers=1)
     lora = random_lora(model, target_modules=("down_proj",), dropout=0.4)
     module = Decoder(model.config, lora.config.scaling, lora.config.dropout)
-    variables = {"params": model.base, "lora": lora.params}
+    variables = {"params": model.base, "lora": adapter_variables(lora.params)}
 
     def hidden(key):
         valid = MASK

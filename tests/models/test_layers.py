@@ -68,6 +68,40 @@ def test_chunked_attention_equals_whole_attention_and_so_do_its_derivatives(quer
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), products(4), products(None))
 
 
+def test_derivatives_of_attention_are_those_of_a_softmax():
+    # The module divides after the product with the values and drops the derivative of the peak.
+    with jax.enable_x64(True):
+        q, k, v = _qkv(jax.random.key(7), queries=6)
+        q = 4 * q  # away from uniform weights
+        places = jnp.broadcast_to(jnp.arange(6), (2, 6))
+        valid = places < jnp.array([[6], [4]])
+        seen = layers.visible(places, places, valid, None)[:, None]
+        goal = jnp.cos(jnp.arange(q.size, dtype=q.dtype)).reshape(q.shape)
+
+        def plain(q, k, v):
+            k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+            scores = jnp.einsum("bqhd,bshd->bhqs", q, k) / math.sqrt(q.shape[-1])
+            return jnp.einsum("bhqs,bshd->bqhd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), v)
+
+        def ours(q, k, v):
+            return layers.attention(q, k, v, places, places, valid)
+
+        def derivatives(attend):
+            def loss(*x):
+                return jnp.sum(jnp.where(valid[..., None, None], attend(*x) - goal, 0) ** 3)
+
+            gradient = jax.grad(loss, argnums=(0, 1, 2))
+            return jax.jvp(
+                lambda *x: (attend(*x)[0], gradient(*x)), (q, k, v), (jnp.sin(q), jnp.cos(k), jnp.sin(v))
+            )
+
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
+            derivatives(ours),
+            derivatives(plain),
+        )
+
+
 def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
     q, k, v = _qkv(jax.random.key(2), queries=3)
     places = jnp.zeros((2, 3), jnp.int32)
@@ -135,4 +169,4 @@ def test_low_rank_product_is_scaling_times_b_a_x():
     key = jax.random.key(4)
     a, b, x = (jax.random.normal(key, shape) for shape in ((2, 5), (3, 2), (4, 5)))
     expected = 0.7 * np.asarray(x, np.float64) @ (np.asarray(b, np.float64) @ np.asarray(a, np.float64)).T
-    np.testing.assert_allclose(layers.low_rank(x, a, b, 0.7), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layers.low_rank(x, a, b.T, 0.7), expected, rtol=1e-5, atol=1e-6)
