@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +24,12 @@ from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.models.decoder import Decoder, KVCache, bind
+from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
 from llmeraser_jax.models.generation import pad_left
 from llmeraser_jax.types import LoraParams
 
-_TITLE_STEP = 16  # the titles of a batch are padded to a multiple of this many tokens
+_PROMPT_BLOCK = 128  # prompt tokens read at a time
+_SLOT_STEP = 64  # the packed titles of a batch are padded to a multiple of this many tokens
 HIT_RATIO_SCORED = "HitRatio@1, candidates scored"
 HIT_RATIO_GENERATED = "HitRatio@1, generated"
 HIT_RATIO_OF_VALID = f"{HIT_RATIO_GENERATED}_of_valid"
@@ -51,114 +53,162 @@ class Question:
         return [make_response(title) for title in self.titles].index(self.example.response)
 
 
+@flax.struct.dataclass
+class _Packed:
+    """The titles of every question one after another, each without its last token, which nothing follows."""
+
+    tokens: Int[Array, "batch slots"]
+    owners: Int[Array, "batch slots"]  # which title a token is of; -1 is padding
+    places: Int[Array, "batch slots"]  # the token's place in its title
+    targets: Int[Array, "batch titles_and_slots"]  # the first token of each title, then what follows each slot
+    weights: Float[Array, "batch titles_and_slots"]  # of the targets; 0 for those of padding
+
+    @property
+    def num_titles(self) -> int:
+        return self.targets.shape[1] - self.tokens.shape[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Start:
-    """What a prompt leaves behind."""
+    """What a prompt leaves behind, with room in the cache for what follows."""
 
-    cache: Any
+    cache: KVCache
     first_logits: Array  # [batch, vocab]: of the token after the prompt
-    key_positions: Array
-    key_valid: Array
-    lengths: Array
+    where: Array  # [batch, time]
+    valid: Array  # [batch, time]
+    lengths: Array  # [batch]
 
 
 def _read_prompt(apply, base, lora, tokens, mask, num_new: int) -> tuple[Decoder, Any, _Start]:
-    """Fills a cache with left-padded prompts and leaves room for `num_new` tokens."""
+    """Fills a cache with left-padded prompts and leaves room for `num_new` tokens.
+
+    Reads blocks of tokens, each against the keys up to its own end: a pass over all of them at once would compute
+    twice the scores, the half that causality hides included, and keep them all at a time.
+    """
     if isinstance(apply, ApplyHybrid):
         embeds = embed(base, lora, tokens, apply.first_item)
         base, lora = split_base(base)[0], split_adapter(lora)[0]
     else:
         embeds = None
-    module, variables = bind(apply.config, base, lora)
+    config = apply.config
+    module, variables = bind(config, base, lora)
     batch, time = tokens.shape
     valid = mask.astype(bool)
+    where = token_positions(valid)
+    shape = (config.num_layers, batch, 0, config.num_kv_heads, config.head_dim)
+    cache: Any = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
+    logits = None
+    for begin in range(0, time, _PROMPT_BLOCK):
+        end = min(begin + _PROMPT_BLOCK, time)
+        logits, cache = module.apply(
+            variables,
+            tokens[:, begin:end],
+            where[:, begin:end],
+            where[:, :end],
+            valid[:, :end],
+            _grow(cache, end - begin),
+            jnp.int32(begin),
+            jnp.full((batch, 1), end - begin - 1, jnp.int32),  # padding is on the left
+            None if embeds is None else embeds[:, begin:end],
+            method=Decoder.decode,
+        )
+    assert logits is not None
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
-    where = jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
-    ahead = lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
-    key_positions = jnp.concatenate([where, ahead], axis=1)
-    key_valid = jnp.concatenate([valid, jnp.ones((batch, num_new), bool)], axis=1)
-    config = apply.config
-    shape = (config.num_layers, batch, time + num_new, config.num_kv_heads, config.head_dim)
-    empty = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
-    last = jnp.full((batch, 1), time - 1, jnp.int32)  # padding is on the left
-    logits, cache = module.apply(
-        variables,
-        tokens,
-        where,
-        key_positions,
-        key_valid,
-        empty,
-        jnp.int32(0),
-        last,
-        embeds,
-        method=Decoder.decode,
-    )
-    start = _Start(cache, logits[:, 0], key_positions, key_valid, lengths)
-    return module, variables, start
+    return module, variables, _Start(_grow(cache, num_new), logits[:, 0], where, valid, lengths)
+
+
+def _grow(cache: KVCache, num_slots: int) -> KVCache:
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, num_slots), (0, 0), (0, 0))), cache)
 
 
 @partial(jax.jit, static_argnames="apply")
 def _candidate_log_probs(
-    apply,
-    base,
-    params,
-    tokens: Int[Array, "batch time"],
-    mask: Int[Array, "batch time"],
-    candidates: Int[Array, "batch candidates response"],
-    weights: Float[Array, "batch candidates response"],
-) -> Float[Array, "batch candidates"]:
-    """`sum_t weights_t log p(candidate_t | prompt, candidate_<t)`; an ensemble's p is the mean of its members'."""
+    apply, base, params, tokens: Int[Array, "batch time"], mask: Int[Array, "batch time"], packed: _Packed
+) -> Float[Array, "batch titles"]:
+    """`sum_t weights_t log p(title_t | prompt, title_<t)`; an ensemble's p is the mean of its members'."""
     if isinstance(apply, ApplyEnsemble):
         last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
         log_weights = apply.log_weights(base, params, tokens, mask, last)
 
         def add(total, member_and_weight):
             member, log_weight = member_and_weight
-            picked = _picked_log_probs(apply.apply, base, member, tokens, mask, candidates)
-            return jnp.logaddexp(total, log_weight[:, None, None] + picked), None
+            picked = _picked_log_probs(apply.apply, base, member, tokens, mask, packed)
+            return jnp.logaddexp(total, log_weight[:, None] + picked), None
 
-        start = jnp.full(candidates.shape, -jnp.inf, jnp.float32)
+        start = jnp.full(packed.targets.shape, -jnp.inf, jnp.float32)
         picked, _ = jax.lax.scan(add, start, (params.members, log_weights.astype(jnp.float32)))
     else:
-        picked = _picked_log_probs(apply, base, params, tokens, mask, candidates)
-    return jnp.sum(jnp.where(weights > 0, picked * weights, 0), axis=2)
+        picked = _picked_log_probs(apply, base, params, tokens, mask, packed)
+    weighted = jnp.where(packed.weights > 0, picked * packed.weights, 0)
+    titles = jnp.arange(packed.num_titles)
+    is_own = packed.owners[:, None, :] == titles[:, None]
+    first, rest = weighted[:, : packed.num_titles], weighted[:, None, packed.num_titles :]
+    return first + jnp.sum(jnp.where(is_own, rest, 0), axis=2)
 
 
 def _picked_log_probs(
-    apply, base, lora, tokens: Array, mask: Array, candidates: Int[Array, "batch candidates response"]
-) -> Float[Array, "batch candidates response"]:
-    """`log p(candidate_t | prompt, candidate_<t)` of one adapter."""
-    num_new = candidates.shape[2]
+    apply, base, lora, tokens: Array, mask: Array, packed: _Packed
+) -> Float[Array, "batch titles_and_slots"]:
+    """Log-probabilities of the targets under one adapter.
+
+    All titles are read in one call: every one starts at the prompt's end, and sees the prompt and itself.
+    """
+    batch, num_slots = packed.tokens.shape
     time = tokens.shape[1]
-    module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
-    first = jax.nn.log_softmax(start.first_logits, axis=-1)
-    where = start.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(num_new, dtype=jnp.int32), where.shape)
+    module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_slots)
+    where = start.lengths[:, None] + packed.places
+    sees_prompt = jnp.broadcast_to(start.valid[:, None], (batch, num_slots, time))
+    sees_title = packed.owners[:, :, None] == packed.owners[:, None, :]
+    logits, _ = module.apply(
+        variables,
+        packed.tokens,
+        where,
+        jnp.concatenate([start.where, where], axis=1),
+        jnp.concatenate([sees_prompt, sees_title], axis=2),
+        start.cache,
+        jnp.int32(time),
+        None,
+        method=Decoder.decode,
+    )
+    first_targets, targets = jnp.split(packed.targets, [packed.num_titles], axis=1)
+    first = jnp.take_along_axis(jax.nn.log_softmax(start.first_logits, axis=-1), first_targets, axis=1)
+    rest = jnp.take_along_axis(logits, targets[..., None], axis=2)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.concatenate([first, rest], axis=1)
 
-    def one(candidate):
-        logits, _ = module.apply(
-            variables,
-            candidate,
-            where,
-            start.key_positions,
-            start.key_valid,
-            start.cache,
-            jnp.int32(time),
-            positions,
-            method=Decoder.decode,
-        )
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        log_probs = jnp.concatenate([first[:, None], log_probs[:, :-1]], axis=1)
-        return jnp.take_along_axis(log_probs, candidate[..., None], axis=-1)[..., 0]
 
-    return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(candidates, 1, 0)), 0, 1)
+def _pack(titles: Sequence[Sequence[np.ndarray]], per_token: bool) -> _Packed:
+    """Packs the tokens of the titles of several questions, all with equally many titles."""
+    num_titles = len(titles[0])
+    longest = max(sum(len(title) - 1 for title in row) for row in titles)
+    num_slots = max(-(-longest // _SLOT_STEP), 1) * _SLOT_STEP
+    shape = (len(titles), num_slots)
+    tokens, places, owners = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    targets = np.zeros((len(titles), num_titles + num_slots), np.int32)
+    weights = np.zeros(targets.shape, np.float32)
+    for k, row in enumerate(titles):
+        end = 0
+        for c, title in enumerate(row):
+            begin, end = end, end + len(title) - 1
+            weight = 1 / len(title) if per_token else 1
+            tokens[k, begin:end] = title[:-1]
+            owners[k, begin:end] = c
+            places[k, begin:end] = np.arange(end - begin)
+            targets[k, c] = title[0]
+            targets[k, num_titles + begin : num_titles + end] = title[1:]
+            weights[k, c] = weight
+            weights[k, num_titles + begin : num_titles + end] = weight
+    return _Packed(*map(jnp.asarray, (tokens, owners, places, targets, weights)))
 
 
 @partial(jax.jit, static_argnames=("apply", "num_new"))
 def _greedy(apply, base, lora, tokens, mask, num_new: int) -> Int[Array, "batch new"]:
-    time = tokens.shape[1]
+    batch, time = tokens.shape
     module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
-    zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    # A slot not written yet has a later position than any query, so that causality hides it.
+    ahead = start.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
+    key_positions = jnp.concatenate([start.where, ahead], axis=1)
+    key_valid = jnp.concatenate([start.valid, jnp.ones((batch, num_new), bool)], axis=1)
+    zero = jnp.zeros((batch, 1), jnp.int32)
 
     def advance(state, step):
         token, cache = state
@@ -166,8 +216,8 @@ def _greedy(apply, base, lora, tokens, mask, num_new: int) -> Int[Array, "batch 
             variables,
             token[:, None],
             (start.lengths + step)[:, None],
-            start.key_positions,
-            start.key_valid,
+            key_positions,
+            key_valid,
             cache,
             time + step,
             zero,
@@ -248,21 +298,11 @@ class Scorer:
                 msg = f"aggregation is {lora.aggregation!r}; titles are scored under 'probabilities' only."
                 raise ValueError(msg)
             model = ensemble_model(model)
-        num_titles = len(self.questions[0].titles)
-        out = np.zeros((len(self.questions), num_titles))
+        out = np.zeros((len(self.questions), len(self.questions[0].titles)))
         for rows, filled, tokens, mask in self._batches():
-            longest = max(len(self._response_of[title]) for row in filled for title in self.questions[row].titles)
-            num_new = -(-longest // _TITLE_STEP) * _TITLE_STEP
-            candidates = np.zeros((len(filled), num_titles, num_new), np.int32)
-            weights = np.zeros(candidates.shape, np.float32)
-            for k, row in enumerate(filled):
-                for c, title in enumerate(self.questions[row].titles):
-                    response = self._response_of[title]
-                    candidates[k, c, : len(response)] = response
-                    weights[k, c, : len(response)] = 1 / len(response) if self.per_token else 1
-            scores = _candidate_log_probs(
-                model.apply, model.base, lora, tokens, mask, jnp.asarray(candidates), jnp.asarray(weights)
-            )
+            titles = [[self._response_of[title] for title in self.questions[row].titles] for row in filled]
+            packed = _pack(titles, self.per_token)
+            scores = _candidate_log_probs(model.apply, model.base, lora, tokens, mask, packed)
             out[rows] = np.asarray(scores)[: len(rows)]
         return out
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.llara import hybrid
+from experiments.llara import hybrid, scoring
 from experiments.llara.prompts import item_text, make_example
 from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Question, Scorer, match_answers
 from llmeraser_jax import trees
@@ -16,7 +16,9 @@ from llmeraser_jax.baselines import ensemble_model, make_ensemble
 from llmeraser_jax.data import Recipe, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.models import generate, load_model
+from llmeraser_jax.models import ModelConfig, generate, layers, load_model
+from llmeraser_jax.models.decoder import ApplyDecoder, init_base
+from llmeraser_jax.models.generation import pad_left
 from tests.training import tiny
 
 # Words are split at white space, so a title's line break is no token here.
@@ -71,6 +73,48 @@ def test_scores_are_the_log_probabilities_of_whole_responses(setting):
     assert got.std() > 0.1
     per_token = Scorer(model, questions, like, batch_size=3, per_token=True).candidate_scores(lora)
     np.testing.assert_allclose(per_token, [-scores.losses for scores in expected], atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "num_kv_heads"), [(None, 4), (7, 2), (3, 1)])
+@pytest.mark.parametrize("block", [5, 128])
+def test_packed_titles_do_not_see_each_other(window, num_kv_heads, block, monkeypatch):
+    """Against plain passes over prompt and title, for titles of 1 to 9 tokens that share their beginnings."""
+    monkeypatch.setattr(scoring, "_PROMPT_BLOCK", block)
+    monkeypatch.setattr(layers, "CHUNK_QUERIES_ABOVE", 16)
+    monkeypatch.setattr(layers, "QUERY_CHUNK", 6)
+    jax.clear_caches()
+    config = ModelConfig(
+        vocab_size=50,
+        width=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        head_dim=8,
+        mlp_width=24,
+        max_position=128,
+        sliding_window=window,
+        model_type="llama" if window is None else "mistral",
+        initializer_range=0.3,
+    )
+    base = init_base(config, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, 50, size).tolist() for size in (3, 11, 33)]
+    stem = rng.integers(1, 50, 9)
+    titles = [
+        [rng.permutation(stem)[:size] if size % 2 else stem[:size] for size in (9, 1, 4, 2, 6)] for _ in prompts
+    ]
+    apply = ApplyDecoder(config)
+    tokens, mask = pad_left(prompts)
+    got = scoring._candidate_log_probs(apply, base, None, tokens, mask, scoring._pack(titles, per_token=False))
+    expected = np.zeros((3, 5))
+    for k, prompt in enumerate(prompts):
+        for c, title in enumerate(titles[k]):
+            text = np.array([[*prompt, *title]])
+            log_probs = jax.nn.log_softmax(apply(base, None, text, np.ones_like(text))[0])
+            expected[k, c] = sum(log_probs[len(prompt) - 1 + t, token] for t, token in enumerate(title))
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    jax.clear_caches()
 
 
 def test_an_ensembles_scores_are_those_of_its_mean_prediction(setting):
