@@ -5,7 +5,7 @@ A block is one LoRA matrix: one leaf of one layer, where leaves are stacked over
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import flax.struct
 import jax
@@ -38,7 +38,11 @@ class Damped:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho v`."""
-        return trees.tree_axpy(self.rho, v, self.operator.mv(v))
+        return self.add_damping(self.operator.mv(v), v)
+
+    def add_damping(self, product: LoraParams, v: LoraParams) -> LoraParams:
+        """`product + rho v`; vectors may have further axes in front."""
+        return trees.tree_axpy(self.rho, v, product)
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`A_k v + rho v`, the mean of which over `k` is `mv(v)`."""
@@ -74,6 +78,10 @@ class BlockDamped:
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho_b v_b`."""
         return trees.tree_add(self.operator.mv(v), damping_product(self.rhos, v))
+
+    def add_damping(self, products: LoraParams, vs: LoraParams) -> LoraParams:
+        """`product + rho_b v_b` of vectors on a leading axis."""
+        return trees.tree_add(products, jax.vmap(partial(damping_product, self.rhos))(vs))
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`A_k v + rho_b v_b`, the mean of which over `k` is `mv(v)`."""

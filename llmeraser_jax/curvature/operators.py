@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.curvature.damping import BlockDamped, Damped
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product, linearise_empirical_fisher
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product, linearise_gauss_newton
 from llmeraser_jax.curvature.hessian import hessian_product, linearise_hessian
@@ -106,6 +107,26 @@ class DatasetCurvature:
         )
         return trees.tree_axpy(self._l2(), v, data_term)
 
+    def mv_each(self, vs: LoraParams) -> LoraParams:
+        """Products with vectors on a leading axis, one after the other over each micro-batch's primal values.
+
+        Keeps the intermediate values of one micro-batch. Where a product is bound by memory it beats products of
+        all vectors at once, whose derivatives XLA copies transposed on a CPU: measured at a million parameters,
+        0.83 of a product alone for each of 8, against 1.27.
+
+        Args:
+            vs: vectors of adapter space on a leading axis of every leaf.
+        """
+        assert self.kind.linearise is not None  # a kind without one has `mv` alone
+        linearise = self.kind.linearise
+
+        def products(batch, weights):
+            one = ExampleStack(*jax.tree.map(lambda x: x[None], ((batch,), (weights,))))
+            return jax.lax.map(linearise(self.objective, self.params, one), vs)
+
+        data_term = scan_weighted_sum(products, self.stack, trees.tree_zeros_like(vs))
+        return trees.tree_axpy(self._l2(), vs, data_term)
+
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`num_terms` times micro-batch `k`'s share of the product, so that the mean over `k` is `mv(v)`.
 
@@ -139,11 +160,16 @@ def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
 
     Args:
         operator: any.
-        vs: vectors of adapter space on a leading axis `k` of every leaf; memory grows with it.
+        vs: vectors of adapter space on a leading axis `k` of every leaf. Memory grows with it, but on a CPU that of
+            a dataset's curvature, which keeps what `DatasetCurvature.mv_each` says.
 
     Returns:
         The products, on the same axis.
     """
+    if isinstance(operator, Damped | BlockDamped):
+        return operator.add_damping(mv_many(operator.operator, vs), vs)
+    if isinstance(operator, DatasetCurvature) and operator.kind.linearise and jax.default_backend() == "cpu":
+        return operator.mv_each(vs)
     return jax.vmap(operator.mv)(vs)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import flax.struct
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.curvature.operators import mv_many
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.status import Status
 from llmeraser_jax.types import LoraParams, Operator, Preconditioner, Solution
@@ -111,7 +112,7 @@ class BlockConjugateGradients:
             active, unit_columns, trees.tree_zeros_like(jax.tree.map(lambda x: x[0], rhs))
         )
         tolerance = common.effective_tolerance(self.rtol, norms.dtype)
-        products = jax.vmap(operator.mv)
+        products = partial(mv_many, operator)
         precondition = None if preconditioner is None else jax.vmap(preconditioner.solve)
 
         def body(state: BlockCGState) -> BlockCGState:

@@ -3,21 +3,86 @@
 import jax
 import pytest
 
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, mv_many
+from llmeraser_jax.curvature import CURVATURES, BlockDamped, Damped, DatasetCurvature, mv_many
+from llmeraser_jax.curvature.operators import DatasetCurvature as Operator
 from tests.curvature.problem import compile_product, decoder_problem, random_vectors, relative_difference
 
 NUM_VECTORS = 8
 
 
+def at_once(operator, vectors):
+    """As on an accelerator."""
+    return jax.vmap(operator.mv)(vectors)
+
+
+@pytest.mark.parametrize("together", [mv_many, at_once])
 @pytest.mark.parametrize("kind", CURVATURES)
-def test_products_together_equal_those_apart_and_cost_less(kind):
+def test_products_together_equal_those_apart(kind, together):
     with jax.enable_x64(True):
         operator = DatasetCurvature(*decoder_problem("float64"), CURVATURES[kind])
         vectors = random_vectors(operator.params, NUM_VECTORS)
         first = jax.tree.map(lambda x: x[0], vectors)
-        one, many = compile_product(operator, first), compile_product(operator, vectors, mv_many)
-        together = many(operator, vectors)
+        one, many = compile_product(operator, first), compile_product(operator, vectors, together)
+        products = many(operator, vectors)
         for k in range(NUM_VECTORS):
             apart = one(operator, jax.tree.map(lambda x, k=k: x[k], vectors))
-            assert relative_difference(jax.tree.map(lambda x, k=k: x[k], together), apart) < 1e-12
-        assert many.flops < 0.8 * NUM_VECTORS * one.flops
+            assert relative_difference(jax.tree.map(lambda x, k=k: x[k], products), apart) < 1e-12
+        if together is at_once:
+            assert many.flops < 0.8 * NUM_VECTORS * one.flops
+
+
+def _primitives(jaxpr) -> set[str]:
+    """Names of all primitives, at every depth."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                found |= _primitives(getattr(value, "jaxpr", value))
+    return found
+
+
+def _is_program(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _loops_over_vectors(jaxpr) -> list:
+    """Bodies of the scans over `NUM_VECTORS`, at every depth."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == NUM_VECTORS:
+            found.append(equation.params["jaxpr"].jaxpr)
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                found += _loops_over_vectors(getattr(value, "jaxpr", value))
+    return found
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_one_after_the_other_they_share_the_primal_pass(kind):
+    operator = DatasetCurvature(*decoder_problem("float32"), CURVATURES[kind])
+    vectors = random_vectors(operator.params, NUM_VECTORS)
+    # Attention's exponential belongs to the primal pass: its tangent is a product.
+    [shared] = {
+        frozenset(_primitives(body)) for body in _loops_over_vectors(_program(Operator.mv_each, operator, vectors))
+    }
+    assert "dot_general" in shared and "exp" not in shared
+    [apart] = {frozenset(_primitives(body)) for body in _loops_over_vectors(_program(_apart, operator, vectors))}
+    assert "exp" in apart
+
+
+def _apart(operator, vectors):
+    return jax.lax.map(operator.mv, vectors)
+
+
+def _program(function, operator, vectors):
+    leaves, structure = jax.tree.flatten((operator, vectors))
+    return jax.make_jaxpr(lambda leaves: function(*jax.tree.unflatten(structure, leaves)))(leaves).jaxpr
+
+
+@pytest.mark.parametrize("damped", [lambda a: Damped(a, 0.3), lambda a: BlockDamped(a, 0.3)])
+def test_damping_is_added_to_every_product(damped):
+    operator = DatasetCurvature(*decoder_problem("float32"), CURVATURES["gauss-newton"])
+    vectors = random_vectors(operator.params, 2)
+    assert relative_difference(mv_many(damped(operator), vectors), at_once(damped(operator), vectors)) < 1e-5
