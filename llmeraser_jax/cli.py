@@ -260,10 +260,11 @@ class Report:
     """Gather any number of results into one page that explains itself.
 
     Evaluations of one request on one run are put side by side: methods by metrics, cost against fidelity, each
-    named example before and after. Erasures add what their solvers certify, trainings what they cost.
+    named example before and after. Studies have a section each. Erasures add what their solvers certify, trainings
+    what they cost.
 
     Attributes:
-        directories: made by evaluate, erase, retrain, finetune or adopt, or holding such directories.
+        directories: made by evaluate, erase, retrain, finetune, adopt or a study, or holding such directories.
         workdir: gets report.html (needs no other file), report.md and PNG files.
     """
 
@@ -334,12 +335,15 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
     _say(f"  method          {receipt.method}, {len(receipt.steps)} steps")
     if receipt.range_check is not None:
         _say(f"  range check     {receipt.range_check.verdict}")
-    _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
-    _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
-    if solver.error_bound is not None:
-        words = "certified" if solver.certified else "which certifies nothing"
-        _say(f"  error bound     {solver.error_bound:.2g} of each step, for its sampled curvature; {words}")
-    _say(f"  matrix          {receipt.curvature_reason}; asymmetry of a product {receipt.product_asymmetry:.1g}")
+    if receipt.steps:
+        _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
+        _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
+        if solver.error_bound is not None:
+            words = "certified" if solver.certified else "which certifies nothing"
+            _say(f"  error bound     {solver.error_bound:.2g} of each step, for its sampled curvature; {words}")
+        _say(
+            f"  matrix          {receipt.curvature_reason}; asymmetry of a product {receipt.product_asymmetry:.1g}"
+        )
     if receipt.corrected:
         _say(f"  correctors      {receipt.num_correctors}: {receipt.corrected}")
     if solver.negative_curvature:

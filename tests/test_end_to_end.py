@@ -119,6 +119,25 @@ def test_rhs_norm_is_that_of_the_gradients_written_out(run, erased):
     assert receipt["rhs_norm"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_request_without_effect_leaves_an_unchanged_adapter_and_a_receipt_that_says_so(run, tmp_path, capsys):
+    requests = write_lines(tmp_path / "requests.jsonl", [{"id": "r1", "action": "remove"}])
+    arguments = ["erase", "--run", str(run.path), "--requests", str(requests), "--workdir", str(tmp_path / "out")]
+    # Any loss is above this one: the row has been forgotten already.
+    assert main([*arguments, "--target-loss", "1e-5", "--chunk-size", "4"]) == 0
+    assert "the adapter is unchanged" in capsys.readouterr().out
+    out = load_run(tmp_path / "out")
+    model = run.load_model()
+    before, after = run.load_adapter(model), out.load_adapter(model)
+    assert float(trees.tree_norm(trees.tree_sub(after, before))) == 0
+    receipt = json.loads((out.path / "receipt.json").read_text())
+    assert receipt["complete"] and receipt["steps"] == [] and receipt["range_check"] is None
+    assert receipt["delta_norm"] == 0 and receipt["bf16_survival"] == 1 and receipt["rhs_norm"] == 0
+    assert receipt["gradient_equivalents"]["total"] == pytest.approx(1)
+    # A report over it has a certificate without steps.
+    assert main(["report", str(out.path), "--workdir", str(tmp_path / "report")]) == 0
+    assert "nothing to solve" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_later_requests_see_the_edited_data_and_receipts_chain(erased, work, capsys):
     second = write_lines(work / "second.jsonl", [{"id": "r2", "action": "remove"}])
     arguments = ["erase", "--run", str(erased.path), "--requests", str(second)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,8 +56,8 @@ def unlearn(
         mesh: devices; None is one.
         heldout: examples of the same kind that were not trained on: the matched way takes from them where
             removed rows should end.
-        modified: for each named example, whether its query is what changes; None is nowhere. Removed and modified
-            rows need held-out rows for the matched way, corrected ones can do without.
+        modified: for each named example, whether its query is what changes; None is nowhere. The matched way
+            treats the two kinds of edits apart.
         retrain_cost: gradient equivalents of a retraining, which a budget is a share of.
         checkpoint_directory: where `config.stream` saves its solves.
         factors_directory: where solver `ekfac` keeps its factors: read where they are there, else made and saved;
@@ -74,20 +73,28 @@ def unlearn(
         ValueError: the matched way was asked for and has no targets.
     """
     modified = np.zeros(len(problem.named), bool) if modified is None else np.asarray(modified, bool)
-    goes = modified | (problem.replacements < 0)
     knows_unknown = heldout is not None or config.target_loss is not None
-    knows_targets = knows_unknown or not goes.any()
+    knows_targets = knows_unknown or bool(np.all(problem.replacements >= 0))
     may_go_on = config.method == "auto"
     if may_go_on:
         config = dataclasses.replace(config, method="matched" if knows_targets else "path")
     elif config.method == "matched" and not knows_targets:
         msg = (
-            "method is 'matched', but there is nothing to tell where removed or modified rows should end: give "
-            "held-out examples or target_loss, or use method 'path'."
+            "method is 'matched', but there is nothing to tell where removed rows should end: give held-out "
+            "examples or target_loss, or use method 'path'."
         )
         raise ValueError(msg)
     move = _Way(
-        objective, params, problem, mesh, heldout, retrain_cost, checkpoint_directory, factors_directory, on_step
+        objective,
+        params,
+        problem,
+        modified,
+        mesh,
+        heldout,
+        retrain_cost,
+        checkpoint_directory,
+        factors_directory,
+        on_step,
     )
     if not (may_go_on and config.method == "matched"):
         return move(config)
@@ -117,6 +124,7 @@ class _Way:
     objective: Objective
     params: LoraParams
     problem: EditProblem
+    modified: np.ndarray
     mesh: Mesh | None
     heldout: ExampleSet | None
     retrain_cost: float | None
@@ -146,7 +154,9 @@ class _Way:
             check = Check(evaluator, probe)
         if config.method == "matched":
             targets = _target_losses(evaluator, self.params, self.heldout)
-            moved = unlearn_matched(evaluator, self.params, targets, on_step=self.on_step)
+            moved = unlearn_matched(evaluator, self.params, targets, self.modified, on_step=self.on_step)
+            if not moved.steps:
+                return moved
         else:
             run = influence_path if config.method == "path" else single_step
             moved = run(evaluator, check if config.trust_region else None, self.params, self.on_step)
@@ -184,7 +194,8 @@ def _target_losses(evaluator: Evaluator, params: LoraParams, heldout: ExampleSet
     known = problem.retained
     if len(known) > _NUM_KNOWN:
         known = np.sort(rng.choice(known, size=_NUM_KNOWN, replace=False))
-    known_loss = _mean_loss(evaluator, params, problem.examples, known) if len(problem.wanted) else math.nan
+    asked = len(problem.wanted) > 0 and len(known) > 0
+    known_loss = _mean_loss(evaluator, params, problem.examples, known) if asked else None
     return TargetLosses(unknown=unknown, known=known_loss)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import trees
@@ -128,7 +129,7 @@ def erase(
         requests: what is to go or to change; from `data.load_requests`.
         config: how; `config.l2` must be the lambda of training.
         heldout: examples of the same kind that were not trained on, encoded alike: they show where removed
-            rows should end. Without them removals go along the path.
+            rows should end. Without them requests with a removal go along the path.
         retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of.
         checkpoint_directory: where `config.stream` saves its solves.
         factors_directory: where solver `ekfac` keeps its factors: read where they are there, else made and saved;
@@ -136,7 +137,8 @@ def erase(
         on_step: called after every accepted step.
 
     Returns:
-        The change, the new adapter and the receipt.
+        The change, the new adapter and the receipt. The change is zero where the matched way finds every named pair
+        where retraining would be expected to leave it; the receipt says so.
 
     Raises:
         UnlearningError: no usable step was found; there is no result.
@@ -173,7 +175,7 @@ def erase(
     )
     delta = trees.tree_sub(moved.params, lora)
     delta_norm = float(trees.tree_norm(delta))
-    if not (np.isfinite(delta_norm) and delta_norm > 0):
+    if not np.isfinite(delta_norm) or (moved.steps and not delta_norm > 0):
         msg = f"The whole change has norm {delta_norm}; nothing was forgotten, and no adapter is written."
         raise UnlearningError(msg)
     receipt = _make_receipt(
@@ -208,7 +210,8 @@ def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
         return jax.tree.map(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7), tree)
 
     survived = trees.tree_sub(rounded(trees.tree_add(old, delta)), rounded(old))
-    return trees.tree_vdot(survived, delta) / trees.tree_vdot(delta, delta)
+    size = trees.tree_vdot(delta, delta)
+    return jnp.where(size > 0, trees.tree_vdot(survived, delta) / size, 1.0)
 
 
 def _outcome(moved: Unlearned) -> str:
@@ -218,7 +221,12 @@ def _outcome(moved: Unlearned) -> str:
     what = "way to their targets" if moved.method == "matched" else "weight"
     if moved.stopped:
         notes += f"; {moved.stopped}"
-    if moved.complete and moved.method == "matched":
+    if not moved.steps:
+        told = (
+            "complete: the adapter is unchanged; the named pairs are already where retraining would be expected to "
+            "leave them"
+        )
+    elif moved.complete and moved.method == "matched":
         told = f"complete: the named rows are at their targets, but for {left} of their way{notes}"
     elif moved.complete:
         but = f", but for {left}" if moved.final_weight > 0 else ""
@@ -259,9 +267,12 @@ def _make_receipt(
             )
         )
     actions = [example.action for example in named]
-    cost, first = moved.cost, moved.steps[0]
+    cost = moved.cost
     product_change, product_before = product_norms(lora, delta)
-    whole = (first.weight_before - first.weight_after) / first.scale
+    rhs_norm = 0.0
+    if moved.steps:
+        first = moved.steps[0]
+        rhs_norm = first.rhs_norm / ((first.weight_before - first.weight_after) / first.scale)
     return Receipt(
         config=config,
         counts={action: actions.count(action) for action in ("remove", "modify_query", "correct_response")},
@@ -274,7 +285,7 @@ def _make_receipt(
         targets=moved.targets,
         outcome=_outcome(moved),
         final_weight=moved.final_weight,
-        rhs_norm=first.rhs_norm / whole,
+        rhs_norm=rhs_norm,
         solver=summarise_solves(moved.steps),
         steps=moved.steps,
         num_correctors=moved.num_correctors,

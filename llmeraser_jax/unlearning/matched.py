@@ -16,12 +16,14 @@ adapter. Rows in the sample and rows outside it are harmed and repaired nearly a
 `experiments/fidelity`), so a fresh sample's mean harm is an unbiased measure of what is left to repair; when it
 is negligible the repairs end.
 
-Where rows should end, without an oracle: a pair that goes should look like one that was never trained on, so its
-target is the mean loss of held-out examples; a pair that is wanted should look like a trained one, so its target
-is the mean loss of retained examples. An edited pair as it was trained goes too, but what its replacement teaches
-speaks for it (another query with the same response) or against it (another response to the same query): its
-target is unknown log-odds plus their regression on its replacement's, in the metric of `C^-1`. Without held-out
-examples corrected pairs get no target of their own: the right response drives them out.
+Where rows should end, without an oracle: a removed pair should look like one that was never trained on, so its
+target is the mean loss of held-out examples. A replacement should look like a trained pair, so its target is the
+mean loss of retained examples. And an edit is an exchange: after it the pair as it was trained is to the model
+what the replacement is now, a variation of a trained pair that was not trained itself; so its target is the mean
+loss of the replacements now. That holds for another query to the same response and for another response to the
+same query, and asks for no held-out examples (measured: `experiments/fidelity`). Where pairs that are hard
+before the exchange are hard after it, which shows in the pairs' correlation with their replacements, each row's
+target follows its own partner. Where the exchange would change nothing, neither does this module.
 
 Log-odds of a loss `l` (nats per token) are `log(exp(l) - 1)`, those against a token of probability `exp(-l)`: on
 the way from memorised to unknown they move evenly, where the loss first does not move at all and then runs.
@@ -73,6 +75,8 @@ _MAX_LOG_ODDS_STEP = 4.0  # a linearisation reaches no further
 _MAX_OVERSHOOT = 1.5  # of the predicted move, before a step is shortened
 _MAX_HALVINGS = 5
 _LEAST_LOSS = 1e-6  # below it a loss is float32 rounding
+_LEAST_PAIRS = 3  # fewer show no correlation
+_NEGLIGIBLE_WAY = 0.1  # log-odds that edited pairs may be from their ends on average and count as there already
 
 
 def log_odds(losses: np.ndarray | float) -> np.ndarray:
@@ -86,19 +90,22 @@ class _Rows:
 
     indices: np.ndarray
     goes: np.ndarray  # whether it is a pair that goes; else one that is wanted
-    partner: np.ndarray  # of a modified pair that goes, the place of its replacement; else -1
+    edits: tuple[tuple[np.ndarray, np.ndarray], ...]  # per kind: places of the pairs as trained, of replacements
 
 
-def _targeted_rows(problem: EditProblem, *, with_named: bool) -> _Rows:
-    """The named pairs, if they have targets, and all replacements, bucket by bucket."""
-    named = problem.named if with_named else problem.named[:0]
-    replacement_of = dict(zip(problem.named.tolist(), problem.replacements.tolist(), strict=True))
-    indices = np.concatenate([named, problem.wanted]).astype(np.int64)
+def _targeted_rows(problem: EditProblem, modified: np.ndarray) -> _Rows:
+    """The named pairs and all replacements, bucket by bucket."""
+    indices = np.concatenate([problem.named, problem.wanted]).astype(np.int64)
     buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
     indices = indices[np.argsort(buckets, kind="stable")]
     place = {int(index): position for position, index in enumerate(indices)}
-    partner = np.array([place.get(replacement_of.get(int(i), -1), -1) for i in indices], np.int64)
-    return _Rows(indices, ~np.isin(indices, problem.wanted), partner)
+    edits = []
+    for kind in (modified, ~modified):
+        of_kind = kind & (problem.replacements >= 0)
+        if of_kind.any():
+            old, new = problem.named[of_kind], problem.replacements[of_kind]
+            edits.append((np.array([place[int(i)] for i in old]), np.array([place[int(i)] for i in new])))
+    return _Rows(indices, ~np.isin(indices, problem.wanted), tuple(edits))
 
 
 @jax.jit
@@ -167,17 +174,24 @@ def retained_curvature(
     return factorise(operator)
 
 
-def _targets(rows: _Rows, targets: TargetLosses, metric: np.ndarray) -> np.ndarray:
-    """Log-odds that every row should end at."""
-    known = float(log_odds(targets.known))
-    if targets.unknown is None:
-        return np.full(len(rows.indices), known)
-    unknown = float(log_odds(targets.unknown))
-    ends = np.where(rows.goes, unknown, known)
-    for row in np.flatnonzero(rows.partner >= 0):
-        partner = rows.partner[row]
-        likeness = np.clip(metric[row, partner] / metric[partner, partner], 0.0, 1.0)
-        ends[row] = unknown + likeness * (known - unknown)
+def _ends(rows: _Rows, targets: TargetLosses, here: np.ndarray) -> np.ndarray:
+    """Log-odds that every row should end at; those it has where an edit is without effect.
+
+    Args:
+        rows: which.
+        targets: mean losses of what is known and unknown.
+        here: their log-odds now.
+    """
+    ends = np.full(len(here), math.nan if targets.unknown is None else float(log_odds(targets.unknown)))
+    for old, new in rows.edits:
+        persistence = 0.0
+        if len(old) >= _LEAST_PAIRS and np.ptp(here[old]) > 0 and np.ptp(here[new]) > 0:
+            persistence = max(float(np.corrcoef(here[old], here[new])[0, 1]), 0.0)
+        known = here[old].mean() if targets.known is None else float(log_odds(targets.known))
+        ends[new] = known + persistence * (here[old] - known)
+        ends[old] = here[new].mean() + persistence * (here[new] - here[new].mean())
+        if max((ends[old] - here[old]).mean(), (here[new] - ends[new]).mean()) <= _NEGLIGIBLE_WAY:
+            ends[old], ends[new] = here[old], here[new]
     return ends
 
 
@@ -214,27 +228,21 @@ class _Guards:
 class _Matching:
     """The rows, their targets, and what is measured about them on the way."""
 
-    def __init__(self, evaluator: Evaluator, trained: LoraParams, targets: TargetLosses):
+    def __init__(self, evaluator: Evaluator, trained: LoraParams, targets: TargetLosses, modified: np.ndarray):
         self.evaluator = evaluator
         self.trained = trained
         self.targets = targets
-        self.rows = _targeted_rows(evaluator.problem, with_named=targets.unknown is not None)
+        self.rows = _targeted_rows(evaluator.problem, modified)
         self.stack = evaluator.stack(Weighted(self.rows.indices, np.ones(len(self.rows.indices))))
         self.keep = _kept(self.stack)
         self.ends = np.zeros(0)
         self.way = np.zeros(0)
 
-    def begin(self, point: _Point, metric: np.ndarray) -> None:
-        """Sets the rows' ends.
-
-        Raises:
-            UnlearningError: no row has anywhere to go.
-        """
-        self.ends = _targets(self.rows, self.targets, metric)
-        self.way = _demand(self.rows, point.here, self.ends)
-        if not np.any(self.way):
-            msg = "Every named row is already at its target; there is nothing to forget."
-            raise UnlearningError(msg)
+    def begin(self, point: _Point) -> bool:
+        """Sets the rows' ends; whether any row has a way to go."""
+        self.ends = _ends(self.rows, self.targets, point.here)
+        self.way = self.demand(point)
+        return bool(np.any(self.way))
 
     def demand(self, point: _Point) -> np.ndarray:
         """What is left of every row's way, in log-odds."""
@@ -320,6 +328,7 @@ def unlearn_matched(
     evaluator: Evaluator,
     params: LoraParams,
     targets: TargetLosses,
+    modified: np.ndarray,
     *,
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
@@ -328,14 +337,18 @@ def unlearn_matched(
     Args:
         evaluator: objective, request and configuration.
         params: the adapter trained on the data as they stood.
-        targets: where rows should end.
+        targets: where rows should end; `unknown` is needed where rows are removed.
+        modified: for each named example, whether its query is what changes: pairs of either kind are like each
+            other, and the two kinds are not.
         on_step: called after every accepted step.
 
+    Returns:
+        The outcome; without steps, and the adapter as it was, where no row has anywhere to go.
+
     Raises:
-        UnlearningError: no row has anywhere to go, the budget does not cover the first step, or no step moves the
-            rows as predicted.
+        UnlearningError: the budget does not cover the first step, or no step moves the rows as predicted.
     """
-    config, matching = evaluator.config, _Matching(evaluator, params, targets)
+    config, matching = evaluator.config, _Matching(evaluator, params, targets, modified)
     rng = np.random.default_rng([config.seed, 3])
     num_rows = len(matching.rows.indices)
     num_steps = _affordable_steps(evaluator, num_rows)
@@ -352,10 +365,10 @@ def unlearn_matched(
             )
             if point is None:
                 point = matching.measure(params, gradients=True)
+                if not matching.begin(point):
+                    return _nothing_to_do(evaluator, params, targets)
             if curvature is None or fresh:
                 curvature = retained_curvature(evaluator, params, rng, curvature)
-            if len(matching.ends) == 0:
-                matching.begin(point, curvature.metric(_normals(point))[0])
             guards = matching.draw_guards(params, rng) if repairing and len(evaluator.problem.retained) else None
             if repairing and matching.left(point) <= _CORRECT_ABOVE and (not guards or guards.harm <= _HARM_BELOW):
                 break
@@ -399,6 +412,19 @@ def unlearn_matched(
         cost=evaluator.cost,
         targets=targets,
         stopped=stopped,
+    )
+
+
+def _nothing_to_do(evaluator: Evaluator, params: LoraParams, targets: TargetLosses) -> Unlearned:
+    return Unlearned(
+        params=params,
+        steps=(),
+        final_weight=0.0,
+        complete=True,
+        method="matched",
+        cost=evaluator.cost,
+        targets=targets,
+        stopped="no named pair has anywhere to go",
     )
 
 

@@ -94,9 +94,9 @@ class Receipt:
         outcome: in words.
         final_weight: weight of the named examples at the end, 1 as trained, 0 gone; for the matched way the
             share of the named rows' way to their targets that is left.
-        rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request.
+        rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request; 0 without steps.
         solver: all solves together.
-        steps: one record per solve.
+        steps: one record per solve; none where every named pair was at its target, and the adapter is unchanged.
         num_correctors: how many of `steps`, the last ones, are Newton steps on the edited objective.
         corrected: why they ended; empty where none were asked for.
         attempts: ways that were tried and given up, with the reason; their cost is counted.
@@ -166,6 +166,16 @@ class Receipt:
 
 def summarise_solves(steps: tuple[StepRecord, ...]) -> SolverSummary:
     """One summary of several solves: worst status, largest residual, sum of iterations."""
+    if not steps:
+        return SolverSummary(
+            status="nothing to solve",
+            converged=True,
+            iterations=0,
+            relative_residual=0.0,
+            negative_curvature=False,
+            error_bound=0.0,
+            certified=True,
+        )
     bounds = [step.error_bound for step in steps]
     bound = math.nan if any(map(math.isnan, bounds)) else max(bounds)
     worst = min((step.status for step in steps), key=_SEVERITY.index)

@@ -37,11 +37,11 @@ class TargetLosses:
 
     Attributes:
         unknown: of a pair that goes; None where nothing is known.
-        known: of a pair that is wanted; nan where no row is retained.
+        known: of a pair that is wanted; None where there is none, or no row is retained.
     """
 
     unknown: float | None
-    known: float
+    known: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
