@@ -8,6 +8,8 @@ projector alone.
 
 from __future__ import annotations
 
+import dataclasses
+
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.unlearning import EraseConfig
@@ -26,3 +28,41 @@ TRAIN = TrainConfig(
     checkpoint_every_steps=50,
 )
 ERASE = EraseConfig(l2=TRAIN.l2, chunk_size=MICROBATCH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullSize:
+    """Puts these settings in the place of an experiment's small ones; named before it among the base classes.
+
+    Attributes:
+        rank: of the adapter, on all projections.
+        epochs: of training.
+        learning_rate: of training.
+        l2: lambda.
+        seed: of training.
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+    """
+
+    rank: int = LORA.rank
+    epochs: int = TRAIN.epochs
+    learning_rate: float = TRAIN.learning_rate
+    l2: float = TRAIN.l2
+    seed: int = 0
+    mesh: str = ""
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        return dataclasses.replace(LORA, rank=self.rank)
+
+    @property
+    def train(self) -> TrainConfig:
+        """Its training."""
+        return dataclasses.replace(
+            TRAIN, epochs=self.epochs, learning_rate=self.learning_rate, l2=self.l2, seed=self.seed
+        )
+
+    @property
+    def erase(self) -> EraseConfig:
+        """What the package's own ways share."""
+        return dataclasses.replace(ERASE, l2=self.l2)

@@ -1,13 +1,11 @@
-"""Owns what the experiments' working directories share: settings that must not change, numbers that JSON lacks."""
+"""Owns what the experiments' working directories share: settings that must not change."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llmeraser_jax import files
 
@@ -34,16 +32,3 @@ def claim_settings(directory: Path, settings: Mapping[str, Any]) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(files.to_json(value))
-
-
-def finite_json(value: Any) -> Any:
-    """A copy for JSON in which numbers that are not finite are null."""
-    if isinstance(value, Mapping):
-        return {k: finite_json(v) for k, v in value.items()}
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return [finite_json(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

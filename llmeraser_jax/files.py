@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,17 @@ def non_finite_entries(value: Any, where: str = "") -> list[str]:
     if isinstance(value, float | np.floating) and not math.isfinite(value):
         return [f"{where or 'the value'} = {float(value)}"]
     return []
+
+
+def finite_json(value: Any) -> Any:
+    """A copy for JSON in which numbers that are not finite are null."""
+    if isinstance(value, Mapping):
+        return {k: finite_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(v) for v in value]
+    if isinstance(value, float | np.floating) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _json_default(value: Any) -> Any:

@@ -28,7 +28,6 @@ import numpy as np
 from experiments.fidelity.methods import PAPER_EPOCHS, Method, NotYetError, Setting
 from experiments.fidelity.profiles import Category, write_requests, write_rows
 from experiments.fidelity.tasks import Task
-from experiments.workdirs import finite_json
 from llmeraser_jax import files, trees
 from llmeraser_jax.baselines import retrain
 from llmeraser_jax.data import TokenDataset, apply_requests, load_requests
@@ -286,8 +285,8 @@ class Cell:
                 "details": moved.details,
             }
         result["cell_seconds"] = time.perf_counter() - started
-        files.atomic_write_json(path, finite_json(result))
-        return finite_json(result)
+        files.atomic_write_json(path, files.finite_json(result))
+        return files.finite_json(result)
 
 
 def distance_left(

@@ -29,11 +29,18 @@ from experiments.llara.prepare import (
     split_by_user,
     write_prepared,
 )
-from experiments.llara.scoring import Question, Scorer
+from experiments.llara.scoring import (
+    HIT_RATIO_GENERATED,
+    HIT_RATIO_OF_VALID,
+    HIT_RATIO_SCORED,
+    Question,
+    Scorer,
+)
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
 from llmeraser_jax.baselines import Ensemble
 from llmeraser_jax.data import Recipe
+from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
@@ -44,6 +51,17 @@ from llmeraser_jax.unlearning import EraseConfig
 
 # More than half of the rows are named by a modification, each with a path of its own: several retrainings.
 METHODS = tuple(name for name in study.METHODS if name != "llmeraser-path")
+QUESTIONS: Mapping[Scenario, str] = {
+    "removal": "Can it forget all examples of some users, as if they had never been trained on?",
+    "query-removal": "Can it forget single items of the histories that it was shown, which stay as examples?",
+    "query-replacement": "Some items of the histories that it was shown were wrong. Can it learn the true ones?",
+    "correction": "Some of the answers that it was trained on were wrong. Can it learn the right ones?",
+}
+HIT_RATIOS = {
+    HIT_RATIO_SCORED: "share of questions whose right title is the most probable one of the candidates.",
+    HIT_RATIO_GENERATED: "share of questions whose greedy answer names the right title and no other candidate.",
+    HIT_RATIO_OF_VALID: "the same among answers that name exactly one candidate.",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,6 +331,13 @@ def make_scenario(
         heldout=tuple(question.example for question in spread(questions["held-out"], preset.num_kl)),
         make_task=make_task,
         num_task_seeds=1,
+        question="A model names the next item of a user's history, from "
+        f"{preset.prepare.num_candidates} candidates. {QUESTIONS[name]}",
+        metrics={
+            f"{split}: {ratio}": MetricMeaning(meaning=meaning, better="higher")
+            for split in questions
+            for ratio, meaning in HIT_RATIOS.items()
+        },
         users={example.id: user for example, user in zip(prepared.train, prepared.users, strict=True)},
         settings={
             "prepare": dataclasses.asdict(preset.prepare),

@@ -10,7 +10,6 @@ from experiments.study.study import (
     metrics_as_json,
     run_study,
 )
-from experiments.study.table import render_plot, render_tables
 
 __all__ = [
     "METHODS",
@@ -19,8 +18,6 @@ __all__ = [
     "Study",
     "held_out_task",
     "metrics_as_json",
-    "render_plot",
-    "render_tables",
     "run_study",
     "set_up_logging",
     "show",

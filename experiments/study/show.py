@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study.study import Scenario, logger, run_study
-from experiments.study.table import render_plot, render_tables
 from llmeraser_jax import files
+from llmeraser_jax.evaluation.study_page import render_study
 
 
 def set_up_logging() -> None:
@@ -29,12 +29,13 @@ def show(scenario: Scenario, workdir: Path, **options: Any) -> None:
         options: of `run_study`.
     """
     results = run_study(scenario, workdir, **options)
-    tables = render_tables(results)
+    tables, plot = render_study(results, "plot.png")
+    told = results.manifest
     files.atomic_write_text(workdir / "table.md", tables)
-    (workdir / "plot.png").write_bytes(render_plot(results))
-    counts = results["scenario"]
+    if plot is not None:
+        (workdir / "plot.png").write_bytes(plot)
     sys.stdout.write(
-        f"\n{counts['name']}: {counts['num_named']} of {counts['num_rows']} rows named, "
-        f"{counts['num_truncated']} prompts cut, {counts['num_unseen']} unseen rows\n\n{tables}"
+        f"\n{told.name}: {sum(told.named.values())} of {told.num_examples} rows named, "
+        f"{told.num_truncated} prompts cut, {told.num_unseen} unseen rows\n\n{tables}"
     )
-    sys.stdout.write(f"\n{results['devices']}; {json.dumps(results['versions'])}\n")
+    sys.stdout.write(f"\n{told.devices}; {json.dumps(told.versions)}\n")

@@ -1,14 +1,9 @@
-"""Owns the comparison of all ways to forget on one request: training, retraining, rivals, measures, tables.
+"""Owns the comparison of all ways to forget on one request: training, retraining, rivals, measures.
 
 A `Scenario` says what is trained, what is to go, and how the task is measured; `run_study` computes what its
-workdir lacks and returns everything. A workdir holds
-
-    settings.json             what it was made with; other settings are refused
-    data/                     train.jsonl, requests.jsonl, unseen.jsonl, heldout.jsonl
-    before/, retrained/seed_*/   run directories
-    scores/<model>.json       before and retrained, measured
-    methods/<name>-seed_<k>.json   a way to forget with one seed: cost, scores, held-out KL
-    results.json, table.md    all of it together
+workdir lacks and returns everything. What a workdir holds of measures, and how they are read, is
+`llmeraser_jax.evaluation.study`'s; besides, before/ and retrained/seed_*/ are run directories, and results.json is
+all of it together.
 
 What a rival is told. All get the same adapter, data and requests. The descents' learning rates are those of a
 small grid at which the losses come nearest to the retrained models' (an oracle that no user has, and that the ways
@@ -21,28 +16,25 @@ import dataclasses
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from experiments.workdirs import claim_settings, finite_json
+from experiments.workdirs import claim_settings
 from llmeraser_jax import files, trees
 from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
 from llmeraser_jax.baselines.descent import Descent
 from llmeraser_jax.baselines.erasing import Erasing
 from llmeraser_jax.data import Example, Recipe, Request, TokenDataset, load_requests, request_to_json, save_examples
 from llmeraser_jax.environment import describe_devices, library_versions
-from llmeraser_jax.evaluation.membership import (
-    mean_of_others,
-    membership_auc,
-    membership_loss_auc,
-    membership_min_k_auc,
-    reference_scores,
-)
+from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.robustness import relearn, retained_only, robustness_to_rounding
 from llmeraser_jax.evaluation.scoring import ExampleScores, heldout_kl_of, make_task_metrics, score_examples
+from llmeraser_jax.evaluation.study import Study as StudyResults
+from llmeraser_jax.evaluation.study import StudyManifest, read_study, write_manifest
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
@@ -82,7 +74,7 @@ class Task(Protocol):
     """Measures a model on the task that it was tuned for."""
 
     def __call__(self, model: Model, params: LoraParams | None) -> Mapping[str, Any]:
-        """`metrics`: name -> `Metric` as a mapping; anything else is kept for `against_retrained`."""
+        """`metrics`: name -> `Metric` as a mapping; TOFU's `truth_ratios` give its forget quality when read."""
         ...
 
 
@@ -120,7 +112,8 @@ class Scenario:
         users: id -> user, where examples have one.
         num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
             does; losses, held-out KL and membership inference are of all seeds. None is all.
-        against_retrained: `(scores of a model, scores of the retrained ones) -> metrics` that need both.
+        question: what is asked, in a sentence or two for a reader who did not run it.
+        metrics: what the task's metrics mean, where the library does not know them.
         settings: JSON-like: what else the workdir must have been made with.
     """
 
@@ -137,7 +130,8 @@ class Scenario:
     make_task: Callable[[Model, Encode], Task]
     users: Mapping[str, str] | None = None
     num_task_seeds: int | None = None
-    against_retrained: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None = None
+    question: str = ""
+    metrics: Mapping[str, MetricMeaning] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -292,7 +286,7 @@ class Study:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            result = finite_json(compute())
+            result = files.finite_json(compute())
             files.atomic_write_json(path, result)
             logger.info("%s: %s, %.0f s", self.scenario.name, path.stem, time.perf_counter() - started)
         return files.read_json(path)
@@ -420,37 +414,6 @@ def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
     return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
 
 
-def membership(
-    scores: Mapping[str, Any], retrained: Sequence[Mapping[str, Any]], left_out: int | None = None
-) -> dict[str, float | None]:
-    """AUC of telling S from unseen examples, by attack.
-
-    Args:
-        scores: of the model attacked.
-        retrained: of the retrained models, whose mean loss is the reference of the reference-model attack.
-        left_out: which of them is the model attacked, where it is one.
-    """
-
-    def array(side: str, name: str) -> np.ndarray:
-        return np.asarray([np.nan if value is None else value for value in scores[side][name]], np.float64)
-
-    found = {
-        "loss": membership_loss_auc(array("named", "losses"), array("unseen", "losses")),
-        "min-k%": membership_min_k_auc(array("named", "min_k"), array("unseen", "min_k")),
-        "min-k%++": membership_auc(
-            "min_k_plus_plus", array("named", "min_k_plus_plus"), array("unseen", "min_k_plus_plus")
-        ),
-    }
-    attacked = []
-    for side in ("named", "unseen"):
-        others = mean_of_others([np.asarray(r[side]["losses"], np.float64) for r in retrained], left_out)
-        if others is not None:
-            attacked.append(reference_scores(array(side, "losses"), others))
-    if attacked:
-        found["reference"] = membership_auc("reference", *attacked)
-    return {name: metric.value for name, metric in found.items()}
-
-
 def run_study(
     scenario: Scenario,
     workdir: Path,
@@ -458,7 +421,7 @@ def run_study(
     methods: Sequence[str] = METHODS,
     method_seeds: int = 3,
     retrain_seeds: int = 3,
-) -> dict[str, Any]:
+) -> StudyResults:
     """Computes what a workdir lacks.
 
     Args:
@@ -469,7 +432,7 @@ def run_study(
         retrain_seeds: retrained models.
 
     Returns:
-        `before`, `retrained`, `kl` as `Study.reference` has them; `methods`: name -> results by seed.
+        What the workdir holds now, earlier calls' methods included.
 
     Raises:
         ValueError: an unknown method, named with those there are.
@@ -479,30 +442,28 @@ def run_study(
         msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(BASELINES)}."
         raise ValueError(msg)
     study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
+    planned = {name: 1 if name in ONE_SEED else method_seeds for name in methods}
+    manifest = StudyManifest(
+        name=scenario.name,
+        question=scenario.question,
+        base=Path(scenario.model.path).name,
+        num_examples=len(scenario.examples),
+        named=dict(Counter(request.action.value for request in scenario.requests)),
+        num_unseen=len(scenario.unseen),
+        num_heldout=len(scenario.heldout),
+        retrain_seeds=retrain_seeds,
+        methods=planned,
+        metrics=scenario.metrics,
+        devices=describe_devices(),
+        versions=library_versions(),
+    )
+    write_manifest(workdir, manifest)
     logger.info("%s: trained, loss %.4f", scenario.name, study.before.result["loss"])
-    results: dict[str, Any] = {**study.reference(), "methods": {}}
-    for name in methods:
-        seeds = 1 if name in ONE_SEED else method_seeds
-        results["methods"][name] = [study.run(name, seed) for seed in range(seeds)]
-    retrained = results["retrained"]
-    everything = [
-        (results["before"], None),
-        *((scores, k) for k, scores in enumerate(retrained)),
-        *((scores, None) for rows in results["methods"].values() for scores in rows if "failed" not in scores),
-    ]
-    for scores, left_out in everything:
-        scores["membership"] = membership(scores, retrained, left_out)
-        if scenario.against_retrained is not None and "task" in scores:
-            others = [r for k, r in enumerate(retrained) if k != left_out]
-            scores["task"]["metrics"] |= scenario.against_retrained(scores, others)
-    results["scenario"] = {
-        "name": scenario.name,
-        "num_rows": len(scenario.examples),
-        "num_named": len(study.problem.named),
-        "num_unseen": len(scenario.unseen),
-        "num_heldout": len(scenario.heldout),
-        "num_truncated": study.dataset.num_truncated,
-    }
-    results["versions"], results["devices"] = library_versions(), describe_devices()
-    files.atomic_write_json(workdir / "results.json", finite_json(results))
+    study.reference()
+    for name, seeds in planned.items():
+        for seed in range(seeds):
+            study.run(name, seed)
+    write_manifest(workdir, dataclasses.replace(manifest, num_truncated=study.dataset.num_truncated))
+    results = read_study(workdir)
+    files.atomic_write_json(workdir / "results.json", results.to_mapping())
     return results

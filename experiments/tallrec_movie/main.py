@@ -8,6 +8,7 @@ fine-tunes, retrains, forgets by each method and measures; a second call goes on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,12 @@ from llmeraser_jax.unlearning import EraseConfig
 
 ScenarioName = Literal["removal", "correction"]
 Split = Literal["train", "valid", "test"]
+QUESTIONS: Mapping[ScenarioName, str] = {
+    "removal": "A model says whether a user would like an item, from what the user liked before. Can it forget all "
+    "examples of some users, as if they had never been trained on?",
+    "correction": "A model says whether a user would like an item, from what the user liked before. Some of the "
+    "labels that it was trained on were wrong: can it learn the right ones in their place?",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,7 @@ def make_scenario(config: TallrecConfig, name: ScenarioName, model: Model) -> st
         heldout=prepare.draw(test, min(config.num_kl, len(test)), config.seed),
         make_task=lambda model, encode: study.held_out_task(model, encode, test),
         users={example.id: user for example, user in zip(examples, users, strict=True)},
+        question=QUESTIONS[name],
         settings={
             **{field: getattr(config, field) for field in draws},
             "share": config.removed_share if name == "removal" else config.flipped_share,

@@ -21,6 +21,7 @@ from scipy.stats import hmean
 from experiments import full_size, study
 from llmeraser_jax.data import Action, Example, Recipe, Request
 from llmeraser_jax.evaluation import tofu
+from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.parallel import parse_mesh
@@ -33,8 +34,25 @@ FIRST_FORGOTTEN = 190  # forget05 is the last ten authors
 FIRST_PERTURBED = 180  # forget10 and its perturbed answers begin here
 # A path, and the Hessian over all rows, cost several retrainings here.
 METHODS = tuple(name for name in study.METHODS if name not in ("llmeraser-path", "llmeraser-paper-step"))
-QUALITY = "forget quality, KS p"
-STATISTIC = "KS statistic"
+_RATIO = (
+    "mean of min(R, 1/R) on the forgotten questions, R the probability of the wrong answers over the right one's"
+)
+METRICS = {
+    "utility of 6": MetricMeaning(
+        meaning="harmonic mean of probability, ROUGE-L recall and truth ratio on retained and on real authors, "
+        "without the world facts of TOFU's own.",
+        better="higher",
+    ),
+    "ROUGE-L, retained": MetricMeaning(
+        meaning="ROUGE-L recall of generated answers about retained authors.", better="higher"
+    ),
+    "truth ratio (geometric)": MetricMeaning(
+        meaning=f"{_RATIO}; geometric mean over wrong answers, as released.", better="retrained"
+    ),
+    "truth ratio (arithmetic)": MetricMeaning(
+        meaning="the same with the arithmetic mean over wrong answers, as in the paper.", better="retrained"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,23 +144,14 @@ class TofuConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullTofuConfig(TofuConfig):
-    """All 200 authors on Llama-2-7B with the settings of `experiments.full_size`; six of them stay outside.
-
-    Attributes:
-        mesh: devices, e.g. data=4,model=2; empty is one device.
-    """
+class FullTofuConfig(full_size.FullSize, TofuConfig):
+    """All 200 authors on Llama-2-7B with the settings of `experiments.full_size`; six of them stay outside."""
 
     num_forgotten: int = 10
     num_retained: int = 184
     num_utility: int = 200
     max_length: int = 512
-    rank: int = full_size.LORA.rank
-    epochs: int = full_size.TRAIN.epochs
-    learning_rate: float = full_size.TRAIN.learning_rate
     batch_size: int = full_size.TRAIN.batch_size
-    l2: float = full_size.TRAIN.l2
-    mesh: str = ""
 
     @property
     def recipe(self) -> Recipe:
@@ -153,26 +162,9 @@ class FullTofuConfig(TofuConfig):
         )  # fmt: skip
 
     @property
-    def lora(self) -> LoraConfig:
-        """The adapter."""
-        return dataclasses.replace(full_size.LORA, rank=self.rank)
-
-    @property
     def train(self) -> TrainConfig:
         """Its training."""
-        return dataclasses.replace(
-            full_size.TRAIN,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            l2=self.l2,
-            seed=self.seed,
-        )
-
-    @property
-    def erase(self) -> EraseConfig:
-        """What the package's own ways share."""
-        return dataclasses.replace(full_size.ERASE, l2=self.l2)
+        return dataclasses.replace(super().train, batch_size=self.batch_size)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -257,19 +249,6 @@ class TofuTask:
         }
 
 
-def forget_quality(scores: Mapping[str, Any], retrained: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Medians over the retrained models of the KS test's p-value and statistic."""
-    ratios = scores["task"]["truth_ratios"]
-    if any(ratio is None for ratio in ratios):  # a model that diverged
-        return {name: {"value": None, "standard_error": None} for name in (QUALITY, STATISTIC)}
-    tests = [tofu.forget_quality(np.array(ratios), np.array(r["task"]["truth_ratios"])) for r in retrained]
-    values = {
-        QUALITY: float(np.median([test.p_value for test in tests])),
-        STATISTIC: float(np.median([test.statistic for test in tests])),
-    }
-    return {name: {"value": value, "standard_error": None} for name, value in values.items()}
-
-
 def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
     """Rows and requests, the same for every call.
 
@@ -318,7 +297,10 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         make_task=make_task,
         users={example.id: str(int(example.id) // ROWS_PER_AUTHOR) for example in train},
         num_task_seeds=1,
-        against_retrained=forget_quality,
+        question=f"Can a model forget all that it was taught about {len(authors.forgotten)} of "
+        f"{len(authors.forgotten) + len(authors.retained)} fictitious authors (TOFU), as if it had never read of "
+        "them, and still answer about the others?",
+        metrics=METRICS,
         settings={name: getattr(config, name) for name in counts},
     )
 

@@ -97,6 +97,11 @@ def _gradient(receipt: Receipt) -> str:
     return f"{before} → {after}"
 
 
+def _survival(receipt: Receipt) -> str:
+    survival = receipt["bf16_survival"]
+    return _MISSING if survival is None else f"{100 * survival:.0f} %"
+
+
 _LINES: tuple[tuple[str, Callable[[Receipt], str], str], ...] = (
     ("outcome", _words("outcome"), "what was reached, in words"),
     ("method", _words("method"), "matched, path or step; see the README"),
@@ -145,7 +150,7 @@ _LINES: tuple[tuple[str, Callable[[Receipt], str], str], ...] = (
     ),
     (
         "bfloat16 survival",
-        lambda receipt: f"{100 * receipt['bf16_survival']:.0f} %",
+        _survival,
         "share of the change that is left after rounding the adapter to bfloat16",
     ),
     (

@@ -1,4 +1,4 @@
-"""Finding what a directory holds: the result of `llmeraser erase`, `retrain`, `evaluate`, or a training.
+"""Finding what a directory holds: the result of `llmeraser erase`, `retrain`, `evaluate`, a training, or a study.
 
 A directory is told by its files. One that is none of these but holds some is read as those; anything else is
 refused by name, so that a page never leaves out silently what it was asked to show.
@@ -14,6 +14,7 @@ from typing import Any
 
 from llmeraser_jax import files
 from llmeraser_jax.evaluation.report import FORMAT, REPORT_FILE
+from llmeraser_jax.evaluation.study import STUDY_FILE, Study, is_study, read_study
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.unlearning.job import RECEIPT_FILE
 from llmeraser_jax.unlearning.receipt import RECEIPT_FORMAT
@@ -54,25 +55,27 @@ class Gathered:
         erasures: of `erase`.
         retrainings: finished seeds of `retrain`.
         trainings: of `finetune` and `adopt`.
+        studies: several ways to forget on one request.
     """
 
     evaluations: tuple[Evaluation, ...]
     erasures: tuple[Erasure, ...]
     retrainings: tuple[Run, ...]
     trainings: tuple[Run, ...]
+    studies: tuple[Study, ...]
 
 
 def gather(directories: Sequence[str | os.PathLike[str]]) -> Gathered:
     """Reads any number of directories; one named twice, or by itself and with its parent, counts once.
 
     Args:
-        directories: each made by `evaluate`, `erase`, `retrain`, `finetune` or `adopt`, or holding such
-        directories.
+        directories: each made by `evaluate`, `erase`, `retrain`, `finetune`, `adopt` or a study, or holding such
+            directories.
 
     Raises:
         RunError: there is none, or some are nothing of the kind; all of them are named with what they hold.
     """
-    found: dict[Path, Evaluation | Erasure | Run] = {}
+    found: dict[Path, Evaluation | Erasure | Run | Study] = {}
     problems = []
     for name in directories:
         path = Path(name)
@@ -91,11 +94,12 @@ def gather(directories: Sequence[str | os.PathLike[str]]) -> Gathered:
         erasures=tuple(entry for entry in found.values() if isinstance(entry, Erasure)),
         retrainings=tuple(run for run in runs if run.kind == "retrain"),
         trainings=tuple(run for run in runs if run.kind != "retrain"),
+        studies=tuple(entry for entry in found.values() if isinstance(entry, Study)),
     )
 
 
 def _is_result(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RUN_FILE, REPORT_FILE))
+    return is_study(path) or any((path / name).is_file() for name in (RUN_FILE, REPORT_FILE))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -110,14 +114,16 @@ def _parts(path: Path) -> list[Path]:
         held = sorted(entry.name for entry in path.iterdir())
         shown = ", ".join(held[:6]) + (" and more" if len(held) > 6 else "") if held else "nothing"
         msg = (
-            f"{path} was not made by evaluate, erase, retrain, finetune or adopt: neither it nor a directory in it "
-            f"has {REPORT_FILE} or {RUN_FILE} (it holds {shown})."
+            f"{path} was not made by evaluate, erase, retrain, finetune, adopt or a study: neither it nor a "
+            f"directory in it has {REPORT_FILE}, {RUN_FILE} or {STUDY_FILE} (it holds {shown})."
         )
         raise RunError(msg)
     return below
 
 
-def _read(path: Path) -> Evaluation | Erasure | Run:
+def _read(path: Path) -> Evaluation | Erasure | Run | Study:
+    if is_study(path):
+        return read_study(path)
     if (path / RUN_FILE).is_file():
         run = load_run(path)
         if run.kind != "erase":

@@ -1,14 +1,15 @@
 """Any number of results as one page: what `llmeraser report` shows.
 
 Evaluations are put side by side where they are about the same request on the same run, judged on the same held-out
-examples; nothing else is compared. A receipt belongs to an evaluation by the hash of its run, wherever either lies.
-The page holds no text of any example: what was asked to be forgotten must not live on in the report about it.
+examples; nothing else is compared, and a study is a section of its own. A receipt belongs to an evaluation by the
+hash of its run, wherever either lies. The page holds no text of any example: what was asked to be forgotten must
+not live on in the report about it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,16 @@ from llmeraser_jax.evaluation.blocks import (
 )
 from llmeraser_jax.evaluation.certificates import certificate_blocks
 from llmeraser_jax.evaluation.gather import Erasure, Evaluation, Gathered, gather
-from llmeraser_jax.evaluation.overview_plots import Point, plot_cost_against_fidelity, plot_each_example
-from llmeraser_jax.evaluation.page import metric_cell, show_number
+from llmeraser_jax.evaluation.model_tables import MISSING, Json, Kind, ModelRow, comparison_blocks, limits
+from llmeraser_jax.evaluation.overview_plots import plot_each_example
+from llmeraser_jax.evaluation.page import show_number
 from llmeraser_jax.evaluation.plots import ACTION_NAMES
+from llmeraser_jax.evaluation.study_page import study_blocks, study_receipts, study_sources, study_titles
 from llmeraser_jax.runs import Run
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 _SHOWN_EXAMPLES = 200
 _OPEN_EXAMPLES = 30  # a longer table of examples is folded
-_MISSING = "–"
-
-Json = Mapping[str, Any]
 
 
 def write_overview(directories: Sequence[str | os.PathLike[str]], workdir: str | os.PathLike[str]) -> Path:
@@ -76,18 +76,24 @@ def build_overview(found: Gathered) -> Page:
         Heading("What was read"),
         _sources(found),
     ]
-    groups = _groups(found.evaluations)
+    groups, titles = _groups(found.evaluations), study_titles(found.studies)
     for number, group in enumerate(groups, start=1):
         blocks += _comparison_blocks(group, number, len(groups))
-    if not groups:
+    if not groups and not found.studies:
         blocks.append(
             Text(
                 "No evaluation was given, so that nothing says how close to retraining the results are; make one "
                 "with `llmeraser evaluate` and name its directory too."
             )
         )
-    if found.erasures:
-        blocks += certificate_blocks([(_name(erasure.run.path), erasure.receipt) for erasure in found.erasures])
+    for number, study in enumerate(found.studies, start=1):
+        fold = number > 1 or bool(groups)
+        blocks += study_blocks(study, titles[number - 1], f"study{number}-cost.png", fold=fold)
+    receipts = [(_name(erasure.run.path), erasure.receipt) for erasure in found.erasures]
+    receipts += [receipt for study, title in zip(found.studies, titles, strict=True)
+                 for receipt in study_receipts(study, title)]  # fmt: skip
+    if receipts:
+        blocks += certificate_blocks(receipts)
     blocks += _cost_blocks(found)
     return Page("Unlearning report", tuple(blocks))
 
@@ -118,6 +124,7 @@ def _sources(found: Gathered) -> Table:
         rows.append((_name(run.path), "retraining", told))
     for run in found.trainings:
         rows.append((_name(run.path), run.kind, f"{len(run.data_ids)} examples, {run.train_config.epochs} epochs"))
+    rows += study_sources(found.studies)
     return Table(("directory", "made by", "what it is"), tuple(rows))
 
 
@@ -159,282 +166,58 @@ def _comparison_blocks(group: Sequence[Evaluation], number: int, of: int) -> lis
         Heading(title),
         Bullets(tuple(f"**{key}**: {value}" for key, value in facts.items())),
         Bullets(tuple(f"**{label}**: {outcome}" for label, outcome in zip(labels, outcomes, strict=True))),
-        Heading("Methods by metrics", 3),
     ]
     models = _models(group, labels, first)
-    for title, columns in (
-        ("How close to retraining, and at what cost.", _FIDELITY),
-        ("How much of S is left.", _FORGETTING),
-        ("What else the model can do.", _task_columns(models)),
-    ):
-        shown = [column for column in columns if any(column.cell(m, first) != _MISSING for m in models)]
-        if not shown:
-            continue
-        rows = tuple((model.label, *(column.cell(model, first) for column in shown)) for model in models)
-        emphasised = tuple(k for k, model in enumerate(models) if model.kind == "retrained")
-        blocks += [
-            Text(f"**{title}**"),
-            Table(("model", *(column.title for column in shown)), rows, emphasised),
-            Bullets(tuple(f"**{column.title}**: {column.meaning}" for column in shown)),
-        ]
-    blocks.append(Bullets(_rows_explained(models)))
-    blocks += [Heading("What these numbers can and cannot tell", 3), Bullets(_limits(first))]
-    points = _points(models, first)
-    picture = plot_cost_against_fidelity(points)
-    if picture is not None:
-        blocks += [
-            Heading("Cost against fidelity", 3),
-            Picture(
-                f"comparison{number}-cost.png",
-                "Each mark is a model; further left is cheaper. Closure on S, where it is defined: how much of the "
-                "gap between before and retrained is closed, 1 is the retrained level. Held-out KL / seed floor: "
-                "distance from retraining on held-out prompts, 1 is as far as another retraining is.",
-                picture,
-            ),
-        ]
+    spread = (
+        "± after a loss or the held-out KL is the standard deviation between seeds; after an AUC or a task's "
+        "metric it is the standard error over examples, in the retrained row the deviation between seeds."
+    )
+    sizes = limits(
+        named=first["named"]["total"],
+        heldout=first["heldout"]["examples"],
+        seeds=first["models"]["retrained"]["seeds"],
+        undefined=_undefined(first),
+    )
+    blocks += comparison_blocks(models, told=(spread,), sizes=sizes, picture=f"comparison{number}-cost.png")
     blocks += _example_blocks(group, labels, first, number)
     return blocks
 
 
-class _Model:
-    """One row of the tables: a model with its entries in the report it is from."""
+def _undefined(report: Json) -> str:
+    """Why the closure on S has no value."""
+    if report["gap_closure"].get("forget_loss") is not None:
+        return ""
+    return report["gap_closure"].get("reason", {}).get("forget_loss", "not defined")
 
-    def __init__(self, label: str, kind: str, entry: Json, closure: Json | None, cost: Json | None, report: Json):
-        self.label, self.kind, self.entry, self.closure, self.cost = label, kind, entry, closure, cost
-        self.report = report
 
-
-def _models(group: Sequence[Evaluation], labels: Sequence[str], first: Json) -> list[_Model]:
+def _models(group: Sequence[Evaluation], labels: Sequence[str], first: Json) -> list[ModelRow]:
     """Before, then each unlearned model with its controls, and the retrained mean at the end."""
-    models = [_Model("before", "before", first["models"]["before"], None, None, first)]
+
+    def row(label: str, kind: Kind, entry: Json, closure: Json | None, cost: Json | None, report: Json) -> ModelRow:
+        return ModelRow(
+            label=label,
+            kind=kind,
+            entry=entry,
+            closure=closure,
+            cost=cost,
+            seed_floor=report["seed_floor"].get("heldout_kl"),
+            retraining=report["cost"]["retrain"].get("gradient_equivalents"),
+        )
+
+    models = [row("before", "before", first["models"]["before"], None, None, first)]
     for label, evaluation in zip(labels, group, strict=True):
         report = evaluation.report
         closure, cost = report["gap_closure"], report["cost"]
-        models.append(_Model(label, "unlearned", report["models"]["unlearned"], closure, cost["unlearn"], report))
+        models.append(row(label, "unlearned", report["models"]["unlearned"], closure, cost["unlearn"], report))
         for name, entry in report["models"]["controls"].items():
             title = f"control: {name}" if len(group) == 1 else f"control: {name}, as far as {label}"
-            models.append(
-                _Model(title, "control", entry, closure["controls"].get(name), cost["controls"].get(name), report)
-            )
+            closure_of, cost_of = closure["controls"].get(name), cost["controls"].get(name)
+            models.append(row(title, "control", entry, closure_of, cost_of, report))
     retrained = first["models"]["retrained"]
     if retrained["seeds"]:
         title = f"retrained, mean of {retrained['seeds']}" if retrained["seeds"] > 1 else "retrained, one seed"
-        models.append(_Model(title, "retrained", retrained, None, first["cost"]["retrain"], first))
+        models.append(row(title, "retrained", retrained, None, first["cost"]["retrain"], first))
     return models
-
-
-class _Column:
-    """One column of the tables: its title, a sentence on what it means, and its cell for a model."""
-
-    def __init__(self, title: str, meaning: str, cell: Callable[[_Model, Json], str]):
-        self.title, self.meaning, self.cell = title, meaning, cell
-
-
-def _scalar(key: str) -> Callable[[_Model, Json], str]:
-    def cell(model: _Model, first: Json) -> str:
-        deviation = model.entry.get("seed_standard_deviation", {}).get(key)
-        return show_number(model.entry.get(key)) + (f" ± {show_number(deviation)}" if deviation is not None else "")
-
-    return cell
-
-
-def _closure(key: str) -> Callable[[_Model, Json], str]:
-    def cell(model: _Model, first: Json) -> str:
-        value = None if model.closure is None else model.closure.get(key)
-        return _MISSING if value is None else f"{value + 0.0:.2f}"
-
-    return cell
-
-
-def _kl_over_floor(entry: Json, report: Json) -> float | None:
-    """Held-out KL in multiples of the seed floor."""
-    kl, floor = entry.get("heldout_kl_to_retrained"), report["seed_floor"].get("heldout_kl")
-    return kl / floor if kl is not None and floor else None
-
-
-def _kl_cell(model: _Model, first: Json) -> str:
-    return show_number(_kl_over_floor(model.entry, model.report))
-
-
-def _share_of_retraining(model: _Model) -> float | None:
-    spent = None if model.cost is None else model.cost.get("gradient_equivalents")
-    whole = model.report["cost"]["retrain"].get("gradient_equivalents")
-    return spent / whole if spent is not None and whole else None
-
-
-def _cost_cell(key: str) -> Callable[[_Model, Json], str]:
-    def cell(model: _Model, first: Json) -> str:
-        return _MISSING if model.cost is None else show_number(model.cost.get(key))
-
-    return cell
-
-
-def _auc(name: str) -> Callable[[_Model, Json], str]:
-    return lambda model, first: metric_cell(model.entry["membership_auc"].get(name))
-
-
-_FIDELITY = (
-    _Column(
-        "loss on S",
-        "how improbable the model finds the named answers as it was trained on them (nats per token). Far below "
-        "the retrained value is still remembered, far above it is damaged.",
-        _scalar("forget_loss"),
-    ),
-    _Column(
-        "closure on S",
-        "1 - |model - retrained| / |before - retrained| of that loss: 1 is the retrained level, 0 no nearer than "
-        "before, negative further away. Empty where before and retrained differ by no more than two standard "
-        "deviations of the seeds.",
-        _closure("forget_loss"),
-    ),
-    _Column(
-        "loss as wanted",
-        "for edits, the loss on the edited examples: low once the edit was taken up.",
-        _scalar("wanted_loss"),
-    ),
-    _Column("closure, wanted", "the same closure for the loss as wanted.", _closure("wanted_loss")),
-    _Column(
-        "held-out KL / floor",
-        "how far predictions on prompts that nobody trained on are from the retrained models' (Kullback-Leibler "
-        "divergence), divided by the same distance for a retrained model left out. 1 is what a change of seed "
-        "does; less than 1 is closer to the mean of the retrained models than one of them is.",
-        _kl_cell,
-    ),
-    _Column(
-        "cost / retraining",
-        "gradient equivalents over those of one retraining; one is a forward and backward pass of one example.",
-        lambda model, first: show_number(_share_of_retraining(model)),
-    ),
-    _Column("seconds", "wall-clock time, compilation included; it depends on the machine.", _cost_cell("seconds")),
-)
-_FORGETTING = (
-    _Column(
-        "probability",
-        "mean over S of exp(-loss), the typical probability of a token of the named answers.",
-        _scalar("forget_probability"),
-    ),
-    _Column(
-        "extraction",
-        "extraction strength: the share of a named answer that the model says by itself once the beginning was "
-        "given away. 1: the question suffices; 0: nothing.",
-        _scalar("extraction_strength"),
-    ),
-    _Column(
-        "AUC, loss",
-        "membership inference: how well S is told from held-out examples by the loss (0.5 is chance, 1 "
-        "perfectly, 0 the wrong way round). In this and the next columns the target is the retrained row, not "
-        "0.5, since S may be easier or harder than the held-out examples; ± is the standard error over examples, "
-        "in the retrained row the deviation between seeds.",
-        _auc("loss"),
-    ),
-    _Column("AUC, min-k%", "the same by the least probable 20 % of the tokens.", _auc("min_k")),
-    _Column(
-        "AUC, min-k%++",
-        "the same after standardising each token by the model's own prediction at its place.",
-        _auc("min_k_plus_plus"),
-    ),
-    _Column(
-        "AUC, base",
-        "the same by how much better the model knows an example than the base without adapter does, which takes "
-        "out how hard the example is.",
-        _auc("reference_base"),
-    ),
-    _Column(
-        "AUC, retrained",
-        "the same relative to the mean loss of the retrained models (each retrained model against the others).",
-        _auc("reference_retrained"),
-    ),
-)
-
-
-def _task_columns(models: Sequence[_Model]) -> tuple[_Column, ...]:
-    names = dict.fromkeys(name for model in models for name in model.entry["task_metrics"])
-    columns = [
-        _Column(
-            name.replace("_", " "),
-            _TASK_MEANINGS.get(name, "the task's own metric on the held-out examples")
-            + " (correct / valid / asked for); ± is the standard error over examples, in the retrained row the "
-            "deviation between seeds.",
-            lambda model, first, name=name: metric_cell(model.entry["task_metrics"].get(name)),
-        )
-        for name in names
-    ]
-    columns.append(
-        _Column(
-            "held-out loss",
-            "loss on examples of the same kind that no model was trained on (nats per token).",
-            _scalar("heldout_loss"),
-        )
-    )
-    return tuple(columns)
-
-
-_TASK_MEANINGS = {
-    "accuracy": "share of held-out questions for which the right answer is the more probable one",
-    "auc": "how well the log-odds of yes rank held-out questions (an AUC)",
-    "exact_match": "share of held-out questions answered word for word",
-    "hit_ratio@1": "share of held-out questions for which the right candidate was named",
-}
-
-
-def _rows_explained(models: Sequence[_Model]) -> tuple[str, ...]:
-    told = ["**before**: the model as trained, with the named examples in its training data."]
-    if any(model.kind == "control" for model in models):
-        told.append(
-            "**control**: a simpler way that moved exactly as far as the method: along the difference of gradients "
-            "in one step (`c*b`), or in ten (gradient ascent). A method has to beat them."
-        )
-    if any(model.kind == "retrained" for model in models):
-        told.append(
-            "**retrained**: trained anew on the edited data with other seeds: the target. ± is between seeds."
-        )
-    return tuple(told)
-
-
-def _limits(report: Json) -> tuple[str, ...]:
-    """What the sizes of this comparison allow to conclude."""
-    named, heldout = report["named"]["total"], report["heldout"]["examples"]
-    seeds = report["models"]["retrained"]["seeds"]
-    told = [
-        f"S has {named} examples; a mean over S hides what happened to each, which the table of examples shows."
-    ]
-    if heldout:
-        told.append(
-            f"{heldout} held-out examples: one of them more or less right moves a share by {1 / heldout:.3g}. "
-            "Differences smaller than two standard errors are not seen."
-        )
-    else:
-        told.append("No held-out examples were given: utility, membership and held-out KL are not measured.")
-    if seeds == 0:
-        told.append("No model was retrained: how close to retraining anything is cannot be told.")
-    elif seeds == 1:
-        told.append("One retrained model: how far seeds alone move a model is not known, nor is the held-out KL.")
-    else:
-        told.append(
-            f"{seeds} retrained models: their deviation is itself known to about "
-            f"{100 / (2 * (seeds - 1)) ** 0.5:.0f} % of itself only."
-        )
-    if report["gap_closure"].get("forget_loss") is None:
-        told.append(f"Closure on S: {report['gap_closure'].get('reason', {}).get('forget_loss', 'not defined')}.")
-    return tuple(told)
-
-
-def _points(models: Sequence[_Model], first: Json) -> list[Point]:
-    points = []
-    for model in models:
-        closure = 1.0 if model.kind == "retrained" else 0.0 if model.kind == "before" else None
-        if closure is None:
-            closure = None if model.closure is None else model.closure.get("forget_loss")
-        points.append(
-            Point(
-                label=model.label,
-                kind=model.kind,
-                cost=_share_of_retraining(model) if model.kind != "before" else None,
-                closure=closure,
-                kl_over_floor=_kl_over_floor(model.entry, model.report),
-            )
-        )
-    return points
 
 
 def _example_blocks(group: Sequence[Evaluation], labels: Sequence[str], first: Json, number: int) -> list[Block]:
@@ -508,4 +291,4 @@ def _cost_blocks(found: Gathered) -> list[Block]:
 
 def _cost_row(run: Run, kind: str, memory: int | None) -> tuple[str, ...]:
     cost = [show_number(run.result.get(key)) for key in ("gradient_equivalents", "seconds")]
-    return (_name(run.path), kind, *cost, _MISSING if memory is None else show_number(memory / 2**20))
+    return (_name(run.path), kind, *cost, MISSING if memory is None else show_number(memory / 2**20))

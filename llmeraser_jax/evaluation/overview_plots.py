@@ -31,6 +31,8 @@ class Point:
         cost: over one retraining's; None where unknown.
         closure: on S; None where undefined.
         kl_over_floor: held-out KL in multiples of the seed floor; None where it was not measured.
+        closure_deviation: of the closure, between seeds; None where it is not known.
+        kl_deviation: the same of the held-out KL.
     """
 
     label: str
@@ -38,6 +40,8 @@ class Point:
     cost: float | None
     closure: float | None
     kl_over_floor: float | None
+    closure_deviation: float | None = None
+    kl_deviation: float | None = None
 
 
 def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
@@ -76,6 +80,9 @@ def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
                 continue
             shown = max(value, LOWEST_CLOSURE) if name == "closure" else min(value, _TALLEST)
             colour, marker = looks[point.label]
+            deviation = point.closure_deviation if name == "closure" else point.kl_deviation
+            if deviation is not None and shown == value:
+                axes.errorbar(point.cost, shown, yerr=deviation, color=colour, linewidth=1.2, capsize=2)
             axes.plot(
                 point.cost, shown, marker=marker, color=colour, markersize=14 if marker == "*" else 10,
                 linestyle="none", markeredgecolor="white", markeredgewidth=0.8, alpha=0.95,

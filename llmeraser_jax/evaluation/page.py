@@ -212,10 +212,10 @@ def metric_cell(metric: Mapping[str, Any] | None) -> str:
     error = deviation if "seed_standard_deviation" in metric else metric["standard_error"]
     if error is not None:
         text += f" ± {show_number(error)}"
-    counts = [_count(metric[key]) for key in ("correct", "valid", "total")]
-    if metric["correct"] is not None:
+    counts = [_count(metric.get(key)) for key in ("correct", "valid", "total")]
+    if metric.get("correct") is not None:
         text += f" ({' / '.join(counts)})"
-    elif metric["valid"] != metric["total"]:
+    elif metric.get("valid") != metric.get("total"):
         text += f" (valid {counts[1]} of {counts[2]})"
     return text
 

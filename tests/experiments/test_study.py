@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 from experiments import study
 from experiments.study import study as module
-from experiments.study.table import render_plot, render_tables
 from llmeraser_jax.baselines import Ensemble, ensemble_model, make_ensemble
 from llmeraser_jax.data import Action, Example, Request
+from llmeraser_jax.evaluation.blocks import render_markdown
+from llmeraser_jax.evaluation.gather import gather
+from llmeraser_jax.evaluation.overview import build_overview
 from llmeraser_jax.evaluation.scoring import answer, score_examples
+from llmeraser_jax.evaluation.study_page import render_study
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import EraseConfig
 from tests.training import tiny
@@ -40,6 +44,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "unseen": _examples((8, 9)),
         "heldout": _examples((10, 11)),
         "num_task_seeds": 1,
+        "question": "Can it forget two of eight colours?",
         "make_task": lambda model, encode: study.held_out_task(model, encode, _examples((8, 9, 10, 11))),
     }
     return study.Scenario(**{**fields, **changes})
@@ -60,18 +65,18 @@ def done(base, tmp_path_factory):
 
 def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(done):
     _, _, results = done
-    assert {name: len(seeds) for name, seeds in results["methods"].items()} == {
+    assert {name: len(seeds) for name, seeds in results.methods.items()} == {
         "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 1,
     }  # fmt: skip
-    assert ["task" in scores for scores in results["methods"]["npo"]] == [True, False]
-    assert len(results["retrained"]) == 2
-    assert not any("failed" in scores for seeds in results["methods"].values() for scores in seeds)
+    assert ["task" in scores for scores in results.methods["npo"]] == [True, False]
+    assert len(results.retrained) == 2
+    assert not any("failed" in scores for seeds in results.methods.values() for scores in seeds)
 
 
 def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     scenario, workdir, results = done
     owner = study.Study(scenario, workdir, retrain_seeds=2)
-    lora, scores = owner.retrained_loras[0], results["retrained"][0]
+    lora, scores = owner.retrained_loras[0], results.retrained[0]
     named = score_examples(scenario.model, lora, owner.encode([scenario.examples[2], scenario.examples[5]]))
     np.testing.assert_allclose(scores["named"]["losses"], named.losses, rtol=1e-5)
     assert scores["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-5)
@@ -82,34 +87,19 @@ def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     assert scores["wanted_loss"] is None
 
 
-def test_membership_inference_against_numbers_by_hand():
-    def scores(named, unseen):
-        def side(losses):
-            return {"losses": losses, "min_k": losses, "min_k_plus_plus": losses}
-
-        return {"named": side(named), "unseen": side(unseen)}
-
-    retrained = [scores([0.0, 1.0], [2.0, 3.0]), scores([5.0, 5.0], [0.0, 0.0])]
-    # An AUC cannot tell whether a model is in its own reference: that only scales its scores by (R - 1) / R.
-    # Against the other one, the first knows its named rows by 5 and 4 better, its unseen ones by 2 and 3 worse.
-    assert module.membership(retrained[0], retrained, 0)["reference"] == 1.0
-    assert module.membership(retrained[1], retrained, 1)["reference"] == 0.0
-    assert module.membership(retrained[0], retrained)["loss"] == 1.0
-
-
 def test_the_descents_rate_is_the_grids_nearest_to_retraining(done):
     _, _, results = done
-    chosen = results["methods"]["npo"][0]["chosen"]
+    chosen = results.methods["npo"][0]["chosen"]
     distances = {float(rate): value for rate, value in chosen["distances_of_learning_rates"].items()}
     assert set(distances) == set(module.LEARNING_RATES)
     assert chosen["learning_rate"] == min(distances, key=distances.__getitem__)
-    assert results["methods"]["npo"][1]["chosen"] == {"learning_rate": chosen["learning_rate"]}
+    assert results.methods["npo"][1]["chosen"] == {"learning_rate": chosen["learning_rate"]}
 
 
 def test_costs_are_the_gradients_that_were_taken(done):
     _, _, results = done
-    assert results["retrained"][0]["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
-    assert results["methods"]["sisa"][0]["preparation_gradient_equivalents"] > 0
+    assert results.retrained[0]["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
+    assert results.methods["sisa"][0]["preparation_gradient_equivalents"] > 0
 
 
 def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
@@ -117,7 +107,7 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
     for name in ("score_examples", "heldout_kl_of", "relearn"):
         monkeypatch.setattr(module, name, None)
     again = study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
-    assert again["methods"] == results["methods"]
+    assert again.methods == results.methods
     other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
     with pytest.raises(ValueError, match="other settings"):
         study.Study(other, workdir)
@@ -125,17 +115,33 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
 
 def test_tables_name_every_model_once_and_the_plot_is_a_png(done):
     _, _, results = done
-    tables = render_tables(results)
-    for name in ("before", "retrained", *METHODS):
-        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 2
-    assert render_plot(results).startswith(b"\x89PNG")
+    tables, plot = render_study(results, "plot.png")
+    for name in ("before", *METHODS, "**retrained, mean of 2**"):
+        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 3
+    assert plot is not None and plot.startswith(b"\x89PNG")
 
 
-def test_a_method_without_a_step_stays_in_the_tables(done):
-    _, _, results = done
-    failed = {"method": "npo", "seed": 0, "failed": "negative curvature at once"}
-    tables = render_tables({**results, "methods": {"npo": [failed]}})
-    assert tables.count("| npo | no step: negative curvature at once |") == 2
+def test_the_report_reads_what_a_study_wrote_and_says_what_was_asked(done):
+    _, workdir, results = done
+    page = render_markdown(build_overview(gather([workdir])))
+    assert "Can it forget two of eight colours?" in page
+    assert "2 removed of 8 trained on" in page
+    assert "Not finished" not in page
+    assert "**exact match**: share of held-out questions" in page
+    assert "tiny: llmeraser-step" in page  # its certificate
+    tables, _ = render_study(results, "study1-cost.png")
+    assert tables.removeprefix("# tiny\n\n").strip() in page
+
+
+def test_methods_of_an_earlier_call_stay_in_the_tables(done, tmp_path):
+    scenario, workdir, results = done
+    shutil.copytree(workdir, tmp_path / "copy")
+    (tmp_path / "copy" / "study.json").unlink()  # as before there was one
+    again = study.run_study(scenario, tmp_path / "copy", methods=("npo",), method_seeds=2, retrain_seeds=2)
+    assert again.methods == results.methods
+    assert again.manifest.methods == {"npo": 2}
+    later = study.run_study(scenario, tmp_path / "copy", methods=("sisa",), retrain_seeds=2)
+    assert later.manifest.methods == {"npo": 2, "sisa": 1}
 
 
 def test_what_names_nothing_is_refused(base, tmp_path):

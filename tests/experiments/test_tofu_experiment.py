@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tyro
-from scipy.stats import ks_2samp
 
 from experiments.tofu import main as experiment
-from experiments.tofu.main import FullTofuConfig, Preset, TofuConfig, choose_authors, forget_quality, make_scenario
+from experiments.tofu.main import FullTofuConfig, Preset, TofuConfig, choose_authors, make_scenario
 from llmeraser_jax.data import Action, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.models import load_model
@@ -98,17 +96,6 @@ def test_the_task_is_tofus_formulas_on_the_models_losses(directory):
     utility = 0.0 if 0 in numbers else 6 / sum(1 / value for value in numbers)
     assert len(numbers) == 6
     assert metrics["utility of 6"]["value"] == pytest.approx(utility)
-
-
-def test_forget_quality_is_the_median_of_the_tests_against_each_retrained_model():
-    rng = np.random.default_rng(0)
-    ours, *others = ({"task": {"truth_ratios": rng.lognormal(k, 1, 20).tolist()}} for k in range(4))
-    found = forget_quality(ours, others)
-    tests: list[Any] = [ks_2samp(ours["task"]["truth_ratios"], other["task"]["truth_ratios"]) for other in others]
-    assert found[experiment.QUALITY]["value"] == pytest.approx(sorted(test.pvalue for test in tests)[1])
-    assert found[experiment.STATISTIC]["value"] == pytest.approx(sorted(test.statistic for test in tests)[1])
-    diverged = forget_quality({"task": {"truth_ratios": [None]}}, others)
-    assert {metric["value"] for metric in diverged.values()} == {None}
 
 
 def test_files_that_are_not_tofus_are_refused(directory, tmp_path):

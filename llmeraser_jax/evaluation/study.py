@@ -1,0 +1,394 @@
+"""Studies: several ways to forget measured on one request. Owns what their directory holds, and reads it.
+
+    study.json                     `StudyManifest`: what was asked, of which data, what was planned
+    settings.json                  what it was made with; `lora` and `train` are shown
+    data/                          requests.jsonl, and train, unseen, heldout.jsonl (examples one a line)
+    scores/before.json             measures of the model as trained
+    scores/seed_<k>.json           the same of a model retrained with seed k
+    scores/heldout_kl.json         `before`, and `seed_floors`: each retrained model to the mean of the others
+    methods/<name>-seed_<k>.json   a way to forget with one seed, or `failed`: why it found no step
+
+Measures are `SCALARS` (mean losses in nats per response token; null is not finite, or nothing to measure), `named`
+and `unseen` with `PER_EXAMPLE` lists, `gradient_equivalents` and `seconds`. A method has `heldout_kl` too. Optional
+are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, and `task`: `metrics` by name
+(`value`, `standard_error`, `correct`, `valid`, `total`) and TOFU's `truth_ratios`.
+
+What needs the retrained models (membership by reference, forget quality, closure) is computed when read, so that
+each file stays true when more models come. A directory without study.json, of an earlier version, is read by its
+data. A study that was interrupted is read as far as it went, and `missing` says what is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from llmeraser_jax import files
+from llmeraser_jax.evaluation import tofu
+from llmeraser_jax.evaluation.closure import seed_mean
+from llmeraser_jax.evaluation.membership import (
+    mean_of_others,
+    membership_auc,
+    membership_loss_auc,
+    membership_min_k_auc,
+    reference_scores,
+)
+from llmeraser_jax.evaluation.model_tables import MetricMeaning
+from llmeraser_jax.runs import RunError
+
+STUDY_FILE, SETTINGS_FILE = "study.json", "settings.json"
+STUDY_FORMAT = 1
+SCALARS = ("forget_loss", "wanted_loss", "retained_loss", "forget_probability", "extraction_strength")
+PROBES = ("forget_loss_4_bit", "forget_loss_relearned")
+COSTS = ("gradient_equivalents", "seconds")
+PREPARATION = "preparation_gradient_equivalents"
+PER_EXAMPLE = ("losses", "min_k", "min_k_plus_plus")
+QUALITY, STATISTIC = "forget quality, KS p", "KS statistic"
+_QUALITY_MEANINGS = {
+    QUALITY: MetricMeaning(
+        meaning="p of the Kolmogorov-Smirnov test between the truth ratios on the forgotten questions under the "
+        "model and under a retrained one, the median over the retrained ones; small where they can be told apart.",
+        better="higher",
+    ),
+    STATISTIC: MetricMeaning(
+        meaning="the statistic of the same test: the largest difference of the two distribution functions.",
+        better="lower",
+    ),
+}
+_REQUESTS_FILE = Path("data") / "requests.jsonl"
+
+Json: TypeAlias = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyManifest:
+    """What a reader has to be told besides the numbers.
+
+    Attributes:
+        name: of the study.
+        question: what was asked, in a sentence or two; empty where it is not recorded.
+        base: name of the base model.
+        num_examples: trained on.
+        named: how many are to go, by action.
+        num_unseen: not trained on: non-members of membership inference.
+        num_heldout: behind the held-out KL.
+        num_truncated: prompts that did not fit; None where it is not known.
+        retrain_seeds: retrained models planned.
+        methods: seeds planned of each.
+        metrics: what the task's metrics mean.
+        devices: in words.
+        versions: of the libraries; None for one that is not there.
+    """
+
+    name: str
+    question: str = ""
+    base: str = ""
+    num_examples: int
+    named: Mapping[str, int]
+    num_unseen: int
+    num_heldout: int
+    num_truncated: int | None = None
+    retrain_seeds: int = 0
+    methods: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, MetricMeaning] = dataclasses.field(default_factory=dict)
+    devices: str = ""
+    versions: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """A study as far as it went.
+
+    Attributes:
+        path: its directory.
+        manifest: what it is.
+        settings: its settings.json.
+        before: measures of the model as trained; None where they are not there yet.
+        retrained: of each retrained model.
+        kl: scores/heldout_kl.json; None where it is not there yet.
+        methods: of each seed of each method.
+    """
+
+    path: Path
+    manifest: StudyManifest
+    settings: Json
+    before: Json | None
+    retrained: tuple[Json, ...]
+    kl: Json | None
+    methods: Mapping[str, tuple[Json, ...]]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What was planned and is not there, in words."""
+        plan = self.manifest
+        gaps = [] if self.before is not None else ["the model as trained is not measured"]
+        if len(self.retrained) < max(plan.retrain_seeds, 1):
+            planned = f" of {plan.retrain_seeds}" if plan.retrain_seeds else ""
+            gaps.append(f"{len(self.retrained)}{planned} retrained models are measured")
+        if self.kl is None:
+            gaps.append("the held-out KL between retrained models is not measured")
+        for name, planned in plan.methods.items():
+            found = len(self.methods.get(name, ()))
+            if found < planned:
+                gaps.append(f"{name}: {found} of {planned} seeds")
+        if not self.methods and not plan.methods:
+            gaps.append("no method is measured")
+        return tuple(gaps)
+
+    @property
+    def seed_floor(self) -> float | None:
+        """Held-out KL between retrained models."""
+        return None if self.kl is None else seed_mean(self.kl["seed_floors"])
+
+    def to_mapping(self) -> dict[str, Any]:
+        """All of it as one JSON value."""
+        return {
+            "scenario": dataclasses.asdict(self.manifest),
+            **{name: getattr(self, name) for name in ("before", "retrained", "kl", "methods", "missing")},
+        }
+
+
+def is_study(directory: Path) -> bool:
+    """Whether a directory was made by a study, finished or not."""
+    return (directory / STUDY_FILE).is_file() or all(
+        (directory / name).is_file() for name in (SETTINGS_FILE, _REQUESTS_FILE)
+    )
+
+
+def write_manifest(directory: Path, manifest: StudyManifest) -> None:
+    """Writes study.json. Methods and seeds that an earlier call had planned stay planned."""
+    if (directory / STUDY_FILE).exists():
+        earlier = _read_manifest(directory)
+        methods = dict(earlier.methods)
+        for name, planned in manifest.methods.items():
+            methods[name] = max(planned, methods.get(name, 0))
+        seeds = max(manifest.retrain_seeds, earlier.retrain_seeds)
+        manifest = dataclasses.replace(manifest, methods=methods, retrain_seeds=seeds)
+    files.atomic_write_json(directory / STUDY_FILE, {"format": STUDY_FORMAT, **dataclasses.asdict(manifest)})
+
+
+def read_study(directory: str | os.PathLike[str]) -> Study:
+    """Reads what a directory holds by now, and computes what needs the retrained models.
+
+    Raises:
+        RunError: a file is not what the module's text says, named with what is wrong.
+        FileNotFoundError: the directory is none of a study.
+    """
+    path = Path(directory)
+    if not is_study(path):
+        msg = f"{path} holds no study: neither {STUDY_FILE} nor {SETTINGS_FILE} with {_REQUESTS_FILE}."
+        raise FileNotFoundError(msg)
+    manifest = _read_manifest(path)
+    settings = _read(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
+    scores = path / "scores"
+    before = _read_scores(scores / "before.json") if (scores / "before.json").exists() else None
+    retrained = [_read_scores(file) for _, _, file in _by_seed(scores, r"(seed)_(\d+)\.json")]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in manifest.methods}
+    for name, _, file in _by_seed(path / "methods", r"(.+)-seed_(\d+)\.json"):
+        found.setdefault(name, []).append(_read_scores(file, method=True))
+    methods = {name: tuple(seeds) for name, seeds in found.items() if seeds}
+    measured = [s for s in (before, *retrained, *(s for seeds in methods.values() for s in seeds)) if s is not None]
+    moved = [s for s in measured if "failed" not in s]
+    if before is None and moved:
+        msg = f"{scores / 'before.json'} is not there, and measures of other models are. Run the study again."
+        raise RunError(msg)
+    sizes = {tuple(len(s[side]["losses"]) for side in ("named", "unseen")) for s in moved}
+    if len(sizes) > 1:
+        msg = f"The models of {path} are not measured on the same examples: {sorted(sizes)} named and unseen ones."
+        raise RunError(msg)
+    for scores_of in moved:
+        left_out = next((k for k, other in enumerate(retrained) if other is scores_of), None)
+        scores_of["membership"] = membership(scores_of, retrained, left_out)
+        if "truth_ratios" in scores_of.get("task", {}):
+            others = [other for k, other in enumerate(retrained) if k != left_out]
+            scores_of["task"]["metrics"] |= forget_quality(scores_of, others)
+    return Study(
+        path=path,
+        manifest=dataclasses.replace(manifest, metrics={**_QUALITY_MEANINGS, **manifest.metrics}),
+        settings=settings,
+        before=before,
+        retrained=tuple(retrained),
+        kl=_read_kl(scores / "heldout_kl.json"),
+        methods=methods,
+    )
+
+
+def membership(scores: Json, retrained: Sequence[Json], left_out: int | None = None) -> dict[str, float | None]:
+    """AUC of telling S from unseen examples, by attack.
+
+    Args:
+        scores: of the model attacked.
+        retrained: of the retrained models, whose mean loss is the reference of the reference-model attack.
+        left_out: which of them is the model attacked, where it is one.
+    """
+    named, unseen = ({key: _array(scores[side][key]) for key in PER_EXAMPLE} for side in ("named", "unseen"))
+    found = [
+        membership_loss_auc(named["losses"], unseen["losses"]),
+        membership_min_k_auc(named["min_k"], unseen["min_k"]),
+        membership_auc("min_k_plus_plus", named["min_k_plus_plus"], unseen["min_k_plus_plus"]),
+    ]
+    attacked = []
+    for side, own in (("named", named), ("unseen", unseen)):
+        others = mean_of_others([_array(r[side]["losses"]) for r in retrained], left_out)
+        if others is not None:
+            attacked.append(reference_scores(own["losses"], others))
+    if attacked:
+        found.append(membership_auc("reference_retrained", *attacked))
+    return {metric.name: metric.value for metric in found}
+
+
+def forget_quality(scores: Json, retrained: Sequence[Json]) -> dict[str, dict[str, float | None]]:
+    """TOFU's, medians over the retrained models of the KS test's p-value and statistic.
+
+    Args:
+        scores: with `task.truth_ratios`.
+        retrained: other models' with the same.
+    """
+    ours, *others = (_array(s.get("task", {}).get("truth_ratios") or []) for s in (scores, *retrained))
+    values: dict[str, float | None] = {QUALITY: None, STATISTIC: None}
+    if others and all(len(ratios) and np.isfinite(ratios).all() for ratios in (ours, *others)):
+        tests = [tofu.forget_quality(ours, other) for other in others]
+        values[QUALITY] = float(np.median([test.p_value for test in tests]))
+        values[STATISTIC] = float(np.median([test.statistic for test in tests]))
+    return {name: {"value": value, "standard_error": None} for name, value in values.items()}
+
+
+def _array(values: Sequence[float | None]) -> np.ndarray:
+    return np.asarray([np.nan if value is None else value for value in values], np.float64)
+
+
+def _by_seed(directory: Path, pattern: str) -> list[tuple[str, int, Path]]:
+    """Name, seed and path of files in a directory, this package's own ways first.
+
+    Args:
+        directory: need not exist.
+        pattern: of a file's name, with a group for the name and one for the seed.
+    """
+    found = []
+    for file in directory.iterdir() if directory.is_dir() else ():
+        match = re.fullmatch(pattern, file.name)
+        if match:
+            found.append((match[1], int(match[2]), file))
+    return sorted(found, key=lambda entry: (not entry[0].startswith("llmeraser"), *entry[:2]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, with null for what is no finite number.
+
+    Raises:
+        RunError: it is none.
+    """
+    try:
+        value = files.finite_json(files.read_json(path))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if not isinstance(value, dict):
+        msg = f"{path} holds no JSON object."
+        raise RunError(msg)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(entry is None or _is_number(entry) for entry in value)
+
+
+def _read_scores(path: Path, *, method: bool = False) -> dict[str, Any]:
+    """The measures of one model, checked."""
+    value = _read(path)
+    if method and isinstance(value.get("failed"), str):
+        return value
+    wrong = [key for key in (*SCALARS, *COSTS, *(("heldout_kl",) if method else ()))
+             if key not in value or not (value[key] is None or _is_number(value[key]))]  # fmt: skip
+    wrong += [key for key in (*PROBES, PREPARATION) if not (value.get(key) is None or _is_number(value[key]))]
+    for side in ("named", "unseen"):
+        lists = value.get(side)
+        arrays = [lists.get(key) for key in PER_EXAMPLE] if isinstance(lists, dict) else [None]
+        if not all(map(_are_numbers, arrays)) or len({len(array or ()) for array in arrays}) != 1:
+            wrong.append(side)
+    if "task" in value:
+        metrics = value["task"].get("metrics") if isinstance(value["task"], dict) else None
+        if not isinstance(metrics, dict) or not all(map(_is_metric, metrics.values())):
+            wrong.append("task.metrics")
+        elif not _are_numbers(value["task"].get("truth_ratios", [])):
+            wrong.append("task.truth_ratios")
+    if wrong:
+        msg = f"{path} is no result of a study: {', '.join(wrong)} missing or no number."
+        raise RunError(msg)
+    return value
+
+
+def _is_metric(value: Any) -> bool:
+    keys = ("value", "standard_error", "correct", "valid", "total")
+    return (
+        isinstance(value, dict)
+        and "value" in value
+        and all(value.get(key) is None or _is_number(value[key]) for key in keys)
+    )
+
+
+def _read_kl(path: Path) -> Json | None:
+    if not path.exists():
+        return None
+    value = _read(path)
+    floors = value.get("seed_floors")
+    known = isinstance(floors, list) and floors and all(map(_is_number, floors))
+    if not known or not (value.get("before") is None or _is_number(value["before"])):
+        msg = f"{path} has no numbers `before` and `seed_floors`."
+        raise RunError(msg)
+    return value
+
+
+def _read_manifest(directory: Path) -> StudyManifest:
+    path = directory / STUDY_FILE
+    if not path.exists():
+        return _manifest_of_data(directory)
+    value = _read(path)
+    if value.get("format") != STUDY_FORMAT:
+        msg = f"{path} is of format {value.get('format')}; this version reads {STUDY_FORMAT}."
+        raise RunError(msg)
+    fields = {field.name: value[field.name] for field in dataclasses.fields(StudyManifest) if field.name in value}
+    try:
+        metrics = {name: MetricMeaning(**meaning) for name, meaning in fields.pop("metrics", {}).items()}
+        manifest = StudyManifest(**fields, metrics=metrics)
+        counts = (manifest.num_examples, manifest.num_unseen, manifest.num_heldout, manifest.retrain_seeds)
+        sound = all(map(_is_number, (*counts, *manifest.named.values(), *manifest.methods.values())))
+    except (TypeError, ValueError, AttributeError) as error:
+        msg = f"{path} is no description of a study: {error}."
+        raise RunError(msg) from error
+    if not sound:
+        msg = f"{path} is no description of a study: a count is no number."
+        raise RunError(msg)
+    return manifest
+
+
+def _manifest_of_data(directory: Path) -> StudyManifest:
+    """What the data say where no study.json was written."""
+
+    def lines(name: str) -> list[str]:
+        path = directory / "data" / f"{name}.jsonl"
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+
+    try:
+        actions = Counter(json.loads(line)["action"] for line in lines("requests"))
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{directory / _REQUESTS_FILE} holds a line that is no request: {error!r}."
+        raise RunError(msg) from error
+    return StudyManifest(
+        name=directory.resolve().name,
+        num_examples=len(lines("train")),
+        named=dict(actions),
+        num_unseen=len(lines("unseen")),
+        num_heldout=len(lines("heldout")),
+    )
