@@ -5,7 +5,7 @@ A block is one LoRA matrix: one leaf of one layer, where leaves are stacked over
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import reduce
 
 import flax.struct
 import jax
@@ -41,12 +41,12 @@ class Damped:
         return self.add_damping(self.operator.mv(v), v)
 
     def add_damping(self, product: LoraParams, v: LoraParams) -> LoraParams:
-        """`product + rho v`; vectors may have further axes in front."""
+        """`product + rho v`."""
         return trees.tree_axpy(self.rho, v, product)
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`A_k v + rho v`, the mean of which over `k` is `mv(v)`."""
-        return trees.tree_axpy(self.rho, v, _finite_sum(self.operator).term_mv(jnp.asarray(k), v))
+        return self.add_damping(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), v)
 
 
 @flax.struct.dataclass
@@ -77,15 +77,15 @@ class BlockDamped:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho_b v_b`."""
-        return trees.tree_add(self.operator.mv(v), damping_product(self.rhos, v))
+        return self.add_damping(self.operator.mv(v), v)
 
-    def add_damping(self, products: LoraParams, vs: LoraParams) -> LoraParams:
-        """`product + rho_b v_b` of vectors on a leading axis."""
-        return trees.tree_add(products, jax.vmap(partial(damping_product, self.rhos))(vs))
+    def add_damping(self, product: LoraParams, v: LoraParams) -> LoraParams:
+        """`product + rho_b v_b`."""
+        return trees.tree_add(product, damping_product(self.rhos, v))
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`A_k v + rho_b v_b`, the mean of which over `k` is `mv(v)`."""
-        return trees.tree_add(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), damping_product(self.rhos, v))
+        return self.add_damping(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), v)
 
 
 def damping_product(rhos: PyTree, v: LoraParams) -> LoraParams:

@@ -4,7 +4,6 @@ import jax
 import pytest
 
 from llmeraser_jax.curvature import CURVATURES, BlockDamped, Damped, DatasetCurvature, mv_many
-from llmeraser_jax.curvature.operators import DatasetCurvature as Operator
 from tests.curvature.problem import compile_product, decoder_problem, random_vectors, relative_difference
 
 NUM_VECTORS = 8
@@ -65,7 +64,8 @@ def test_one_after_the_other_they_share_the_primal_pass(kind):
     vectors = random_vectors(operator.params, NUM_VECTORS)
     # Attention's exponential belongs to the primal pass: its tangent is a product.
     [shared] = {
-        frozenset(_primitives(body)) for body in _loops_over_vectors(_program(Operator.mv_each, operator, vectors))
+        frozenset(_primitives(body))
+        for body in _loops_over_vectors(_program(DatasetCurvature.mv_each, operator, vectors))
     }
     assert "dot_general" in shared and "exp" not in shared
     [apart] = {frozenset(_primitives(body)) for body in _loops_over_vectors(_program(_apart, operator, vectors))}
