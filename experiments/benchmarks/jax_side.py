@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llmeraser_jax as le
-from experiments.benchmarks.sides import CG_DAMPING, Prepared
+from experiments.benchmarks.sides import CG_DAMPING, Prepared, solve_facts
 from experiments.benchmarks.workload import L2, Workload, encode
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, make_linearised, mv_many
@@ -135,7 +135,11 @@ class JaxSide:
         def run() -> dict[str, Any]:
             given = make_linearised(operator) if cached else operator
             solution = jax.block_until_ready(self._solve(solver, given, rhs))
-            return {"iterations": int(solution.num_steps), "products": int(solution.num_steps) + 1}
+            return solve_facts(
+                self.workload.cg_steps,
+                int(solution.num_steps),
+                negative_curvature=bool(solution.negative_curvature),
+            )
 
         return self._timed_first(run)
 

@@ -52,10 +52,11 @@ def _ratio(over: float | None, under: float | None, scale: float = 1.0) -> float
     return None if over is None or not under else scale * over / under
 
 
-def _per_product(cell: Cell, key: str) -> float | None:
-    """Seconds of a solve over its products: one for each iteration, and one for the true residual."""
-    entry = cell.get("cg", {}).get("entries", {}).get(key, {})
-    return entry["seconds"] / entry["facts"]["products"] if "seconds" in entry else None
+def _per_product(cell: Cell, *keys: str) -> float | None:
+    """Seconds of a solve over its products, one for each iteration and one for the true residual; the least."""
+    entries = cell.get("cg", {}).get("entries", {})
+    found = [entries[key] for key in keys if "seconds" in entries.get(key, {})]
+    return min((entry["seconds"] / entry["facts"]["products"] for entry in found), default=None)
 
 
 _TORCH_HESSIAN = ("torch: hessian reverse-over-reverse", "torch: hessian forward-over-reverse")
@@ -71,9 +72,17 @@ def targets(cell: Cell) -> list[Target]:
     }
     return [
         Target(
-            name="one CG iteration (Hessian, cached, building the cache included) / PyTorch's best Hessian product",
+            name="one CG iteration (Hessian; recomputed, or cached with its cache built) / PyTorch's best Hessian product",
             bound=0.6,
-            value=_ratio(_per_product(cell, "jax: cg hessian cached"), _seconds(cell, "cg", *_TORCH_HESSIAN)),
+            value=_ratio(
+                _per_product(cell, "jax: cg hessian cached", "jax: cg hessian recomputed"),
+                _seconds(cell, "cg", *_TORCH_HESSIAN),
+            ),
+        ),
+        Target(
+            name="one CG iteration (Gauss-Newton, the default) / PyTorch's best Hessian product",
+            bound=0.6,
+            value=_ratio(_per_product(cell, "jax: cg gauss-newton cached"), _seconds(cell, "cg", *_TORCH_HESSIAN)),
         ),
         Target(name="Hessian product recomputed / gradient", bound=2.2, value=_ratio(recomputed, gradient)),
         Target(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmarks.sides import CG_DAMPING, Prepared
+from experiments.benchmarks.sides import CG_DAMPING, Prepared, solve_facts
 from experiments.benchmarks.workload import L2, Workload, encode
 from experiments.torch_baseline import curvature
 from experiments.torch_baseline.batches import Batch, make_batches
@@ -142,7 +142,9 @@ class TorchSide:
                 rtol=0.0,
                 max_steps=self.workload.cg_steps,
             )
-            return {"iterations": solution.num_steps, "products": solution.num_steps + 1}
+            return solve_facts(
+                self.workload.cg_steps, solution.num_steps, negative_curvature=solution.negative_curvature
+            )
 
         return run
 

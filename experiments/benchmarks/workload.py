@@ -77,8 +77,8 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
-        "1m": Shape(width=128, mlp_width=352, num_layers=5, num_heads=4, num_kv_heads=4, examples=24, chunk_size=4),
-        "10m": Shape(width=320, mlp_width=864, num_layers=8, num_heads=5, num_kv_heads=5, examples=8, chunk_size=2),
+        "1m": Shape(width=128, mlp_width=352, num_layers=5, num_heads=4, num_kv_heads=4, examples=24, chunk_size=2),
+        "10m": Shape(width=320, mlp_width=864, num_layers=8, num_heads=5, num_kv_heads=5, examples=8, chunk_size=1),
         "110m": Shape(
             width=768, mlp_width=2048, num_layers=16, num_heads=12, num_kv_heads=12, examples=32, chunk_size=8
         ),

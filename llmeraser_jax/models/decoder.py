@@ -150,6 +150,7 @@ class DecoderLayer(nn.Module):
             context.key_valid,
             window=config.sliding_window,
             chunk=layers.QUERY_CHUNK if time > layers.CHUNK_QUERIES_ABOVE else None,
+            aligned=cache is None,
         )
         x = x + linear("o_proj", config.width, config.o_bias)(attended.reshape(batch, time, -1))
 

@@ -19,6 +19,8 @@ from llmeraser_jax.models.config import RopeConfig
 PRECISION = jax.lax.Precision.HIGHEST
 QUERY_CHUNK = 512
 CHUNK_QUERIES_ABOVE = 1024
+CAUSAL_BLOCK = 88  # least queries of a block that sees only the keys up to its end
+MAX_CAUSAL_BLOCKS = 4  # each is code of its own to compile
 _MASKED = -1e30
 
 
@@ -106,11 +108,15 @@ def attention(
     *,
     window: int | None = None,
     chunk: int | None = None,
+    aligned: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Softmax attention with grouped key/value heads, optionally over chunks of queries.
 
     Each query's row is computed from the same numbers either way, so chunking changes memory
     (`chunk * keys` scores at a time instead of `queries * keys`) and nothing else.
+
+    Where queries and keys are the same tokens, blocks of queries leave out the keys behind their end, which they do
+    not see: up to three eighths of all pairs, in every derivative. What padding attends to may change by that.
 
     Args:
         q: rotated queries.
@@ -121,11 +127,18 @@ def attention(
         key_valid: False for padding, or, with a row for each query, for what that query must not see.
         window: sliding window in tokens; None for all.
         chunk: queries computed at a time; None for all.
+        aligned: queries and keys are the same tokens in the same order.
     """
-    if chunk is None or q.shape[1] <= chunk:
-        return _attend(q, k, v, visible(query_positions, key_positions, key_valid, window))
-
     batch, queries = query_positions.shape
+    if chunk is None or queries <= chunk:
+        parts = []
+        for start, end in causal_blocks(queries) if aligned else [(0, queries)]:
+            keys = slice(0, end if aligned else None)
+            valid = key_valid[..., keys] if key_valid.ndim == 2 else key_valid[:, start:end, keys]
+            mask = visible(query_positions[:, start:end], key_positions[:, keys], valid, window)
+            parts.append(_attend(q[:, start:end], k[:, keys], v[:, keys], mask))
+        return jnp.concatenate(parts, axis=1)
+
     fill = -queries % chunk
     q_parts = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0))).reshape(batch, -1, chunk, *q.shape[2:])
     position_parts = jnp.pad(query_positions, ((0, 0), (0, fill))).reshape(batch, -1, chunk)
@@ -141,6 +154,13 @@ def attention(
 
     out = jax.lax.map(one_chunk, tuple(jnp.moveaxis(part, 1, 0) for part in parts))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :queries]
+
+
+def causal_blocks(time: int) -> list[tuple[int, int]]:
+    """Start and end of the blocks that `time` queries are computed in, of nearly equal lengths."""
+    count = min(max(time // CAUSAL_BLOCK, 1), MAX_CAUSAL_BLOCKS)
+    ends = [time * (i + 1) // count for i in range(count)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _attend(q, k, v, mask):

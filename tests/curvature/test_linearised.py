@@ -106,11 +106,13 @@ def test_bytes_are_known_from_shapes(case):
 
 def test_residuals_grow_with_the_data_alone():
     objective, lora, _ = decoder_problem("float32")
-    one, two, four = (
+    one, two, four, eight = (
         linearisation_bytes(DatasetCurvature(objective, lora, random_stack(n, 3, "float32"), CURVATURES["hessian"]))
-        for n in (1, 2, 4)
+        for n in (1, 2, 4, 8)
     )
-    assert four - two == 2 * (two - one) > 0
+    assert eight - four == 2 * (four - two) > 0
+    # A single micro-batch keeps what is elementwise too.
+    assert one > two
 
 
 def test_the_budget_decides(case):

@@ -34,16 +34,46 @@ def _attention_by_loops(q, k, v, valid, window):
     return out
 
 
+@pytest.fixture
+def small_causal_blocks(monkeypatch):
+    monkeypatch.setattr(layers, "CAUSAL_BLOCK", 2)
+
+
+@pytest.mark.usefixtures("small_causal_blocks")
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_attention_matches_loops(window, chunk):
+@pytest.mark.parametrize(("chunk", "aligned"), [(None, False), (None, True), (3, True)])
+def test_attention_matches_loops(window, chunk, aligned):
     q, k, v = _qkv(jax.random.key(0))
     valid = np.ones((2, 7), bool)
     valid[1, 5:] = False
     places = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    out = layers.attention(q, k, v, places, places, jnp.asarray(valid), window=window, chunk=chunk)
+    out = layers.attention(q, k, v, places, places, jnp.asarray(valid), window=window, chunk=chunk, aligned=aligned)
     expected = _attention_by_loops(q, k, v, valid, window)
     np.testing.assert_allclose(np.asarray(out)[valid], expected[valid], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        (7, [(0, 7)]),
+        (175, [(0, 175)]),
+        (177, [(0, 88), (88, 177)]),
+        (1024, [(0, 256), (256, 512), (512, 768), (768, 1024)]),
+    ],
+)
+def test_causal_blocks_cover_all_queries_once(time, expected):
+    assert layers.causal_blocks(time) == expected
+
+
+@pytest.mark.usefixtures("small_causal_blocks")
+def test_padding_on_the_left_changes_no_real_token_of_any_block():
+    q, k, v = _qkv(jax.random.key(8), batch=1)
+    places = jnp.arange(7)[None]
+    alone = layers.attention(q, k, v, places, places, jnp.ones((1, 7), bool), aligned=True)
+    padded = [jnp.pad(x, ((0, 0), (4, 0), (0, 0), (0, 0)), constant_values=50.0) for x in (q, k, v)]
+    places = jnp.maximum(jnp.arange(11) - 4, 0)[None]
+    out = layers.attention(*padded, places, places, (jnp.arange(11) >= 4)[None], aligned=True)
+    np.testing.assert_allclose(out[:, 4:], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [8, 9, 11])
@@ -68,7 +98,9 @@ def test_chunked_attention_equals_whole_attention_and_so_do_its_derivatives(quer
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), products(4), products(None))
 
 
-def test_derivatives_of_attention_are_those_of_a_softmax():
+@pytest.mark.usefixtures("small_causal_blocks")
+@pytest.mark.parametrize("aligned", [False, True])
+def test_derivatives_of_attention_are_those_of_a_softmax(aligned):
     # The module divides after the product with the values and drops the derivative of the peak.
     with jax.enable_x64(True):
         q, k, v = _qkv(jax.random.key(7), queries=6)
@@ -84,7 +116,7 @@ def test_derivatives_of_attention_are_those_of_a_softmax():
             return jnp.einsum("bhqs,bshd->bqhd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), v)
 
         def ours(q, k, v):
-            return layers.attention(q, k, v, places, places, valid)
+            return layers.attention(q, k, v, places, places, valid, aligned=aligned)
 
         def derivatives(attend):
             def loss(*x):
