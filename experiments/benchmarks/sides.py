@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 SIDES = ("jax", "torch")
 RIGHT_HAND_SIDES = (2, 4, 8)
-# Enough for a positive definite system on random weights (Ritz values of the Hessian reach -6.3 at 1m), so that every
-# iteration is taken.
+# Enough for a positive definite system on random weights (Ritz values of the Hessian reach -6.3 at 1m), so that
+# every iteration is taken.
 CG_DAMPING = 20.0
 
 # Entries of each group, by side, in the order in which a repetition runs them.

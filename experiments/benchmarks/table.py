@@ -72,7 +72,7 @@ def targets(cell: Cell) -> list[Target]:
     }
     return [
         Target(
-            name="one CG iteration (Hessian; recomputed, or cached with its cache built) / PyTorch's best Hessian product",
+            name="one CG iteration (Hessian, the better of recomputed and cached) / PyTorch's best Hessian product",
             bound=0.6,
             value=_ratio(
                 _per_product(cell, "jax: cg hessian cached", "jax: cg hessian recomputed"),

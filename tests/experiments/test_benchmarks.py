@@ -194,7 +194,8 @@ def _cell():
 def test_targets_are_the_stated_ratios():
     cell = _cell()
     values = [target.value for target in targets(cell)]
-    # 9 s / 6 products / 3 s, the better of two; 7.2 s / 6 products / 3 s; 2 / 1; 1.2 / 1; 1.5 / 1; 8 s / 8 / 2 s; 20 / 10; 12 / 10 bytes; no erasure.
+    # 9 s / 6 products / 3 s, the better of two; 7.2 s / 6 products / 3 s; 2 / 1; 1.2 / 1; 1.5 / 1; 8 s / 8 / 2 s;
+    # 20 / 10; 12 / 10 bytes; no erasure.
     assert values == pytest.approx([0.5, 0.4, 2.0, 1.2, 1.5, 0.5, 2.0, 1.2, None])
     verdicts = [target.verdict for target in targets(cell)]
     assert verdicts == ["met", "met", "met", "missed", "met", "met", "met", "missed", "not measured"]

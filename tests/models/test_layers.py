@@ -72,7 +72,8 @@ def test_padding_on_the_left_changes_no_real_token_of_any_block():
     alone = layers.attention(q, k, v, places, places, jnp.ones((1, 7), bool), aligned=True)
     padded = [jnp.pad(x, ((0, 0), (4, 0), (0, 0), (0, 0)), constant_values=50.0) for x in (q, k, v)]
     places = jnp.maximum(jnp.arange(11) - 4, 0)[None]
-    out = layers.attention(*padded, places, places, (jnp.arange(11) >= 4)[None], aligned=True)
+    q, k, v = padded
+    out = layers.attention(q, k, v, places, places, (jnp.arange(11) >= 4)[None], aligned=True)
     np.testing.assert_allclose(out[:, 4:], alone, rtol=1e-5, atol=1e-6)
 
 
