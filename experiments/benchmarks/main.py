@@ -42,7 +42,8 @@ class BenchmarkConfig:
         repeats: repetitions of each entry; an erasure has half as many, at least 2.
         threads: CPU threads of both libraries; None is all CPUs of this process.
         examples: rows behind a gradient or a product; None is the size's own number.
-        chunk_size: rows of a micro-batch; None is the size's own.
+        chunk_size: rows of the package's micro-batches; None is the size's own, at which it is fastest.
+        torch_chunk_size: the same of PyTorch.
         erase_rows: rows of the training set of an erasure.
         erase_sample: rows behind its curvature.
         cg_steps: iterations of each solve.
@@ -61,6 +62,7 @@ class BenchmarkConfig:
     threads: int | None = None
     examples: int | None = None
     chunk_size: int | None = None
+    torch_chunk_size: int | None = None
     erase_rows: int = 32
     erase_sample: int = 16
     cg_steps: int = 5
@@ -81,6 +83,7 @@ class BenchmarkConfig:
             "threads",
             "examples",
             "chunk_size",
+            "torch_chunk_size",
             "erase_rows",
             "erase_sample",
             "cg_steps",
@@ -128,6 +131,7 @@ class BenchmarkConfig:
             dtype=dtype,
             examples=examples,
             chunk_size=self.chunk_size or shape.chunk_size,
+            torch_chunk_size=self.torch_chunk_size or shape.torch_chunk_size,
             erase_rows=rows,
             erase_sample=min(self.erase_sample, 4) if self.quick else self.erase_sample,
             cg_steps=self.cg_steps,
@@ -264,6 +268,7 @@ def run(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
         settings = {
             "examples": workload.examples,
             "chunk_size": workload.chunk_size,
+            "torch_chunk_size": workload.torch_chunk_size,
             "erase_rows": workload.erase_rows,
             "erase_sample": workload.erase_sample,
             "cg_steps": workload.cg_steps,

@@ -44,7 +44,7 @@ class TorchSide:
         }
         indices, weights = workload.measured_rows(self.dataset)
         self.batches = make_batches(
-            self.dataset, indices, weights, chunk_size=workload.chunk_size, device=self.device
+            self.dataset, indices, weights, chunk_size=workload.torch_chunk_size, device=self.device
         )
 
     def _bucketed(self) -> list[Batch]:
@@ -58,7 +58,7 @@ class TorchSide:
                 self.dataset,
                 indices[chosen],
                 weights[chosen],
-                chunk_size=self.workload.chunk_size,
+                chunk_size=self.workload.torch_chunk_size,
                 device=self.device,
                 shape=self.dataset.buckets[bucket],
             )
@@ -159,7 +159,7 @@ class TorchSide:
             cg_max_steps=workload.cg_steps,
             cg_rtol=0.0,
             l2=L2,
-            chunk_size=workload.chunk_size,
+            chunk_size=workload.torch_chunk_size,
             diagnostic_sample=workload.diagnostic_sample,
         )
         started = time.perf_counter()

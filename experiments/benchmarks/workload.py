@@ -40,7 +40,8 @@ class Shape:
         num_heads: query heads.
         num_kv_heads: key/value heads.
         examples: rows that a product is measured on, by default.
-        chunk_size: rows of a micro-batch, by default.
+        chunk_size: rows of a micro-batch, by default: where the package is fastest.
+        torch_chunk_size: the same of PyTorch.
     """
 
     width: int
@@ -50,6 +51,7 @@ class Shape:
     num_kv_heads: int
     examples: int
     chunk_size: int
+    torch_chunk_size: int
 
     def config(self, vocab_size: int = VOCAB_SIZE) -> ModelConfig:
         """As the package's model configuration."""
@@ -77,16 +79,55 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
-        "1m": Shape(width=128, mlp_width=352, num_layers=5, num_heads=4, num_kv_heads=4, examples=24, chunk_size=2),
-        "10m": Shape(width=320, mlp_width=864, num_layers=8, num_heads=5, num_kv_heads=5, examples=8, chunk_size=1),
+        "1m": Shape(
+            width=128,
+            mlp_width=352,
+            num_layers=5,
+            num_heads=4,
+            num_kv_heads=4,
+            examples=24,
+            chunk_size=2,
+            torch_chunk_size=4,
+        ),
+        "10m": Shape(
+            width=320,
+            mlp_width=864,
+            num_layers=8,
+            num_heads=5,
+            num_kv_heads=5,
+            examples=8,
+            chunk_size=1,
+            torch_chunk_size=4,
+        ),
         "110m": Shape(
-            width=768, mlp_width=2048, num_layers=16, num_heads=12, num_kv_heads=12, examples=32, chunk_size=8
+            width=768,
+            mlp_width=2048,
+            num_layers=16,
+            num_heads=12,
+            num_kv_heads=12,
+            examples=32,
+            chunk_size=8,
+            torch_chunk_size=8,
         ),
         "1b": Shape(
-            width=2048, mlp_width=8192, num_layers=16, num_heads=32, num_kv_heads=8, examples=16, chunk_size=8
+            width=2048,
+            mlp_width=8192,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            examples=16,
+            chunk_size=8,
+            torch_chunk_size=8,
         ),
         "7b": Shape(
-            width=4096, mlp_width=11008, num_layers=32, num_heads=32, num_kv_heads=32, examples=8, chunk_size=4
+            width=4096,
+            mlp_width=11008,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            examples=8,
+            chunk_size=4,
+            torch_chunk_size=4,
         ),
     }
 )
@@ -152,7 +193,8 @@ class Workload:
         directory: holds `base-<dtype>/`, `adapter/`, `train.jsonl` and `requests.jsonl`.
         dtype: of the base.
         examples: rows behind a gradient or a product.
-        chunk_size: rows of a micro-batch.
+        chunk_size: rows of the package's micro-batches.
+        torch_chunk_size: of PyTorch's.
         erase_rows: rows of the training set of an erasure.
         erase_sample: rows behind its curvature.
         cg_steps: iterations of every solve.
@@ -163,6 +205,7 @@ class Workload:
     dtype: str
     examples: int
     chunk_size: int
+    torch_chunk_size: int
     erase_rows: int
     erase_sample: int
     cg_steps: int

@@ -25,7 +25,16 @@ from llmeraser_jax.curvature import CURVATURES, DatasetCurvature
 from llmeraser_jax.models.decoder import base_shapes
 from tests.curvature.problem import relative_difference
 
-TINY = Shape(width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, examples=3, chunk_size=2)
+TINY = Shape(
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    examples=3,
+    chunk_size=2,
+    torch_chunk_size=3,
+)
 VOCAB = 40
 
 
@@ -36,6 +45,7 @@ def workload(tmp_path_factory):
         dtype="float32",
         examples=3,
         chunk_size=2,
+        torch_chunk_size=3,
         erase_rows=16,
         erase_sample=4,
         cg_steps=2,
@@ -161,7 +171,7 @@ def _entry(seconds, temp=None, facts=None):
 
 
 def _cell():
-    settings = {"rank": 8, "vocab_size": 32000, "examples": 4, "chunk_size": 2, "threads": 2}
+    settings = {"rank": 8, "vocab_size": 32000, "examples": 4, "chunk_size": 2, "torch_chunk_size": 4, "threads": 2}
     common = {
         "dtype": "float32",
         "decoder_parameters": 1_000_000,
