@@ -150,7 +150,8 @@ def render_table(results: dict[str, Cell]) -> str:
             f"{some['decoder_parameters'] / 1e6:.1f} M parameters in the decoder's layers, base {some['dtype']}, "
             f"adapter of rank {settings['rank']} on all seven projections, vocabulary {settings['vocab_size']}; "
             f"{settings['examples']} rows ({some['jax']['tokens']} tokens) in micro-batches of "
-            f"{settings['chunk_size']} (PyTorch {settings['torch_chunk_size']}); {settings['threads']} threads; jax on {some['jax']['devices']}, torch "
+            f"{settings['chunk_size']} (PyTorch {settings['torch_chunk_size']}); "
+            f"{settings['threads']} threads; jax on {some['jax']['devices']}, torch "
             f"{some['torch']['versions']['torch']} on {some['torch']['devices']}.",
             "",
             "| group | measured | median ms | CPU ms | / own gradient | first call s | compiling s | working MiB "
