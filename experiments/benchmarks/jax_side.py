@@ -31,7 +31,7 @@ def _residuals(operator):
 
 
 def _solve(solver, operator, rhs):
-    return solver.solve(Damped(operator, CG_DAMPING), rhs)
+    return solver.solve(operator, rhs)
 
 
 class JaxSide:
@@ -134,7 +134,7 @@ class JaxSide:
 
         def run() -> dict[str, Any]:
             given = make_linearised(operator) if cached else operator
-            solution = jax.block_until_ready(self._solve(solver, given, rhs))
+            solution = jax.block_until_ready(self._solve(solver, Damped(given, CG_DAMPING[kind]), rhs))
             return solve_facts(
                 self.workload.cg_steps,
                 int(solution.num_steps),

@@ -137,7 +137,7 @@ class TorchSide:
     def _cg(self, kind: str, mode: str) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             solution = conjugate_gradients(
-                lambda v: axpy(CG_DAMPING, v, self._product(kind, mode, v)),
+                lambda v: axpy(CG_DAMPING[kind], v, self._product(kind, mode, v)),
                 self.v,
                 rtol=0.0,
                 max_steps=self.workload.cg_steps,
