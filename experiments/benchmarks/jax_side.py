@@ -30,10 +30,6 @@ def _residuals(operator):
     return make_linearised(operator).residuals  # and not the base again
 
 
-def _solve(solver, operator, rhs):
-    return solver.solve(operator, rhs)
-
-
 class JaxSide:
     """The package on a workload."""
 
@@ -49,7 +45,7 @@ class JaxSide:
         self.v = trees.tree_random_normal(jax.random.key(5), self.lora)
         self._linearised: dict[str, Any] = {}
         self._executables: dict[str, tuple[Any, float]] = {}  # and the seconds that compilation took
-        self._solve = jax.jit(_solve, static_argnums=0)
+        self._solve = jax.jit(ConjugateGradients.solve, static_argnums=0)
 
     def operator(self, kind: str) -> DatasetCurvature:
         """The mean curvature of the measured rows."""

@@ -110,9 +110,8 @@ class DatasetCurvature:
     def mv_each(self, vs: LoraParams) -> LoraParams:
         """Products with vectors on a leading axis, one after the other over each micro-batch's primal values.
 
-        Keeps the intermediate values of one micro-batch. Where a product is bound by memory it beats products of
-        all vectors at once, whose derivatives XLA copies transposed on a CPU: measured at a million parameters
-        (`experiments/benchmarks`), 0.85 of a product alone for each of 8, against 1.21.
+        Keeps the intermediate values of one micro-batch. On a CPU each of 8 takes 0.8 of a product alone, measured
+        at a million parameters (`experiments/benchmarks`); all at once take as long, for more memory.
 
         Args:
             vs: vectors of adapter space on a leading axis of every leaf.

@@ -131,12 +131,13 @@ def attention(
     """
     batch, queries = query_positions.shape
     if chunk is None or queries <= chunk:
-        parts = []
-        for start, end in causal_blocks(queries) if aligned else [(0, queries)]:
-            keys = slice(0, end if aligned else None)
-            valid = key_valid[..., keys] if key_valid.ndim == 2 else key_valid[:, start:end, keys]
-            mask = visible(query_positions[:, start:end], key_positions[:, keys], valid, window)
-            parts.append(_attend(q[:, start:end], k[:, keys], v[:, keys], mask))
+        mask = visible(query_positions, key_positions, key_valid, window)
+        if not aligned:
+            return _attend(q, k, v, mask)
+        parts = [
+            _attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+            for start, end in causal_blocks(queries)
+        ]
         return jnp.concatenate(parts, axis=1)
 
     fill = -queries % chunk
