@@ -14,7 +14,14 @@ import llmeraser_jax as le
 from experiments.benchmarks.sides import CG_DAMPING, Prepared, solve_facts
 from experiments.benchmarks.workload import L2, Workload, encode
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, make_linearised, mv_many
+from llmeraser_jax.curvature import (
+    CURVATURES,
+    Damped,
+    DatasetCurvature,
+    NarrowProducts,
+    make_linearised,
+    mv_many,
+)
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.solvers import ConjugateGradients
@@ -66,6 +73,8 @@ class JaxSide:
         if name.startswith("cg"):
             return self._cg(kind, cached)
         operator = self._cached(kind) if cached else self.operator(kind)
+        if name.endswith(", bfloat16 operands"):
+            return self._compiled(name, _product, NarrowProducts(operator), self.v)
         if " k=" in name:
             k = int(name.rsplit("=", 1)[1])
             vs = jax.tree.map(lambda x: jnp.stack([x] * k), self.v)

@@ -37,8 +37,8 @@ class BenchmarkConfig:
         workdir: models, measurements, table and plot.
         sizes: any of 1m, 10m (2 CPU cores), 110m, 1b, 7b (a GPU): parameters of the decoder's layers.
         dtypes: of the base; none given is float32 and bfloat16 for 1m and 10m, bfloat16 above.
-        groups: any of ceiling, products, many, cg, erase, compile; none given is all for the first cell, all but
-            compile for the first dtype of a size, and products, cg and erase for its second one.
+        groups: any of ceiling, products, operands, many, cg, erase, compile; none given is all for the first cell,
+            all but compile for the first dtype of a size, and products, cg and erase for its second one.
         repeats: repetitions of each entry; an erasure has half as many, at least 2.
         threads: CPU threads of both libraries; None is all CPUs of this process.
         examples: rows behind a gradient or a product; None is the size's own number.

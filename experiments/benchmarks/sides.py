@@ -38,6 +38,13 @@ GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("jax", "build hessian cache"),
         ("jax", "build gauss-newton cache"),
     ),
+    # The package's opt-in: matrix products with bfloat16 operands, whatever the base is stored in.
+    "operands": (
+        ("jax", "hessian recomputed"),
+        ("jax", "hessian recomputed, bfloat16 operands"),
+        ("jax", "gauss-newton recomputed"),
+        ("jax", "gauss-newton recomputed, bfloat16 operands"),
+    ),
     "many": (
         ("jax", "hessian recomputed"),
         *(("jax", f"hessian recomputed k={k}") for k in RIGHT_HAND_SIDES),

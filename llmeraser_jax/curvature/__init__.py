@@ -21,6 +21,7 @@ from llmeraser_jax.curvature.linearised import (
     make_linearised,
     product_cost,
 )
+from llmeraser_jax.curvature.narrow import NarrowProducts, narrow_products
 from llmeraser_jax.curvature.operators import (
     CURVATURES,
     Curvature,
@@ -41,6 +42,7 @@ __all__ = [
     "EkFac",
     "KroneckerFactors",
     "LinearisedCurvature",
+    "NarrowProducts",
     "block_mean_eigenvalues",
     "choose_linearisation",
     "damping_product",
@@ -58,6 +60,7 @@ __all__ = [
     "materialise",
     "mean_eigenvalue",
     "mv_many",
+    "narrow_products",
     "product_asymmetry",
     "product_cost",
     "relative_damping",

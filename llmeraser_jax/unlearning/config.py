@@ -54,6 +54,10 @@ class EraseConfig:
             below 2. `lissa` scales by the same estimate.
         memory_budget_bytes: how much a solve may keep to save the primal pass of every product after the first;
             0 recomputes always. Results do not change.
+        operands: of the matrix products in a solve. `bfloat16` rounds what is multiplied and sums in float32, all
+            else staying float32: for the matrix units of a GPU or TPU. Residuals are computed in float32 and solved
+            for again until they meet `cg_rtol`, and no solve goes below the rounded product's measured asymmetry.
+            Step and path with `cg` or `minres`.
         stream: copy the curvature's examples to the device one micro-batch at a time, and save the state of every
             solve as it goes, so that an erasure that was killed goes on where it was (step and path with `cg`).
         damping: rho, added to the curvature besides the L2 term's lambda; with another `damping_kind` a factor.
@@ -99,6 +103,7 @@ class EraseConfig:
     solver_steps: int = 100
     learning_rate: float = 0.5
     memory_budget_bytes: int = 2**30
+    operands: Literal["float32", "bfloat16"] = "float32"
     stream: bool = False
     damping: float = 7e-3
     damping_kind: Literal["constant", "mean-eigenvalue", "per-matrix"] = "constant"
@@ -126,6 +131,7 @@ class EraseConfig:
             "solver": ("cg", "minres", "descent", "lissa", "ekfac", "reference-compat"),
             "preconditioner": ("none", "factored"),
             "damping_kind": ("constant", "mean-eigenvalue", "per-matrix"),
+            "operands": ("float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -136,6 +142,18 @@ class EraseConfig:
             raise ValueError(msg)
         if self.method == "matched" and self.damping_kind != "constant":
             msg = f"damping_kind is {self.damping_kind!r}; the matched way takes 'constant' only."
+            raise ValueError(msg)
+        if self.operands == "bfloat16" and (
+            self.method not in ("step", "path")
+            or self.solver not in ("cg", "minres")
+            or self.preconditioner != "none"
+            or self.stream
+        ):
+            msg = (
+                "operands 'bfloat16' go with method 'step' or 'path' and solver 'cg' or 'minres', without a "
+                f"preconditioner or stream; got {self.method!r}, {self.solver!r}, {self.preconditioner!r}, stream "
+                f"{self.stream}."
+            )
             raise ValueError(msg)
         if self.preconditioner == "factored" and (
             self.solver != "cg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from llmeraser_jax.curvature import (
     Damped,
     DatasetCurvature,
     LinearisedCurvature,
+    NarrowProducts,
     block_mean_eigenvalues,
     choose_linearisation,
     damping_product,
@@ -42,6 +44,7 @@ from llmeraser_jax.solvers import (
     SpectralPreconditioner,
     StreamedOperator,
     factored_preconditioner,
+    solve_refined,
     solve_streamed,
 )
 from llmeraser_jax.types import (
@@ -78,6 +81,13 @@ def _solve_preconditioned(
     solver: ConjugateGradients, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner
 ) -> Solution:
     return solver.solve(operator, rhs, preconditioner)
+
+
+@partial(jax.jit, static_argnames=("solver", "rtol"))
+def _solve_with_narrow_products(
+    solver: ConjugateGradients | Minres, operator: Operator, rhs: LoraParams, rtol: float
+) -> tuple[Solution, jax.Array]:
+    return solve_refined(solver, NarrowProducts(operator), operator, rhs, rtol=rtol)
 
 
 @partial(jax.jit, static_argnames="num_roots")
@@ -269,6 +279,7 @@ class Evaluator:
         solvers = {"cg": ConjugateGradients, "minres": Minres}
         solver = solvers[config.solver](rtol=config.cg_rtol, max_steps=config.cg_max_steps)
         per_product = product_cost(kind, cached=False)
+        num_residuals = 1
         if config.stream:
             solution = self._solve_streamed(solver, params, weighted, rhs)
         else:
@@ -279,8 +290,13 @@ class Evaluator:
                 self.cost.curvature += kind.linearise_gradient_equivalents * len(weighted.indices)
                 per_product = product_cost(kind, cached=True)
             damped = _damped(operator, rhos)
-            self.measure_asymmetry(damped, rhs, per_product * len(weighted.indices))
-            if config.preconditioner == "factored":
+            multiplied = NarrowProducts(damped) if config.operands == "bfloat16" else damped
+            self.measure_asymmetry(multiplied, rhs, per_product * len(weighted.indices))
+            if config.operands == "bfloat16":
+                solver = dataclasses.replace(solver, rtol=max(config.cg_rtol, self.asymmetry))
+                solution, num_solves = _solve_with_narrow_products(solver, damped, rhs, config.cg_rtol)
+                num_residuals = 2 * int(num_solves)  # of the rounded operator and of the exact one
+            elif config.preconditioner == "factored":
                 key = jax.random.fold_in(jax.random.key(config.seed), self._num_solves)
                 preconditioner = _make_factored(
                     self.objective, params, plain.stack, key, config.damping, _PRECONDITIONER_ROOTS
@@ -289,8 +305,12 @@ class Evaluator:
                 solution = _solve_preconditioned(solver, damped, rhs, preconditioner)
             else:
                 solution = _solve(solver, damped, rhs)
-        # One more product for the true residual, and the one that met negative curvature.
-        products = int(solution.num_steps) + 1 + int(config.solver == "cg" and bool(solution.negative_curvature))
+        # Besides the steps the residuals, and the product that met negative curvature.
+        products = (
+            int(solution.num_steps)
+            + num_residuals
+            + int(config.solver == "cg" and bool(solution.negative_curvature))
+        )
         self.cost.curvature += products * per_product * len(weighted.indices)
         return solution
 

@@ -180,7 +180,10 @@ def _cell():
         "torch": {"devices": "cpu", "versions": {"torch": "2"}},
     }
     groups = {
-        "ceiling": {"jax: matmul float32": _entry(1.0, facts={"flops": 100e9})},
+        "ceiling": {
+            "jax: matmul float32": _entry(1.0, facts={"flops": 100e9}),
+            "jax: matmul bfloat16": _entry(1.0, facts={"flops": 400e9}),
+        },
         "products": {
             "jax: gradient": _entry(1.0, temp=10),
             "jax: hessian recomputed": _entry(2.0, temp=20),
@@ -189,6 +192,7 @@ def _cell():
             "torch: gradient": _entry(1.0),
             "torch: hessian reverse-over-reverse": _entry(2.6),
         },
+        "operands": {"jax: hessian recomputed, bfloat16 operands": _entry(0.1)},
         "many": {"jax: hessian recomputed": _entry(2.0), "jax: hessian recomputed k=8": _entry(8.0)},
         "cg": {
             "jax: cg hessian cached": _entry(9.0, facts={"iterations": 5, "products": 6}),
@@ -211,6 +215,9 @@ def test_targets_are_the_stated_ratios():
     assert verdicts == ["met", "met", "met", "missed", "met", "met", "met", "missed", "not measured"]
     # 4 passes of 2 operations for 1e6 weights and 1000 tokens in 2 s, of 100e9 operations a second.
     assert hessian_share(cell, "float32") == pytest.approx(8e9 / 2 / 100e9)
+    # The same with bfloat16 operands in 0.1 s, of 400e9 operations a second.
+    assert hessian_share(cell, "bfloat16") == pytest.approx(8e9 / 0.1 / 400e9)
+    del cell["operands"]
     assert hessian_share(cell, "bfloat16") is None
 
 
