@@ -187,6 +187,7 @@ class LlaraConfig:
     mesh: str = ""
 
     def __post_init__(self):
+        study.check_methods(self.methods)
         if self.item_embeddings is not None and self.prompts != "hybrid":
             msg = "item_embeddings are read by hybrid prompts only; add --prompts hybrid."
             raise ValueError(msg)

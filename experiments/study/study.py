@@ -414,6 +414,18 @@ def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
     return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
 
 
+def check_methods(names: Sequence[str]) -> None:
+    """Refuses names that are no methods: a command does so before it trains anything.
+
+    Raises:
+        ValueError: which, and what there is.
+    """
+    unknown = sorted(set(names) - set(BASELINES))
+    if unknown:
+        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(BASELINES)}."
+        raise ValueError(msg)
+
+
 def run_study(
     scenario: Scenario,
     workdir: Path,
@@ -437,10 +449,7 @@ def run_study(
     Raises:
         ValueError: an unknown method, named with those there are.
     """
-    unknown = sorted(set(methods) - set(BASELINES))
-    if unknown:
-        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(BASELINES)}."
-        raise ValueError(msg)
+    check_methods(methods)
     study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
     planned = {name: 1 if name in ONE_SEED else method_seeds for name in methods}
     manifest = StudyManifest(

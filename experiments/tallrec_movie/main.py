@@ -82,6 +82,7 @@ class TallrecConfig:
     l2: float = 1e-3
 
     def __post_init__(self):
+        study.check_methods(self.methods)
         for name in ("removed_share", "flipped_share"):
             if not 0 < getattr(self, name) < 1:
                 msg = f"{name} is {getattr(self, name)}; it must lie between 0 and 1."

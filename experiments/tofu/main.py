@@ -101,6 +101,7 @@ class TofuConfig:
     seed: int = 0
 
     def __post_init__(self):
+        study.check_methods(self.methods)
         if not 1 <= self.num_forgotten <= NUM_AUTHORS - FIRST_FORGOTTEN:
             msg = f"num_forgotten is {self.num_forgotten}; forget05 has 10 authors."
             raise ValueError(msg)

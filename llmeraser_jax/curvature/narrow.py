@@ -10,6 +10,7 @@ operator's (`solvers.refinement`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -69,7 +70,8 @@ def _narrow_product(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
             preferred_element_type=jnp.float32,
         )
 
-    shapes = [jax.ShapeDtypeStruct(atom.aval.shape, jnp.float32) for atom in equation.invars]
+    avals: list[Any] = [atom.aval for atom in equation.invars]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, jnp.float32) for aval in avals]
     traced = jax.make_jaxpr(product)(*shapes).jaxpr
     outer = dict(zip((*traced.invars, *traced.outvars), (*equation.invars, *equation.outvars), strict=True))
     return [

@@ -44,6 +44,7 @@ from llmeraser_jax.solvers import (
     SpectralPreconditioner,
     StreamedOperator,
     factored_preconditioner,
+    inner_tolerance,
     solve_refined,
     solve_streamed,
 )
@@ -293,7 +294,7 @@ class Evaluator:
             multiplied = NarrowProducts(damped) if config.operands == "bfloat16" else damped
             self.measure_asymmetry(multiplied, rhs, per_product * len(weighted.indices))
             if config.operands == "bfloat16":
-                solver = dataclasses.replace(solver, rtol=max(config.cg_rtol, self.asymmetry))
+                solver = dataclasses.replace(solver, rtol=max(inner_tolerance(config.cg_rtol), self.asymmetry))
                 solution, num_solves = _solve_with_narrow_products(solver, damped, rhs, config.cg_rtol)
                 num_residuals = 2 * int(num_solves)  # of the rounded operator and of the exact one
             elif config.preconditioner == "factored":

@@ -168,6 +168,7 @@ def take(
         msg = f"The step at weight {move.weight_before:.4g} has norm {delta_norm}; nothing would be forgotten."
         raise UnlearningError(msg)
     history = np.asarray(solution.history)[: int(solution.num_steps)]
+    history = history[~np.isnan(history)]  # of a refined solve, the first of its solves
     record = StepRecord(
         weight_before=move.weight_before,
         weight_after=move.weight_before - scale * (move.weight_before - move.weight_target),

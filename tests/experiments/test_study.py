@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import study
+from experiments.llara.main import LlaraConfig
 from experiments.study import study as module
+from experiments.tallrec_movie.main import TallrecConfig
+from experiments.tofu.main import TofuConfig
 from llmeraser_jax.baselines import Ensemble, ensemble_model, make_ensemble
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.evaluation.blocks import render_markdown
@@ -149,6 +152,13 @@ def test_what_names_nothing_is_refused(base, tmp_path):
         study.run_study(_scenario(base), tmp_path, methods=("guess",))
     with pytest.raises(ValueError, match="at least 2"):
         study.Study(_scenario(base), tmp_path, retrain_seeds=1)
+
+
+@pytest.mark.parametrize("config", [LlaraConfig, TofuConfig, TallrecConfig])
+def test_a_command_refuses_an_unknown_method_before_it_reads_anything(config, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="Unknown methods nop"):
+        config(base=nowhere, data=nowhere, workdir=nowhere, methods=("npo", "nop"))
 
 
 def test_an_ensemble_of_one_adapter_answers_and_scores_as_the_adapter(done):

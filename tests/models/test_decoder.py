@@ -8,6 +8,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import DecoderLayer, Model, decoder, init_base, layers
 from llmeraser_jax.models.decoder import ApplyDecoder, Context, Decoder, adapter_variables, token_positions
+from llmeraser_jax.models.generation import generate
 from tests.models.tiny import MASK, TOKENS, apply, random_lora, tiny_config, tiny_model
 
 
@@ -93,6 +94,23 @@ def test_long_sequences_take_the_chunked_path_with_the_same_logits(monkeypatch):
     # The chunked path loops inside the scan over layers: one scan more than without.
     assert str(jax.make_jaxpr(lambda b: model.apply(b, None, TOKENS, MASK))(model.base)).count("scan[") == 2
     np.testing.assert_allclose(np.asarray(chunked)[MASK], np.asarray(whole)[MASK], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_over_whole_texts_is_cut_into_causal_blocks_and_one_with_a_cache_is_not(monkeypatch):
+    model, cut = tiny_model(), []
+    blocks = layers.causal_blocks
+    monkeypatch.setattr(layers, "causal_blocks", lambda time: cut.append(time) or blocks(time))
+    tokens = jax.ShapeDtypeStruct((1, 200), jnp.int32)
+    products = str(jax.make_jaxpr(lambda t: model.apply(model.base, None, t, jnp.ones((1, 200), bool)))(tokens))
+    assert set(cut) == {200}
+    # Two blocks have two products each where one would have two in all.
+    monkeypatch.setattr(layers, "causal_blocks", lambda time: [(0, time)])
+    whole = str(jax.make_jaxpr(lambda t: model.apply(model.base, None, t, jnp.ones((1, 200), bool)))(tokens))
+    assert products.count("dot_general") == whole.count("dot_general") + 2
+    monkeypatch.setattr(layers, "causal_blocks", blocks)
+    cut.clear()
+    generate(model, None, [[3] * 90], 2)
+    assert not cut
 
 
 def test_a_fresh_adapter_leaves_logits_alone_and_a_random_one_does_not():

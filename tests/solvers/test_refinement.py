@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.curvature import DenseOperator
-from llmeraser_jax.solvers import ConjugateGradients, Minres, Status, solve_refined
+from llmeraser_jax.solvers import ConjugateGradients, Minres, Status, inner_tolerance, solve_refined
 from llmeraser_jax.solvers.refinement import MAX_CORRECTIONS
 from tests.solvers.systems import D, as_tree, as_vector, rhs, symmetric
 
@@ -26,14 +26,10 @@ def perturbed(matrix, size):
     return matrix + size * error
 
 
-def solve(matrix, approximation, b, solver=None, rtol=1e-8, jit=True):
+def solve(matrix, approximation, b, solver=None, rtol=1e-8):
     solver = ConjugateGradients(rtol=1e-2, max_steps=40) if solver is None else solver
-    operators = [DenseOperator(jnp.asarray(m)) for m in (approximation, matrix)]
-
-    def run(b):
-        return solve_refined(solver, *operators, b, rtol=rtol)
-
-    return (jax.jit(run) if jit else run)(as_tree(b))
+    approximate, exact = (DenseOperator(jnp.asarray(m)) for m in (approximation, matrix))
+    return jax.jit(lambda b: solve_refined(solver, approximate, exact, b, rtol=rtol))(as_tree(b))
 
 
 def relative_residual(matrix, x, b):
@@ -53,6 +49,14 @@ def test_the_exact_residual_meets_a_tolerance_that_the_approximation_alone_misse
     assert float(solution.relative_residual) < 2e-6
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
     assert 2 < int(num_solves) <= MAX_CORRECTIONS + 1
+
+
+@pytest.mark.parametrize(("rtol", "num_solves"), [(0.3, 1), (0.05, 1), (0.04, 2), (1e-3, 3), (1e-5, 4)])
+def test_inner_tolerances_multiply_to_the_whole(rtol, num_solves):
+    inner = inner_tolerance(rtol)
+    assert inner**num_solves == pytest.approx(rtol)
+    assert inner >= 0.05
+    assert inner_tolerance(0.0) == inner_tolerance(float(jnp.finfo(jnp.float32).eps))
 
 
 def test_steps_are_summed_and_history_and_ritz_values_are_the_first_solve_s():
