@@ -78,7 +78,8 @@ class EraseConfig:
         cg_max_steps: conjugate-gradient steps per solve.
         cg_rtol: relative residual at which a solve stops.
         budget: stop before the cost exceeds this share of a retraining (in gradient equivalents); what was
-            reached by then is the result, and the receipt says that it is partial.
+            reached by then is the result, and the receipt says that it is partial. Where `auto` gives up a matched
+            move for the path, both together stop at one retraining without being told.
         l2: lambda that the adapter was trained with; a run directory supplies its own.
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         seed: of every sample drawn.

@@ -46,7 +46,8 @@ def unlearn(
     """Moves the adapter as `config.method` says.
 
     With `auto`, a matched move that fails its range check, or finds no step, is given up for the path, whose cost
-    comes on top; where the path fails the check too, the matched move is what is returned, not called complete.
+    comes on top; both together may cost one retraining, where its cost is known and no budget says otherwise. Where
+    the path fails too, the matched move is what is returned, not called complete.
 
     Args:
         objective: the loss that was trained.
@@ -98,22 +99,26 @@ def unlearn(
     )
     if not (may_go_on and config.method == "matched"):
         return move(config)
-    along_the_path = dataclasses.replace(config, method="path", sample_size=None, num_steps=None)
+    # Whoever would pay more than a retraining is better served by one.
+    budget = 1.0 if config.budget is None and retrain_cost is not None else config.budget
+    along_the_path = dataclasses.replace(config, method="path", sample_size=None, num_steps=None, budget=budget)
+    cost = CostMeter()
     try:
-        moved = move(config)
+        moved = move(config, cost=cost)
     except NoStepError as error:
         logger.warning("The matched way found no step (%s); going along the path instead.", error)
-        return move(along_the_path, attempts=(f"matched: {error}",))
+        return move(along_the_path, attempts=(f"matched: {error}",), cost=cost)
     if moved.range_check is None or moved.range_check.passed:
         return moved
     logger.warning("Matched steps left the range (%s); trying the path.", moved.range_check.verdict)
     try:
-        again = move(along_the_path, attempts=(f"matched: {moved.range_check.verdict}",), cost=moved.cost)
+        again = move(along_the_path, attempts=(f"matched: {moved.range_check.verdict}",), cost=cost)
     except UnlearningError as error:
         return dataclasses.replace(moved, attempts=(f"path: {error}",))
     if again.range_check is not None and again.range_check.passed:
         return again
     verdict = again.range_check.verdict if again.range_check is not None else again.stopped
+    verdict += f"; {again.stopped}" if again.stopped else ""
     return dataclasses.replace(moved, cost=again.cost, attempts=(f"path: {verdict}",))
 
 
@@ -173,7 +178,7 @@ class _Way:
             )
         return dataclasses.replace(
             moved,
-            range_check=check_range(evaluator, self.params, moved.params),
+            range_check=check_range(evaluator, self.params, moved.params, asked=moved.asked),
             attempts=attempts,
             curvature_reason=evaluator.curvature_reason,
             asymmetry=evaluator.asymmetry,

@@ -274,6 +274,13 @@ class Evaluator:
             return self.solve(params, weighted, rhs)
         return solution
 
+    def largest_solve_cost(self, num_examples: int) -> float:
+        """Gradient equivalents of a solve over so many examples that takes all of its iterations."""
+        config, kind = self.config, CURVATURES[self.kind]
+        products = config.cg_max_steps if config.solver in ("cg", "minres") else config.solver_steps
+        cached = config.memory_budget_bytes > 0 and not config.stream
+        return (products + 1) * product_cost(kind, cached=cached) * num_examples
+
     def _solve_krylov(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]
         self._num_solves += 1

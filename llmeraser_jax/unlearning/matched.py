@@ -235,14 +235,22 @@ class _Matching:
         self.rows = _targeted_rows(evaluator.problem, modified)
         self.stack = evaluator.stack(Weighted(self.rows.indices, np.ones(len(self.rows.indices))))
         self.keep = _kept(self.stack)
+        self.start = np.zeros(0)
         self.ends = np.zeros(0)
         self.way = np.zeros(0)
 
     def begin(self, point: _Point) -> bool:
         """Sets the rows' ends; whether any row has a way to go."""
+        self.start = point.here
         self.ends = _ends(self.rows, self.targets, point.here)
         self.way = self.demand(point)
         return bool(np.any(self.way))
+
+    @property
+    def asked(self) -> float:
+        """How far the mean loss of rows that go, or of wanted ones, is to move; the larger, in nats per token."""
+        moves = np.abs(np.logaddexp(0, self.start + self.way) - np.logaddexp(0, self.start))
+        return max(float(moves[group].mean()) for group in (self.rows.goes, ~self.rows.goes) if group.any())
 
     def demand(self, point: _Point) -> np.ndarray:
         """What is left of every row's way, in log-odds."""
@@ -411,6 +419,7 @@ def unlearn_matched(
         method="matched",
         cost=evaluator.cost,
         targets=targets,
+        asked=matching.asked,
         stopped=stopped,
     )
 

@@ -114,6 +114,15 @@ def single_step(
     )
 
 
+def _first_step_cost(evaluator: Evaluator) -> float:
+    """Gradient equivalents of a step whose solve takes all of its iterations."""
+    problem = evaluator.problem
+    num_edited = len(problem.named) + len(problem.wanted)
+    sample = evaluator.curvature_sample
+    num_retained = len(problem.retained) if sample is None else min(sample, len(problem.retained))
+    return GRADIENT * num_edited + evaluator.largest_solve_cost(num_edited + num_retained)
+
+
 def influence_path(
     evaluator: Evaluator,
     check: Check | None,
@@ -126,14 +135,17 @@ def influence_path(
     schedule = log_odds_weights(evaluator.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records, stopped = 1.0, [], ""
-    spent = last_cost = 0.0
+    spent = evaluator.cost.total
     # A step cut short advances the weight in proportion, and the next aims as far ahead from there.
     for attempt in range(3 * evaluator.num_steps):
         target = next_weight(schedule, weight)
-        last_cost, spent = evaluator.cost.total - spent, evaluator.cost.total
+        expected = evaluator.cost.total - spent if records else _first_step_cost(evaluator)
+        spent = evaluator.cost.total
         try:
-            evaluator.require(last_cost)
+            evaluator.require(expected)
         except BudgetSpent as error:
+            if not records:
+                raise UnlearningError(str(error)) from error
             stopped = str(error)
             break
         rhs = gradient_sum(evaluator.objective, params, direction)

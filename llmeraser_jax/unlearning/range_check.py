@@ -81,13 +81,17 @@ def _quadratic(objective: Objective, params: LoraParams, stack: ExampleStack, de
     return tuple(jax.lax.map(predict, batches) for batches in stack.batches)
 
 
-def check_range(evaluator: Evaluator, params: LoraParams, moved: LoraParams) -> RangeCheck:
+def check_range(
+    evaluator: Evaluator, params: LoraParams, moved: LoraParams, *, asked: float = math.inf
+) -> RangeCheck:
     """Compares an adapter with what it was; counted as diagnostics.
 
     Args:
         evaluator: objective, request and configuration.
         params: before.
         moved: after.
+        asked: how far the mean loss of the named rows or of their replacements was to move, in nats per token:
+            where that is little, half of it is no failure. Infinite where nobody knows.
     """
     problem = evaluator.problem
     rng = np.random.default_rng([evaluator.config.seed, 5])
@@ -121,18 +125,20 @@ def check_range(evaluator: Evaluator, params: LoraParams, moved: LoraParams) -> 
     forget = change(problem.named)
     assert forget is not None  # a request names at least one row
     wanted, probed = change(problem.wanted), change(probe)
-    passed, verdict = _judge(forget, wanted, probed)
+    passed, verdict = _judge(forget, wanted, probed, asked)
     return RangeCheck(
         passed=passed, verdict=verdict, forget=forget, wanted=wanted, probe=probed, num_probed=len(probe)
     )
 
 
-def _judge(forget: LossChange, wanted: LossChange | None, probe: LossChange | None) -> tuple[bool, str]:
+def _judge(
+    forget: LossChange, wanted: LossChange | None, probe: LossChange | None, asked: float
+) -> tuple[bool, str]:
     numbers = [forget.after, wanted.after if wanted else 0.0, probe.after if probe else 0.0]
     if not all(math.isfinite(number) for number in numbers):
         return False, "failed: a loss is not finite after the change"
     moved = max(abs(forget.after - forget.before), wanted.before - wanted.after if wanted else 0.0)
-    if moved < LEAST_CHANGE:
+    if moved < min(LEAST_CHANGE, 0.5 * asked):
         return False, (
             f"failed: nothing was forgotten; the mean loss of the named rows moved by {moved:.2g} nats "
             f"({forget.before:.3g} -> {forget.after:.3g})"

@@ -103,6 +103,8 @@ class Unlearned:
         method: what was done: path, step or matched.
         cost: what it took.
         targets: where rows were to end (matched only).
+        asked: how far the mean loss of the named rows, or of their replacements, was to move in nats per token, the
+            larger of the two (matched only; infinite for the others, which have no targets).
         stopped: why it ended early; empty where it did not.
         range_check: what the whole change did to named and retained rows.
         num_correctors: how many of `steps`, the last ones, are correctors.
@@ -119,6 +121,7 @@ class Unlearned:
     method: str
     cost: CostMeter
     targets: TargetLosses | None = None
+    asked: float = math.inf
     stopped: str = ""
     range_check: RangeCheck | None = None
     num_correctors: int = 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,3 +289,34 @@ def test_auto_goes_on_along_the_path_where_matched_steps_leave_the_range(memoris
     # Both ways are paid for.
     assert result.cost.total > stays.cost.total and alone.method == "path"
     assert losses(result.params, problem.examples, problem.named).mean() > 0.3
+
+    def with_retraining_at(price):
+        return unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=price)
+
+    # Where retraining is cheaper than the path, or becomes so on the way, nobody is made to pay more for less.
+    dear = with_retraining_at(stays.cost.total + 1)
+    assert dear.method == "matched" and dear.cost.total == pytest.approx(stays.cost.total)
+    assert dear.range_check is not None and not dear.range_check.passed
+    assert dear.attempts[0].startswith("path: The budget of")
+    between = with_retraining_at((stays.cost.total + result.cost.total) / 2)
+    assert between.cost.total <= (stays.cost.total + result.cost.total) / 2
+    chex.assert_trees_all_close(with_retraining_at(2 * result.cost.total).params, result.params)
+
+
+def test_edits_that_have_little_way_to_go_are_fine_without_moving_far(memorised):
+    problem, params, heldout = make(memorised, "modify")
+    inputs = problem.examples.inputs.copy()
+    inputs[N:] = inputs[NAMED]
+    inputs[N] += 0.8 * np.random.default_rng(3).normal(size=D)
+    problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, problem.examples.targets, 2))
+    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout, modified=np.full(4, True))
+    check = result.range_check
+    assert result.method == "matched" and len(result.steps) > 0 and not result.attempts
+    assert check is not None and check.wanted is not None and check.passed
+    assert max(abs(check.forget.after - check.forget.before), check.wanted.before - check.wanted.after) < 0.05
+    # What was asked: the unlike row to trade places with its replacement, the others nearly nothing.
+    before = [losses(params, problem.examples, rows) for rows in (problem.named, problem.wanted)]
+    assert result.asked == pytest.approx(np.mean(before[1] - before[0]), rel=0.5)
+    # The same change of rows that were to go further is none.
+    evaluator = Evaluator(OBJECTIVE, problem, CONFIG)
+    assert "nothing was forgotten" in check_range(evaluator, params, result.params).verdict
