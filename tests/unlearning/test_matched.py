@@ -15,7 +15,7 @@ from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.matched import _ends, _targeted_rows, log_odds
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.range_check import check_range
-from llmeraser_jax.unlearning.steps import TargetLosses, UnlearningError
+from llmeraser_jax.unlearning.steps import NoStepError, TargetLosses, UnlearningError
 from tests.problems import ArrayExamples, ridge_objective, split_params
 from tests.unlearning.test_path_on_softmax import cross_entropy, logits
 
@@ -301,6 +301,20 @@ def test_auto_goes_on_along_the_path_where_matched_steps_leave_the_range(memoris
     between = with_retraining_at((stays.cost.total + result.cost.total) / 2)
     assert between.cost.total <= (stays.cost.total + result.cost.total) / 2
     chex.assert_trees_all_close(with_retraining_at(2 * result.cost.total).params, result.params)
+
+
+def test_a_matched_move_that_finds_no_step_is_paid_for_all_the_same(memorised, monkeypatch):
+    problem, params, heldout = make(memorised, "remove")
+
+    def give_up(evaluator, *args, **kwargs):
+        evaluator.cost.curvature += 1000.0
+        raise NoStepError("none")
+
+    monkeypatch.setattr("llmeraser_jax.unlearning.dispatch.unlearn_matched", give_up)
+    alone = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, method="path", sample_size=None))
+    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout)
+    assert result.method == "path" and result.attempts == ("matched: none",)
+    assert result.cost.curvature == pytest.approx(alone.cost.curvature + 1000)
 
 
 def test_edits_that_have_little_way_to_go_are_fine_without_moving_far(memorised):
