@@ -224,9 +224,7 @@ def wide(tree):
 
 @pytest.mark.parametrize("curvature", list(CURVATURES))
 @pytest.mark.parametrize("rhs", ["influence", "newton"])
-def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and_on_eight_devices(
-    run, curvature, rhs
-):
+def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and_more_devices(run, curvature, rhs):
     with jax.enable_x64(True):
         model, damping = run.load_model(), 200.0
         model = type(model)(config=model.config, base=wide(model.base), tokenizer=model.tokenizer, path=model.path)
@@ -256,6 +254,8 @@ def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and
         expected = inverse.mv(gradient_sum(objective, lora, stack(b_of)))
         error = trees.tree_norm(trees.tree_sub(result.delta, expected)) / trees.tree_norm(expected)
         assert float(error) < 1e-5
+        if curvature != "gauss-newton":  # the products of the others: tests/multi_device
+            return
         mesh = make_mesh(data=4, model=1)
         sharded = type(model)(
             config=model.config,

@@ -78,7 +78,7 @@ def test_scores_are_the_log_probabilities_of_whole_responses(setting):
 @pytest.mark.parametrize(("window", "num_kv_heads"), [(None, 4), (7, 2), (3, 1)])
 @pytest.mark.parametrize("block", [5, 128])
 def test_packed_titles_do_not_see_each_other(window, num_kv_heads, block, monkeypatch):
-    """Against plain passes over prompt and title, for titles of 1 to 9 tokens that share their beginnings."""
+    """Against a plain pass over prompt and title, for titles of 1 to 9 tokens that share their beginnings."""
     monkeypatch.setattr(scoring, "_PROMPT_BLOCK", block)
     monkeypatch.setattr(layers, "CHUNK_QUERIES_ABOVE", 16)
     monkeypatch.setattr(layers, "QUERY_CHUNK", 6)
@@ -106,12 +106,16 @@ def test_packed_titles_do_not_see_each_other(window, num_kv_heads, block, monkey
     apply = ApplyDecoder(config)
     tokens, mask = pad_left(prompts)
     got = scoring._candidate_log_probs(apply, base, None, tokens, mask, scoring._pack(titles, per_token=False))
+    texts = [np.array([*prompt, *title]) for prompt, of in zip(prompts, titles, strict=True) for title in of]
+    rows, real = np.zeros((15, 42), np.int32), np.zeros((15, 42), np.int32)
+    for row, text in enumerate(texts):
+        rows[row, : len(text)], real[row, : len(text)] = text, 1
+    log_probs = np.asarray(jax.nn.log_softmax(jax.jit(apply)(base, None, rows, real)))
     expected = np.zeros((3, 5))
     for k, prompt in enumerate(prompts):
         for c, title in enumerate(titles[k]):
-            text = np.array([[*prompt, *title]])
-            log_probs = jax.nn.log_softmax(apply(base, None, text, np.ones_like(text))[0])
-            expected[k, c] = sum(log_probs[len(prompt) - 1 + t, token] for t, token in enumerate(title))
+            places = len(prompt) - 1 + np.arange(len(title))
+            expected[k, c] = log_probs[5 * k + c, places, title].sum()
     assert expected.std() > 0.1
     np.testing.assert_allclose(got, expected, atol=1e-4)
     jax.clear_caches()
