@@ -195,8 +195,8 @@ class Evaluator:
         """
         if self.cost.total + gradient_equivalents > self.budget:
             msg = (
-                f"The budget of {self.budget:.0f} gradient equivalents is used up: {self.cost.total:.0f} are spent "
-                f"and the next step takes about {gradient_equivalents:.0f}."
+                f"The budget of {self.budget:.0f} gradient equivalents, {self.config.budget:.3g} retrainings, is "
+                f"used up: {self.cost.total:.0f} are spent, the next step takes about {gradient_equivalents:.0f}."
             )
             raise BudgetSpent(msg)
 
