@@ -27,6 +27,7 @@ from experiments.fidelity.methods import METHODS, NotYetError
 from experiments.fidelity.profiles import CATEGORIES, Category
 from experiments.fidelity.table import load_results, render_plot, render_table
 from experiments.fidelity.tasks import LARGE, TallrecTask, Task, profiles_task
+from experiments.study import check_methods
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
 from llmeraser_jax.environment import describe_devices, library_versions
@@ -92,10 +93,7 @@ class FidelityConfig:
             if not 0 < share <= 0.2:
                 msg = f"A share is {share}; it must lie in (0, 0.2]."
                 raise ValueError(msg)
-        unknown = sorted(set(self.large_methods) - set(METHODS))
-        if unknown:
-            msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}."
-            raise ValueError(msg)
+        check_methods(self.large_methods, METHODS)
 
     def tasks(self) -> dict[str, Task]:
         """By name, the small ones first."""

@@ -17,7 +17,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -414,15 +414,15 @@ def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
     return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
 
 
-def check_methods(names: Sequence[str]) -> None:
+def check_methods(names: Iterable[str], known: Collection[str] = BASELINES.keys()) -> None:
     """Refuses names that are no methods: a command does so before it trains anything.
 
     Raises:
         ValueError: which, and what there is.
     """
-    unknown = sorted(set(names) - set(BASELINES))
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(BASELINES)}."
+        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(known)}."
         raise ValueError(msg)
 
 

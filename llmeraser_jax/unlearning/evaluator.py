@@ -183,6 +183,12 @@ class Evaluator:
         return self.sample_size if self.config.curvature_data == "sample" else None
 
     @property
+    def num_sampled(self) -> int:
+        """Retained examples behind the curvature."""
+        retained = len(self.problem.retained)
+        return retained if self.curvature_sample is None else min(self.curvature_sample, retained)
+
+    @property
     def num_steps(self) -> int:
         """K."""
         return self.config.num_steps or {"step": 1, "path": 8}.get(self.config.method, 4)
@@ -275,11 +281,27 @@ class Evaluator:
         return solution
 
     def largest_solve_cost(self, num_examples: int) -> float:
-        """Gradient equivalents of a solve over so many examples that takes all of its iterations."""
+        """Gradient equivalents of a solve over so many examples that takes all of its iterations.
+
+        Products are taken as cached where a memory budget is given; setting up a solve is left out.
+        """
         config, kind = self.config, CURVATURES[self.kind]
-        products = config.cg_max_steps if config.solver in ("cg", "minres") else config.solver_steps
-        cached = config.memory_budget_bytes > 0 and not config.stream
-        return (products + 1) * product_cost(kind, cached=cached) * num_examples
+        if config.solver in ("cg", "minres"):
+            cached = config.memory_budget_bytes > 0 and not config.stream
+            return (config.cg_max_steps + 1) * product_cost(kind, cached=cached) * num_examples
+        return self._stochastic_cost(num_examples)
+
+    def _stochastic_cost(self, num_examples: int) -> float:
+        """Mini-batch products, and one with all examples for the residual."""
+        num_drawn, chunk_size = self._draws
+        return CURVATURES[self.kind].gradient_equivalents * (num_drawn * chunk_size + num_examples)
+
+    @property
+    def _draws(self) -> tuple[int, int]:
+        """Products of a stochastic solve, and the examples in each: the public script draws single ones."""
+        if self.config.solver == "reference-compat":
+            return ReferenceCompat().num_steps, 1
+        return self.config.solver_steps, self.config.chunk_size
 
     def _solve_krylov(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]
@@ -389,15 +411,13 @@ class Evaluator:
     def _solve_stochastic(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]
         self._num_solves += 1
-        # The public script draws single examples; the others a micro-batch.
-        chunk_size = 1 if config.solver == "reference-compat" else config.chunk_size
+        _, chunk_size = self._draws
         stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=chunk_size)
         plain = DatasetCurvature(self.objective, params, place_stack(stack, self.mesh), kind)
         operator = _damped(plain, self.damping(plain))
         self.measure_asymmetry(operator, rhs, kind.gradient_equivalents * len(weighted.indices))
         if config.solver == "reference-compat":
             solver: Solver = ReferenceCompat(seed=config.seed)
-            drawn = solver.num_steps
         else:
             key = jax.random.key(config.seed)
             largest = float(_largest_term_eigenvalue(operator, key, rhs, num_terms=_TERMS, num_products=_PRODUCTS))
@@ -416,9 +436,8 @@ class Evaluator:
                     seed=config.seed,
                     rtol=config.cg_rtol,
                 )
-            drawn = config.solver_steps
         solution = _solve(solver, operator, rhs)
-        self.cost.curvature += kind.gradient_equivalents * (drawn * chunk_size + len(weighted.indices))
+        self.cost.curvature += self._stochastic_cost(len(weighted.indices))
         return solution
 
 

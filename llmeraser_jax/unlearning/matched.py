@@ -132,8 +132,7 @@ def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
 
 
 def _curvature_cost(evaluator: Evaluator) -> float:
-    sampled = min(evaluator.curvature_sample or len(evaluator.problem.retained), len(evaluator.problem.retained))
-    return (FORWARD + evaluator.config.draws * BACKWARD) * sampled
+    return (FORWARD + evaluator.config.draws * BACKWARD) * evaluator.num_sampled
 
 
 def retained_curvature(

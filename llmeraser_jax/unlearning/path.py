@@ -118,9 +118,7 @@ def _first_step_cost(evaluator: Evaluator) -> float:
     """Gradient equivalents of a step whose solve takes all of its iterations."""
     problem = evaluator.problem
     num_edited = len(problem.named) + len(problem.wanted)
-    sample = evaluator.curvature_sample
-    num_retained = len(problem.retained) if sample is None else min(sample, len(problem.retained))
-    return GRADIENT * num_edited + evaluator.largest_solve_cost(num_edited + num_retained)
+    return GRADIENT * num_edited + evaluator.largest_solve_cost(num_edited + evaluator.num_sampled)
 
 
 def influence_path(

@@ -72,6 +72,21 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
     assert result.cost.curvature == pytest.approx(1.5 * (20 + N))
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"cg_max_steps": 7}, 8 * 1.0 * N),
+        ({"cg_max_steps": 7, "memory_budget_bytes": 0}, 8 * 1.5 * N),
+        ({"solver": "lissa", "solver_steps": 30, "chunk_size": 4}, 1.5 * (30 * 4 + N)),
+        ({"solver": "reference-compat"}, 1.5 * (20 + N)),
+    ],
+)
+def test_the_cost_of_a_whole_solve_is_known_before_it(changes, expected):
+    problem, _, _ = make_problem("r")
+    evaluator = Evaluator(ridge_objective(L2), problem, config(method="step", **changes))
+    assert evaluator.largest_solve_cost(N) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("kind", ["mean-eigenvalue", "per-matrix"])
 def test_relative_dampings_are_multiples_of_the_estimated_mean_eigenvalues(kind):
     problem, before, _ = make_problem("r")
