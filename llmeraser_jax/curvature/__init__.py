@@ -21,6 +21,7 @@ from llmeraser_jax.curvature.linearised import (
     make_linearised,
     product_cost,
 )
+from llmeraser_jax.curvature.merging import merge_thin_products
 from llmeraser_jax.curvature.narrow import NarrowProducts, narrow_products
 from llmeraser_jax.curvature.operators import (
     CURVATURES,
@@ -59,6 +60,7 @@ __all__ = [
     "make_linearised",
     "materialise",
     "mean_eigenvalue",
+    "merge_thin_products",
     "mv_many",
     "narrow_products",
     "product_asymmetry",

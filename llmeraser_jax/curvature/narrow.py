@@ -10,7 +10,6 @@ operator's (`solvers.refinement`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core.primitives import dot_general_p
 
-from llmeraser_jax.curvature.programs import rewrite_program
+from llmeraser_jax.curvature.programs import equations_of, rewrite_equations
 from llmeraser_jax.types import LoraParams, Operator
 
 
@@ -58,7 +57,7 @@ def narrow_products(fn: Callable) -> Callable:
             return _narrow_product(equation)
         return [equation]
 
-    return rewrite_program(fn, narrow)
+    return rewrite_equations(fn, narrow)
 
 
 def _narrow_product(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
@@ -70,14 +69,4 @@ def _narrow_product(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
             preferred_element_type=jnp.float32,
         )
 
-    avals: list[Any] = [atom.aval for atom in equation.invars]
-    shapes = [jax.ShapeDtypeStruct(aval.shape, jnp.float32) for aval in avals]
-    traced = jax.make_jaxpr(product)(*shapes).jaxpr
-    outer = dict(zip((*traced.invars, *traced.outvars), (*equation.invars, *equation.outvars), strict=True))
-    return [
-        inner.replace(
-            invars=[outer.get(variable, variable) for variable in inner.invars],
-            outvars=[outer.get(variable, variable) for variable in inner.outvars],
-        )
-        for inner in traced.eqns
-    ]
+    return equations_of(product, equation.invars, equation.outvars[0])

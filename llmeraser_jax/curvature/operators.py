@@ -18,6 +18,7 @@ from llmeraser_jax.curvature.damping import BlockDamped, Damped
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product, linearise_empirical_fisher
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product, linearise_gauss_newton
 from llmeraser_jax.curvature.hessian import hessian_product, linearise_hessian
+from llmeraser_jax.curvature.merging import merge_thin_products
 from llmeraser_jax.losses import Objective, scan_weighted_sum, weight_sum
 from llmeraser_jax.types import ExampleStack, LoraParams, Operator
 
@@ -99,12 +100,13 @@ class DatasetCurvature:
     def _l2(self) -> Float[Array, ""]:
         return self.objective.l2 * weight_sum(self.stack)
 
+    def _chunk_mv(self, v, batch, weights):
+        """One micro-batch's share, without the L2 term."""
+        return merge_thin_products(partial(self.kind.product, self.objective, self.params, batch, weights))(v)
+
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`, micro-batch by micro-batch."""
-        product = partial(self.kind.product, self.objective, self.params, v=v)
-        data_term = scan_weighted_sum(
-            lambda batch, weights: product(batch=batch, weights=weights), self.stack, trees.tree_zeros_like(v)
-        )
+        data_term = scan_weighted_sum(partial(self._chunk_mv, v), self.stack, trees.tree_zeros_like(v))
         return trees.tree_axpy(self._l2(), v, data_term)
 
     def mv_each(self, vs: LoraParams) -> LoraParams:
@@ -144,7 +146,7 @@ class DatasetCurvature:
                     lambda x: jax.lax.dynamic_index_in_dim(x, k - starts[bucket], keepdims=False),
                     (self.stack.batches[bucket], self.stack.weights[bucket]),
                 )
-                return self.kind.product(self.objective, self.params, batch, weights, v)
+                return self._chunk_mv(v, batch, weights)
 
             return term
 

@@ -1,4 +1,10 @@
-"""Deciding after the fact which intermediate values of a computation are kept."""
+"""Deciding after the fact which intermediate values of a computation are kept.
+
+A model that rematerialises its layers keeps only their inputs, so that its linearised function would run the primal
+pass again at every product. Keeping everything instead is no gain over keeping the products of matrices: what is
+elementwise, and the products of attention, is two fifths and more of all values, and reading them takes about as
+long as computing them (measured in `experiments/benchmarks`).
+"""
 
 from __future__ import annotations
 
@@ -7,35 +13,25 @@ from collections.abc import Callable
 import jax
 from jax.extend.core.primitives import remat_p
 
-from llmeraser_jax.curvature.programs import rewrite_program
+from llmeraser_jax.curvature.programs import rewrite_equations
+
+Policy = Callable[..., bool]  # as `jax.checkpoint` takes it
+
+PRODUCTS: Policy = jax.checkpoint_policies.dots_saveable
+PRODUCTS_WITH_MATRICES: Policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # not those of attention
 
 
-def store_matrix_products(fn: Callable) -> Callable:
-    """`fn`, whose linearisation keeps its products with matrices and computes everything else again from them.
-
-    What is elementwise, and the products of attention (they have batch axes), is two thirds and more of what a
-    gradient's linearisation keeps, and reading it takes about as long as computing it: measured in
-    `experiments/benchmarks`.
-
-    Args:
-        fn: a pure function of pytrees of arrays.
-    """
-    return jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
-
-
-def store_everything(fn: Callable) -> Callable:
-    """`fn` with every `jax.checkpoint` inside it set to save all of its intermediate values.
-
-    A model that rematerialises its layers keeps only their inputs, so that its linearised function would run
-    the primal pass again at every product. The values of `fn` are unchanged.
+def set_checkpoints(fn: Callable, policy: Policy) -> Callable:
+    """`fn` with every `jax.checkpoint` inside it set to keep what `policy` says. Its values are unchanged.
 
     Args:
-        fn: a pure function of pytrees of arrays.
+        fn: a pure function of pytrees of arrays, before any derivative is taken.
+        policy: what is kept; the rest is computed again where a derivative needs it.
     """
 
-    def save_all(equation):
+    def with_policy(equation):
         if equation.primitive is not remat_p:
             return [equation]
-        return [equation.replace(params={**equation.params, "policy": jax.checkpoint_policies.everything_saveable})]
+        return [equation.replace(params={**equation.params, "policy": policy})]
 
-    return rewrite_program(fn, save_all)
+    return rewrite_equations(fn, with_policy)

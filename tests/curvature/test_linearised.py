@@ -21,7 +21,7 @@ from llmeraser_jax.curvature import (
     make_linearised,
     product_cost,
 )
-from llmeraser_jax.curvature.rematerialisation import store_everything
+from llmeraser_jax.curvature.rematerialisation import PRODUCTS, set_checkpoints
 from llmeraser_jax.solvers import ConjugateGradients
 from tests.curvature.problem import Compiled, compile_product, decoder_problem, relative_difference
 from tests.small_lm import random_stack
@@ -139,18 +139,27 @@ def test_costs_are_the_stated_ones():
     assert [k.linearise_gradient_equivalents for k in CURVATURES.values()] == [1.0, 1 / 3, 1 / 3]
 
 
-def test_storing_everything_takes_a_checkpoint_apart_at_any_depth():
+def test_checkpoints_keep_what_they_are_set_to_at_any_depth():
     @partial(jax.checkpoint, prevent_cse=False)
     def layer(x, w):
-        return jnp.sin(x) * w
+        return jnp.sin(x @ w) @ w
 
     def fn(x, ws):
         return jax.lax.scan(lambda c, w: (jax.jit(layer)(c, w), None), x, ws)[0]
 
-    x, ws = jnp.arange(3.0), jnp.array([0.5, 2.0])
+    x, ws = jnp.arange(9.0).reshape(3, 3) / 9, jnp.linspace(-1, 1, 18).reshape(2, 3, 3)
     value, plain = jax.linearize(fn, x, ws)
-    stored_value, stored = jax.linearize(store_everything(fn), x, ws)
-    chex.assert_trees_all_equal(value, stored_value)
-    chex.assert_trees_all_close(plain(x, ws), stored(x, ws), rtol=1e-6)
-    sines = [str(jax.make_jaxpr(f)(x, ws)).count("cos") for f in (plain, stored)]
-    assert sines[0] > 0 and sines[1] == 0
+    counts = {"nothing": count_operations(plain, x, ws)}
+    for name, policy in (("all", jax.checkpoint_policies.everything_saveable), ("products", PRODUCTS)):
+        set_value, linear = jax.linearize(set_checkpoints(fn, policy), x, ws)
+        chex.assert_trees_all_equal(value, set_value)
+        chex.assert_trees_all_close(plain(x, ws), linear(x, ws), rtol=1e-5)
+        counts[name] = count_operations(linear, x, ws)
+    # The tangents of two products are four. Where they were not kept: the first product, and the slope of the sine.
+    assert counts == {"nothing": (5, 1), "all": (4, 0), "products": (4, 1)}
+
+
+def count_operations(fn, *args) -> tuple[int, int]:
+    """Products of matrices and cosines in a function's program, a loop's body once."""
+    program = str(jax.make_jaxpr(fn)(*args))
+    return program.count("= dot_general["), program.count("= cos ")
