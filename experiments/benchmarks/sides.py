@@ -16,6 +16,9 @@ RIGHT_HAND_SIDES = (2, 4, 8)
 # 1m), and little enough that no solve converges before it has taken its iterations.
 CG_DAMPING = {"hessian": 20.0, "gauss-newton": 1.0}
 
+# A pool's threads go on looking for work for about 0.1 s before they sleep, on a core that the next entry needs.
+SETTLE_SECONDS = 0.3
+
 # Entries of each group, by side, in the order in which a repetition runs them.
 GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
     "ceiling": (
@@ -142,7 +145,8 @@ class Side(Protocol):
 
 
 def measure(side: Side, run: Callable[[], dict[str, Any]]) -> Timed:
-    """Runs an entry once, its memory watched."""
+    """Runs an entry once, its memory watched, after a while in which the other library's threads fall asleep."""
+    time.sleep(SETTLE_SECONDS)
     device = side.device_peak()
     resident = None if device is not None else _watch_resident()
     started, cpu = time.perf_counter(), time.process_time()

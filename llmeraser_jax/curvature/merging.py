@@ -82,7 +82,7 @@ def _mergeable_sums(jaxpr: core.Jaxpr) -> list[_Sum]:
         for i in tree:  # grows
             for atom in jaxpr.eqns[i].invars:
                 part = defined_by(atom)
-                if part in parts_of_sums:
+                if part is not None and part in parts_of_sums:
                     tree.append(part)
                 else:
                     leaves.append(atom)
@@ -99,24 +99,28 @@ def _mergeable_sums(jaxpr: core.Jaxpr) -> list[_Sum]:
     return sums
 
 
+def _avals(atoms) -> list[Any]:
+    return [atom.aval for atom in atoms]
+
+
 def _is_addition(equation: core.JaxprEqn) -> bool:
     if equation.primitive not in (add_p, add_jaxvals_p):
         return False
-    return len({(atom.aval.shape, atom.aval.dtype) for atom in (*equation.invars, *equation.outvars)}) == 1
+    return len({(aval.shape, aval.dtype) for aval in _avals((*equation.invars, *equation.outvars))}) == 1
 
 
 def _is_thin_product(equation: core.JaxprEqn) -> bool:
     if equation.primitive is not dot_general_p:
         return False
     (contracted, _), _ = equation.params["dimension_numbers"]
-    operands = sum(atom.aval.size for atom in equation.invars)
-    return len(contracted) == 1 and operands <= equation.outvars[0].aval.size
+    operands = sum(aval.size for aval in _avals(equation.invars))
+    return len(contracted) == 1 and operands <= _avals(equation.outvars)[0].size
 
 
 def _contraction(equation: core.JaxprEqn) -> Any:
     """What products that are merged have in common, besides the shape of the result."""
     params = {name: str(value) for name, value in equation.params.items()}
-    return (*sorted(params.items()), *(atom.aval.dtype for atom in equation.invars))
+    return (*sorted(params.items()), *(aval.dtype for aval in _avals(equation.invars)))
 
 
 def _equations_of_sum(jaxpr: core.Jaxpr, found: _Sum, output: core.Var) -> list[core.JaxprEqn]:

@@ -112,7 +112,7 @@ class DatasetCurvature:
     def mv_each(self, vs: LoraParams) -> LoraParams:
         """Products with vectors on a leading axis, one after the other over each micro-batch's primal values.
 
-        Keeps the intermediate values of one micro-batch. On a CPU each of 8 takes 0.8 of a product alone, measured
+        Keeps the intermediate values of one micro-batch. On a CPU each of 8 takes 0.7 of a product alone, measured
         at a million parameters (`experiments/benchmarks`); all at once take as long, for more memory.
 
         Args:

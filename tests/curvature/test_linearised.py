@@ -16,11 +16,13 @@ from llmeraser_jax.curvature import (
     DatasetCurvature,
     LinearisedCurvature,
     choose_linearisation,
+    hessian,
     hessian_product,
     linearisation_bytes,
     make_linearised,
     product_cost,
 )
+from llmeraser_jax.curvature.hessian import linearise_hessian
 from llmeraser_jax.curvature.rematerialisation import PRODUCTS, set_checkpoints
 from llmeraser_jax.solvers import ConjugateGradients
 from tests.curvature.problem import Compiled, compile_product, decoder_problem, relative_difference
@@ -113,6 +115,44 @@ def test_residuals_grow_with_the_data_alone():
     assert eight - four == 2 * (four - two) > 0
     # A single micro-batch keeps what is elementwise too.
     assert one > two
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_residuals_grow_with_the_length_of_rows_and_not_with_its_square(kind):
+    objective, lora, _ = decoder_problem("float32")
+    lengths = (32, 64, 96)  # below the length at which attention is computed in blocks
+    stacks = [random_stack(2, 3, "float32", time=time) for time in lengths]
+    short, medium, long = (
+        linearisation_bytes(DatasetCurvature(objective, lora, stack, CURVATURES[kind])) for stack in stacks
+    )
+    # Pairs of tokens, which attention has a number for in each head, would grow by 3 and by 5 times 32^2.
+    assert long - medium == medium - short > 0
+
+
+def test_tangents_that_are_passed_from_layer_to_layer_are_those_of_products_alone(monkeypatch):
+    objective, lora, _ = decoder_problem("float32")
+    stack = random_stack(1, 3, "float32", time=32)
+
+    def stacked_numbers():
+        product = linearise_hessian(objective, lora, stack)
+        return _stacked_numbers(jax.make_jaxpr(product)(lora).jaxpr)
+
+    products_alone = stacked_numbers()
+    monkeypatch.setattr(hessian, "PRODUCTS", jax.checkpoint_policies.everything_saveable)
+    assert 0 < products_alone < 0.8 * stacked_numbers()
+
+
+def _stacked_numbers(jaxpr) -> int:
+    """How many numbers its loops hand over, at every depth, as arrays with an axis of iterations."""
+    count = 0
+    for equation in jaxpr.eqns:
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None:
+            count += _stacked_numbers(inner)
+        if equation.primitive.name == "scan":
+            count += sum(variable.aval.size for variable in equation.outvars[equation.params["num_carry"] :])
+    return count
 
 
 def test_the_budget_decides(case):

@@ -30,15 +30,17 @@ def test_products_together_equal_those_apart(kind, together):
             assert many.flops < 0.8 * NUM_VECTORS * one.flops
 
 
-def _primitives(jaxpr) -> set[str]:
-    """Names of all primitives, at every depth."""
-    found = set()
+def _matrix_products(jaxpr) -> int:
+    """Products without batch axes (the frozen matrices', and the adapter's), at every depth."""
+    count = 0
     for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
+        if equation.primitive.name == "dot_general":
+            _, batch_axes = equation.params["dimension_numbers"]
+            count += batch_axes == ((), ())
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(value):
-                found |= _primitives(getattr(value, "jaxpr", value))
-    return found
+                count += _matrix_products(getattr(value, "jaxpr", value))
+    return count
 
 
 def _is_program(value) -> bool:
@@ -62,14 +64,9 @@ def _loops_over_vectors(jaxpr) -> list:
 def test_one_after_the_other_they_share_the_primal_pass(kind):
     operator = DatasetCurvature(*decoder_problem("float32"), CURVATURES[kind])
     vectors = random_vectors(operator.params, NUM_VECTORS)
-    # Attention's exponential belongs to the primal pass: its tangent is a product.
-    [shared] = {
-        frozenset(_primitives(body))
-        for body in _loops_over_vectors(_program(DatasetCurvature.mv_each, operator, vectors))
-    }
-    assert "dot_general" in shared and "exp" not in shared
-    [apart] = {frozenset(_primitives(body)) for body in _loops_over_vectors(_program(_apart, operator, vectors))}
-    assert "exp" in apart
+    bodies = (_loops_over_vectors(_program(f, operator, vectors)) for f in (DatasetCurvature.mv_each, _apart))
+    shared, apart = (sum(_matrix_products(body) for body in found) for found in bodies)
+    assert 0 < shared < 0.6 * apart
 
 
 def _apart(operator, vectors):
