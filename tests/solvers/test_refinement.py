@@ -97,6 +97,16 @@ def test_an_approximation_that_is_too_far_off_ends_with_the_best_residual_and_sa
     )
 
 
+def test_a_correction_that_makes_the_residual_worse_is_not_added():
+    # With a third of the matrix the solution is three times too long: residuals of 2, and after a correction of 4.
+    matrix, b = symmetric(SPECTRUM), rhs()
+    solution, num_solves = solve(matrix, matrix / 3, b, ConjugateGradients(rtol=1e-8, max_steps=60))
+    assert int(num_solves) == 2
+    assert Status(int(solution.status)) is Status.RESIDUAL_DRIFT
+    assert float(solution.relative_residual) == pytest.approx(2, rel=1e-5)
+    np.testing.assert_allclose(as_vector(solution.value), 3 * np.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
+
+
 def test_corrections_end_after_a_few_however_slowly_they_help():
     matrix, b = symmetric(SPECTRUM), rhs()
     # Each correction leaves a third.
