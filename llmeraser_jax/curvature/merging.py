@@ -37,7 +37,7 @@ class _Sum:
     """A sum that nothing else reads the parts of.
 
     Attributes:
-        additions: indices of the equations that make it, the last of which defines it.
+        additions: indices of the equations that make it, the first of which defines it.
         groups: thin products, by index of their equations; those of a group contract alike, two or more of them.
         others: what else is added.
     """
@@ -49,7 +49,7 @@ class _Sum:
 
 def _merge(jaxpr: core.Jaxpr) -> core.Jaxpr:
     sums = _mergeable_sums(jaxpr)
-    merged = {found.additions[-1]: found for found in sums}
+    merged = {found.additions[0]: found for found in sums}
     gone = {i for found in sums for i in (*found.additions, *(i for group in found.groups for i in group))}
     equations = []
     for i, equation in enumerate(jaxpr.eqns):
@@ -90,12 +90,11 @@ def _mergeable_sums(jaxpr: core.Jaxpr) -> list[_Sum]:
         for atom in leaves:
             product = defined_by(atom)
             if product is not None and _is_thin_product(jaxpr.eqns[product]):
-                alike[_contraction(jaxpr.eqns[product])].append((atom, product))
+                alike[_contraction(jaxpr.eqns[product])].append(product)
         groups = [group for group in alike.values() if len(group) > 1]
         if groups:
-            taken = {atom for group in groups for atom, _ in group}
-            others = [atom for atom in leaves if not (isinstance(atom, core.Var) and atom in taken)]
-            sums.append(_Sum(sorted(tree), [[product for _, product in group] for group in groups], others))
+            taken = {product for group in groups for product in group}
+            sums.append(_Sum(tree, groups, [atom for atom in leaves if defined_by(atom) not in taken]))
     return sums
 
 

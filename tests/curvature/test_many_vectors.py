@@ -5,6 +5,7 @@ import pytest
 
 from llmeraser_jax.curvature import CURVATURES, BlockDamped, Damped, DatasetCurvature, mv_many
 from tests.curvature.problem import compile_product, decoder_problem, random_vectors, relative_difference
+from tests.curvature.programs import equations, products
 
 NUM_VECTORS = 8
 
@@ -31,33 +32,14 @@ def test_products_together_equal_those_apart(kind, together):
 
 
 def _matrix_products(jaxpr) -> int:
-    """Products without batch axes (the frozen matrices', and the adapter's), at every depth."""
-    count = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            _, batch_axes = equation.params["dimension_numbers"]
-            count += batch_axes == ((), ())
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(value):
-                count += _matrix_products(getattr(value, "jaxpr", value))
-    return count
-
-
-def _is_program(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    """Products without batch axes (the frozen matrices', and the adapter's)."""
+    return sum(product.params["dimension_numbers"][1] == ((), ()) for product in products(jaxpr))
 
 
 def _loops_over_vectors(jaxpr) -> list:
-    """Bodies of the scans over `NUM_VECTORS`, at every depth."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan" and equation.params["length"] == NUM_VECTORS:
-            found.append(equation.params["jaxpr"].jaxpr)
-            continue
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(value):
-                found += _loops_over_vectors(getattr(value, "jaxpr", value))
-    return found
+    """Bodies of the scans over `NUM_VECTORS`."""
+    scans = (equation for equation in equations(jaxpr) if equation.primitive.name == "scan")
+    return [scan.params["jaxpr"].jaxpr for scan in scans if scan.params["length"] == NUM_VECTORS]
 
 
 @pytest.mark.parametrize("kind", CURVATURES)

@@ -11,6 +11,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, merge_thin_products
 from llmeraser_jax.types import ExampleStack
 from tests.curvature.problem import compile_product, decoder_problem, relative_difference
+from tests.curvature.programs import products
 
 dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -22,21 +23,11 @@ def matrices(*shapes, seed=0):
 
 def depths(fn, *args) -> list[int]:
     """Contracted lengths of all products of a function's program, in order."""
-    found = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                ((axis,), _), _ = equation.params["dimension_numbers"]
-                found.append(equation.invars[0].aval.shape[axis])
-            for value in equation.params.values():
-                for inner in value if isinstance(value, tuple | list) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        visit(inner)
-
-    visit(jax.make_jaxpr(fn)(*args).jaxpr)
-    return found
+    lengths = []
+    for product in products(jax.make_jaxpr(fn)(*args).jaxpr):
+        ((axis,), _), _ = product.params["dimension_numbers"]
+        lengths.append(product.invars[0].aval.shape[axis])
+    return lengths
 
 
 def exact(x):
