@@ -145,6 +145,8 @@ class LlaraConfig:
         methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
         retrain_seeds: retrainings of each scenario, at least 2.
         method_seeds: seeds of each method.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
+            and at least 10 of each; 0 leaves it out.
         num_rows: training rows.
         rows_per_user: of each user at most.
         num_heldout: rows held out by user.
@@ -171,6 +173,7 @@ class LlaraConfig:
     methods: tuple[str, ...] = METHODS
     retrain_seeds: int = 3
     method_seeds: int = 3
+    klom_seeds: int = 0
     num_rows: int | None = None
     rows_per_user: int | None = None
     num_heldout: int | None = None
@@ -383,6 +386,7 @@ def main(config: LlaraConfig) -> None:
             methods=config.methods_of_prompts(),
             method_seeds=config.method_seeds,
             retrain_seeds=config.retrain_seeds,
+            klom_seeds=config.klom_seeds,
         )
 
 

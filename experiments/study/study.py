@@ -33,8 +33,8 @@ from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.robustness import relearn, retained_only, robustness_to_rounding
 from llmeraser_jax.evaluation.scoring import ExampleScores, heldout_kl_of, make_task_metrics, score_examples
+from llmeraser_jax.evaluation.study import BEFORE, PARTS, RETRAINED, StudyManifest, read_study, write_manifest
 from llmeraser_jax.evaluation.study import Study as StudyResults
-from llmeraser_jax.evaluation.study import StudyManifest, read_study, write_manifest
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
@@ -63,6 +63,9 @@ METHODS = (
     *DESCENTS,
     *SHARDED,
 )
+# KLOM asks for every method with each of many trained models: not what costs as much as training them.
+WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
+FIRST_KLOM_SEED = 1000  # after the training's own; retrained models have those that follow it
 LEARNING_RATES = (1e-4, 1e-3, 4e-3)
 NUM_RETAINED_SCORED = 100
 NUM_RELEARNING_STEPS = 10
@@ -202,10 +205,10 @@ class Study:
         """As the training saw them."""
         return self.before.encode(examples, self.model.tokenizer)
 
-    def setting(self, workdir: Path | None = None) -> Setting:
-        """What a baseline is given."""
+    def setting(self, workdir: Path | None = None, run: Run | None = None) -> Setting:
+        """What a baseline is given: the trained model, or another one that was trained on the same data."""
         return setting_of_run(
-            self.before,
+            self.before if run is None else run,
             self.requests,
             model=self.model,
             heldout=self.scenario.unseen,
@@ -242,14 +245,17 @@ class Study:
         size = min(NUM_RETAINED_SCORED, len(rows))
         return np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
 
-    def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
-        """Mean losses on S as trained, on the wanted pairs, and on some retained rows."""
+    def example_losses(self, model: Model, params: LoraParams) -> dict[str, np.ndarray]:
+        """Losses on S as trained, on the wanted pairs, and on some retained rows, in nats per response token."""
         problem = self.problem
-        places = {"forget_loss": problem.named, "wanted_loss": problem.wanted, "retained_loss": self._retained}
-        return {
-            name: float(score_examples(model, params, problem.examples, rows).losses.mean()) if len(rows) else None
-            for name, rows in places.items()
-        }
+        places = {"named": problem.named, "wanted": problem.wanted, "retained": self._retained}
+        return {part: score_examples(model, params, problem.examples, rows).losses for part, rows in places.items()}
+
+    def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
+        """Their means; None of what there is not."""
+        names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
+        found = self.example_losses(model, params)
+        return {name: float(found[part].mean()) if len(found[part]) else None for part, name in names.items()}
 
     def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
         """Everything about one adapter or ensemble that needs no other model, JSON-like."""
@@ -359,16 +365,19 @@ class Study:
             baseline = dataclasses.replace(baseline, seed=seed)
         return baseline, chosen
 
+    def _chosen(self, name: str) -> dict[str, Any] | None:
+        """What the first seed of a method has chosen, where there is one."""
+        first = self.workdir / "methods" / f"{name}-seed_0.json"
+        return files.read_json(first).get("chosen") if first.exists() else None
+
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """One method with one seed, or its file. One that finds no step is a result too: `failed`, the reason."""
         path = self.workdir / "methods" / f"{name}-seed_{seed}.json"
-        first = self.workdir / "methods" / f"{name}-seed_0.json"
         kl = self.reference()["kl"]
 
         def compute() -> dict[str, Any]:
-            tuned = files.read_json(first).get("chosen") if seed and first.exists() else None
             try:
-                baseline, chosen = self.baseline(name, seed, tuned)
+                baseline, chosen = self.baseline(name, seed, self._chosen(name) if seed else None)
                 checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
                 fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
             except (UnlearningError, FloatingPointError) as error:
@@ -400,6 +409,47 @@ class Study:
             }
 
         return self._kept(path, compute)
+
+    def measure_klom(self, methods: Sequence[str], num_models: int) -> None:
+        """Losses of models that each have a seed of training of their own: what KLOM compares.
+
+        Args:
+            methods: each forgets from every one of them.
+            num_models: trained as `before` was, with other seeds; the retrained models are what they are.
+        """
+        first = self.scenario.train.seed + FIRST_KLOM_SEED
+        trained = retrain(
+            self.before,
+            (),
+            self.workdir / "trained_again",
+            seeds=range(first, first + num_models),
+            model=self.model,
+        )
+
+        def keep(name: str, seed: int, fit: Callable[[], tuple[Model, LoraParams]]) -> None:
+            def compute() -> dict[str, Any]:
+                try:
+                    model, params = fit()
+                except (UnlearningError, FloatingPointError) as error:
+                    return {"failed": str(error)}
+                unseen = score_examples(model, params, self._unseen).losses
+                found = {**self.example_losses(model, params), "unseen": unseen}
+                return {"losses": {part: found[part].tolist() for part in PARTS}}
+
+            self._kept(self.workdir / "klom" / f"{name}-seed_{seed}.json", compute)
+
+        for seed, lora in enumerate(self.retrained_loras):
+            keep(RETRAINED, seed, lambda lora=lora: (self.model, lora))
+        for seed, run in enumerate(trained):
+            keep(BEFORE, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
+            for name in methods:
+
+                def fit(name=name, seed=seed, run=run) -> tuple[Model, LoraParams]:
+                    baseline, _ = self.baseline(name, seed, self._chosen(name))
+                    fitted = baseline.fit(self.setting(run=run))
+                    return fitted.model, fitted.params
+
+                keep(name, seed, fit)
 
 
 def _changed(config: EraseConfig) -> dict[str, Any]:
@@ -433,6 +483,7 @@ def run_study(
     methods: Sequence[str] = METHODS,
     method_seeds: int = 3,
     retrain_seeds: int = 3,
+    klom_seeds: int = 0,
 ) -> StudyResults:
     """Computes what a workdir lacks.
 
@@ -442,16 +493,23 @@ def run_study(
         methods: names in `BASELINES`.
         method_seeds: seeds of each method but those of `ONE_SEED`.
         retrain_seeds: retrained models.
+        klom_seeds: so many models are trained with other seeds, and forgotten from with each method but those of
+            `WITHOUT_KLOM`, for KLOM, which compares them with the retrained ones; 0 leaves it out.
 
     Returns:
         What the workdir holds now, earlier calls' methods included.
 
     Raises:
-        ValueError: an unknown method, named with those there are.
+        ValueError: an unknown method, named with those there are, or a negative count.
     """
     check_methods(methods)
+    if klom_seeds < 0:
+        msg = f"klom_seeds is {klom_seeds}; it is the number of models trained for KLOM, 0 for none."
+        raise ValueError(msg)
     study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
     planned = {name: 1 if name in ONE_SEED else method_seeds for name in methods}
+    with_klom = [name for name in methods if name not in WITHOUT_KLOM]
+    klom = {BEFORE: klom_seeds, RETRAINED: retrain_seeds, **dict.fromkeys(with_klom, klom_seeds)}
     manifest = StudyManifest(
         name=scenario.name,
         question=scenario.question,
@@ -462,6 +520,7 @@ def run_study(
         num_heldout=len(scenario.heldout),
         retrain_seeds=retrain_seeds,
         methods=planned,
+        klom=klom if klom_seeds else {},
         metrics=scenario.metrics,
         devices=describe_devices(),
         versions=library_versions(),
@@ -472,6 +531,8 @@ def run_study(
     for name, seeds in planned.items():
         for seed in range(seeds):
             study.run(name, seed)
+    if klom_seeds:
+        study.measure_klom(with_klom, klom_seeds)
     write_manifest(workdir, dataclasses.replace(manifest, num_truncated=study.dataset.num_truncated))
     results = read_study(workdir)
     files.atomic_write_json(workdir / "results.json", results.to_mapping())

@@ -53,6 +53,8 @@ class TallrecConfig:
         seed: of the rows, the users, the labels flipped and training.
         retrain_seeds: retrainings of each scenario.
         method_seeds: seeds of each method.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
+            and at least 10 of each; 0 leaves it out.
         max_length: tokens; longer prompts lose their beginning, the question at their end stays.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -75,6 +77,7 @@ class TallrecConfig:
     seed: int = 0
     retrain_seeds: int = 3
     method_seeds: int = 3
+    klom_seeds: int = 0
     max_length: int = 160
     rank: int = 8
     epochs: int = 24
@@ -182,6 +185,7 @@ def main(config: TallrecConfig, *, dtype: str = "float32", mesh: str = "") -> No
             methods=config.methods,
             method_seeds=config.method_seeds,
             retrain_seeds=config.retrain_seeds,
+            klom_seeds=config.klom_seeds,
         )
 
 

@@ -72,6 +72,8 @@ class TofuConfig:
         num_utility: questions of retained and of real authors each, behind the model utility.
         retrain_seeds: retrained models.
         method_seeds: seeds of each method.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
+            and at least 10 of each; 0 leaves it out.
         max_length: tokens; a longer row is an error.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -92,6 +94,7 @@ class TofuConfig:
     num_utility: int = 20
     retrain_seeds: int = 3
     method_seeds: int = 3
+    klom_seeds: int = 0
     max_length: int = 512
     rank: int = 16
     epochs: int = 8
@@ -318,6 +321,7 @@ def main(config: TofuConfig) -> None:
         methods=config.methods,
         method_seeds=config.method_seeds,
         retrain_seeds=config.retrain_seeds,
+        klom_seeds=config.klom_seeds,
     )
 
 

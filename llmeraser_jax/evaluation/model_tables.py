@@ -250,6 +250,37 @@ FORGETTING = (
 )
 
 
+def _klom(part: str) -> Callable[[ModelRow], str]:
+    return lambda row: show_number(row.entry.get("klom", {}).get(part))
+
+
+DISTRIBUTION = (
+    Column(
+        "models",
+        "behind KLOM: each was trained with a seed of its own before anything was forgotten from it.",
+        None,
+        _klom("models"),
+    ),
+    Column(
+        "KLOM on S",
+        "on each named example, the Kullback-Leibler divergence between the distribution of the log-odds of its "
+        "answer over these models and over retrained ones, by histograms; the mean over examples, in nats. The "
+        "retrained row is the floor, between halves of the retrained models: no more shows no difference.",
+        "retrained",
+        _klom("named"),
+    ),
+    Column(
+        "KLOM on S, 95 %",
+        "the 95th percentile over the named examples in place of the mean: the few that a method fails on.",
+        "retrained",
+        _klom("named_95"),
+    ),
+    Column("KLOM, wanted", "the same on the edited examples.", "retrained", _klom("wanted")),
+    Column("KLOM, retained", "the same on training examples that stay.", "retrained", _klom("retained")),
+    Column("KLOM, unseen", "the same on examples that no model was trained on.", "retrained", _klom("unseen")),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricMeaning:
     """What a task's metric says.
@@ -343,12 +374,13 @@ def comparison_blocks(
 
 
 def _table_blocks(rows: Sequence[ModelRow], meanings: Mapping[str, MetricMeaning], *, fold: bool) -> list[Block]:
-    """Three tables with the models as rows, each with its legend."""
+    """Tables with the models as rows, each with its legend; one without a number is left out."""
     blocks: list[Block] = []
     emphasised = tuple(k for k, row in enumerate(rows) if row.kind == "retrained")
     for title, columns, known in (
         ("How close to retraining, and at what cost.", FIDELITY, fold),
         ("How much of S is left.", FORGETTING, fold),
+        ("Whether models are distributed as retrained ones are, over seeds of training.", DISTRIBUTION, fold),
         ("What else the model can do.", _task_columns(rows, meanings), False),
     ):
         shown = [column for column in columns if any(column.cell(row) != MISSING for row in rows)]

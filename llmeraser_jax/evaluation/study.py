@@ -7,20 +7,23 @@
     scores/seed_<k>.json           the same of a model retrained with seed k
     scores/heldout_kl.json         `before`, and `seed_floors`: each retrained model to the mean of the others
     methods/<name>-seed_<k>.json   a way to forget with one seed, or `failed`: why it found no step
+    klom/<name>-seed_<k>.json      optional: `losses`, lists by `PARTS`, of models that each have a seed of training
+                                   of their own: `before`, `retrained`, or a way to forget (or `failed`)
 
 Measures are `SCALARS` (mean losses in nats per response token; null is not finite, or nothing to measure), `named`
 and `unseen` with `PER_EXAMPLE` lists, `gradient_equivalents` and `seconds`. A method has `heldout_kl` too. Optional
 are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, and `task`: `metrics` by name
 (`value`, `standard_error`, `correct`, `valid`, `total`) and TOFU's `truth_ratios`.
 
-What needs the retrained models (membership by reference, forget quality, closure) is computed when read, so that
-each file stays true when more models come. A directory without study.json, of an earlier version, is read by its
-data. A study that was interrupted is read as far as it went, and `missing` says what is not there.
+What needs the retrained models (membership by reference, forget quality, closure, KLOM) is computed when read, so
+that each file stays true when more models come. A directory without study.json, of an earlier version, is read by
+its data. A study that was interrupted is read as far as it went, and `missing` says what is not there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -34,6 +37,7 @@ import numpy as np
 from llmeraser_jax import files
 from llmeraser_jax.evaluation import tofu
 from llmeraser_jax.evaluation.closure import seed_mean
+from llmeraser_jax.evaluation.klom import Klom, klom, response_margins
 from llmeraser_jax.evaluation.membership import (
     mean_of_others,
     membership_auc,
@@ -51,6 +55,8 @@ PROBES = ("forget_loss_4_bit", "forget_loss_relearned")
 COSTS = ("gradient_equivalents", "seconds")
 PREPARATION = "preparation_gradient_equivalents"
 PER_EXAMPLE = ("losses", "min_k", "min_k_plus_plus")
+PARTS = ("named", "wanted", "retained", "unseen")  # examples that KLOM is of
+BEFORE, RETRAINED = "before", "retrained"  # names in klom/ besides those of methods
 QUALITY, STATISTIC = "forget quality, KS p", "KS statistic"
 _QUALITY_MEANINGS = {
     QUALITY: MetricMeaning(
@@ -83,6 +89,7 @@ class StudyManifest:
         num_truncated: prompts that did not fit; None where it is not known.
         retrain_seeds: retrained models planned.
         methods: seeds planned of each.
+        klom: models planned for KLOM, by name in klom/.
         metrics: what the task's metrics mean.
         devices: in words.
         versions: of the libraries; None for one that is not there.
@@ -98,6 +105,7 @@ class StudyManifest:
     num_truncated: int | None = None
     retrain_seeds: int = 0
     methods: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    klom: Mapping[str, int] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, MetricMeaning] = dataclasses.field(default_factory=dict)
     devices: str = ""
     versions: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
@@ -115,6 +123,7 @@ class Study:
         retrained: of each retrained model.
         kl: scores/heldout_kl.json; None where it is not there yet.
         methods: of each seed of each method.
+        klom_models: losses of each model of klom/ by name, or why it found no step.
     """
 
     path: Path
@@ -124,6 +133,22 @@ class Study:
     retrained: tuple[Json, ...]
     kl: Json | None
     methods: Mapping[str, tuple[Json, ...]]
+    klom_models: Mapping[str, tuple[Json, ...]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def klom(self) -> Mapping[str, Mapping[str, Klom]]:
+        """KLOM of each name in klom/ but the retrained models' own, by part; without what has no finite losses."""
+        retrained = _losses_by_part(self.klom_models.get(RETRAINED, ()))
+        found: dict[str, dict[str, Klom]] = {}
+        for name, models in self.klom_models.items():
+            if name != RETRAINED:
+                losses = _losses_by_part(models)
+                found[name] = {
+                    part: klom(response_margins(losses[part]), response_margins(retrained[part]))
+                    for part in PARTS
+                    if part in losses and part in retrained
+                }
+        return found
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -139,6 +164,10 @@ class Study:
             found = len(self.methods.get(name, ()))
             if found < planned:
                 gaps.append(f"{name}: {found} of {planned} seeds")
+        for name, planned in plan.klom.items():
+            found = len(self.klom_models.get(name, ()))
+            if found < planned:
+                gaps.append(f"KLOM, {name}: {found} of {planned} models")
         if not self.methods and not plan.methods:
             gaps.append("no method is measured")
         return tuple(gaps)
@@ -153,6 +182,13 @@ class Study:
         return {
             "scenario": dataclasses.asdict(self.manifest),
             **{name: getattr(self, name) for name in ("before", "retrained", "kl", "methods", "missing")},
+            "klom": {
+                name: {
+                    part: {key: getattr(found, key) for key in ("mean", "percentile_95", "mean_floor")}
+                    for part, found in parts.items()
+                }
+                for name, parts in self.klom.items()
+            },
         }
 
 
@@ -167,12 +203,14 @@ def write_manifest(directory: Path, manifest: StudyManifest) -> None:
     """Writes study.json. Methods and seeds that an earlier call had planned stay planned."""
     if (directory / STUDY_FILE).exists():
         earlier = _read_manifest(directory)
-        methods = dict(earlier.methods)
-        for name, planned in manifest.methods.items():
-            methods[name] = max(planned, methods.get(name, 0))
         seeds = max(manifest.retrain_seeds, earlier.retrain_seeds)
-        manifest = dataclasses.replace(manifest, methods=methods, retrain_seeds=seeds)
+        plans = {name: _most(getattr(earlier, name), getattr(manifest, name)) for name in ("methods", "klom")}
+        manifest = dataclasses.replace(manifest, **plans, retrain_seeds=seeds)
     files.atomic_write_json(directory / STUDY_FILE, {"format": STUDY_FORMAT, **dataclasses.asdict(manifest)})
+
+
+def _most(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {name: max(first.get(name, 0), second.get(name, 0)) for name in (*first, *second)}
 
 
 def read_study(directory: str | os.PathLike[str]) -> Study:
@@ -218,6 +256,7 @@ def read_study(directory: str | os.PathLike[str]) -> Study:
         retrained=tuple(retrained),
         kl=_read_kl(scores / "heldout_kl.json"),
         methods=methods,
+        klom_models=_read_klom(path / "klom"),
     )
 
 
@@ -350,6 +389,36 @@ def _read_kl(path: Path) -> Json | None:
     return value
 
 
+def _losses_by_part(models: Sequence[Json]) -> dict[str, np.ndarray]:
+    """Losses [models, examples] of the parts that have examples, without models that found no step.
+
+    Those of a part in which a loss is not finite are left out.
+    """
+    moved = [model["losses"] for model in models if "failed" not in model]
+    stacked = {part: np.stack([_array(losses[part]) for losses in moved]) for part in PARTS if moved}
+    return {part: losses for part, losses in stacked.items() if losses.size and np.isfinite(losses).all()}
+
+
+def _read_klom(directory: Path) -> dict[str, tuple[Json, ...]]:
+    """The models of klom/ by name, checked."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    sizes: set[tuple[int, ...]] = set()
+    for name, _, path in _by_seed(directory, r"(.+)-seed_(\d+)\.json"):
+        value = _read(path)
+        losses = value.get("losses")
+        lists = [losses.get(part) for part in PARTS] if isinstance(losses, dict) else [None]
+        if all(map(_are_numbers, lists)):
+            sizes.add(tuple(len(entries or ()) for entries in lists))
+        elif not isinstance(value.get("failed"), str):
+            msg = f"{path} has no `losses` with lists of numbers for {', '.join(PARTS)}."
+            raise RunError(msg)
+        found.setdefault(name, []).append(value)
+    if len(sizes) > 1:
+        msg = f"The models of {directory} are not measured on the same examples: {sorted(sizes)} of {PARTS}."
+        raise RunError(msg)
+    return {name: tuple(models) for name, models in found.items()}
+
+
 def _read_manifest(directory: Path) -> StudyManifest:
     path = directory / STUDY_FILE
     if not path.exists():
@@ -363,7 +432,8 @@ def _read_manifest(directory: Path) -> StudyManifest:
         metrics = {name: MetricMeaning(**meaning) for name, meaning in fields.pop("metrics", {}).items()}
         manifest = StudyManifest(**fields, metrics=metrics)
         counts = (manifest.num_examples, manifest.num_unseen, manifest.num_heldout, manifest.retrain_seeds)
-        sound = all(map(_is_number, (*counts, *manifest.named.values(), *manifest.methods.values())))
+        planned = (*manifest.named.values(), *manifest.methods.values(), *manifest.klom.values())
+        sound = all(map(_is_number, (*counts, *planned)))
     except (TypeError, ValueError, AttributeError) as error:
         msg = f"{path} is no description of a study: {error}."
         raise RunError(msg) from error

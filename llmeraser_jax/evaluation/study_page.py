@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llmeraser_jax.evaluation.blocks import Block, Bullets, Heading, Page, Text, render_markdown
 from llmeraser_jax.evaluation.closure import Closure, gap_closure, seed_mean, seed_standard_deviation
 from llmeraser_jax.evaluation.model_tables import Json, Kind, ModelRow, comparison_blocks, limits
 from llmeraser_jax.evaluation.page import show_number
 from llmeraser_jax.evaluation.plots import ACTION_NAMES
-from llmeraser_jax.evaluation.study import COSTS, PREPARATION, PROBES, SCALARS, Study
+from llmeraser_jax.evaluation.study import (
+    BEFORE,
+    COSTS,
+    PREPARATION,
+    PROBES,
+    RETRAINED,
+    SCALARS,
+    Study,
+)
 from llmeraser_jax.unlearning.receipt import RECEIPT_FORMAT
 
 _QUANTITIES = {"forget_loss": "closure on S", "wanted_loss": "closure, wanted"}
@@ -41,27 +51,29 @@ def study_rows(study: Study) -> list[ModelRow]:
     retraining = [s["gradient_equivalents"] for s in study.retrained]
     kl = {} if study.kl is None else study.kl
 
-    def row(label: str, kind: Kind, scores: Sequence[Json], kls: Sequence[float | None]) -> ModelRow:
+    def row(
+        label: str, kind: Kind, scores: Sequence[Json], kls: Sequence[float | None], name: str = ""
+    ) -> ModelRow:
         return ModelRow(
             label=label,
             kind=kind,
-            entry=_entry(scores, kls, study.before or {}),
+            entry={**_entry(scores, kls, study.before or {}), "klom": _klom(study, name)},
             closure=_closures(study, scores) if kind == "unlearned" else None,
             cost=None if kind == "before" else _cost(scores),
             seed_floor=study.seed_floor,
             retraining=_mean(retraining)[0],
         )
 
-    rows = [row("before", "before", [study.before], [kl["before"]] if "before" in kl else [])]
+    rows = [row("before", "before", [study.before], [kl["before"]] if "before" in kl else [], BEFORE)]
     for name, seeds in study.methods.items():
-        moved = [s for s in seeds if "failed" not in s]
+        moved, label = [s for s in seeds if "failed" not in s], name
         if len(moved) < len(seeds):
-            name += f" ({len(seeds) - len(moved)} of {len(seeds)} seeds failed)" if moved else " (no step)"
-        rows.append(row(name, "unlearned", moved, [s["heldout_kl"] for s in moved]))
+            label += f" ({len(seeds) - len(moved)} of {len(seeds)} seeds failed)" if moved else " (no step)"
+        rows.append(row(label, "unlearned", moved, [s["heldout_kl"] for s in moved], name))
     if study.retrained:
         seeds = len(study.retrained)
         label = f"retrained, mean of {seeds}" if seeds > 1 else "retrained, one seed"
-        rows.append(row(label, "retrained", study.retrained, kl.get("seed_floors", ())))
+        rows.append(row(label, "retrained", study.retrained, kl.get("seed_floors", ()), RETRAINED))
     return rows
 
 
@@ -97,6 +109,21 @@ def _entry(scores: Sequence[Json], kls: Sequence[float | None], before: Json) ->
         for name in names
     }
     return entry
+
+
+def _klom(study: Study, name: str) -> dict[str, Any]:
+    """By part the mean over examples, on S the 95th percentile, and how many models; of `retrained` the floor."""
+    if name == RETRAINED:
+        judged = study.klom.get(BEFORE, {})
+        divergences = {part: found.floor for part, found in judged.items() if found.floor is not None}
+        models = len(study.klom_models.get(RETRAINED, ())) or None
+    else:
+        judged = study.klom.get(name, {})
+        divergences = {part: found.values for part, found in judged.items()}
+        models = next((found.num_unlearned for found in judged.values()), None)
+    told = {part: float(np.mean(values)) for part, values in divergences.items()}
+    worst = {"named_95": float(np.percentile(divergences["named"], 95))} if "named" in divergences else {}
+    return {**told, **worst, "models": models}
 
 
 def _cost(scores: Sequence[Json]) -> dict[str, float | None]:
@@ -238,16 +265,18 @@ def _comparison(study: Study, rows: Sequence[ModelRow], picture: str, *, fold: b
         for name, seeds in study.methods.items()
         if any("failed" in s for s in seeds)
     ]
+    caveat = next((found.caveat for found in study.klom.get(BEFORE, {}).values()), "")
     sizes = limits(
         named=sum(study.manifest.named.values()),
         heldout=_num_asked(study),
         seeds=len(study.retrained),
     )
-    no_closure = [f"**{title}** has no column: {reason}." for title, reason in undefined.items()]
+    reasons = [f"**{title}** has no column: {reason}." for title, reason in undefined.items()]
+    reasons += [f"KLOM: {caveat}."] if caveat else []
     return comparison_blocks(
         rows,
         told=(*told, *failed),
-        sizes=(*no_closure, *sizes),
+        sizes=(*reasons, *sizes),
         picture=picture,
         meanings=study.manifest.metrics,
         fold=fold,

@@ -22,6 +22,7 @@ from llmeraser_jax.evaluation.study import (
     read_study,
     write_manifest,
 )
+from llmeraser_jax.runs import RunError
 from tests.evaluation.test_overview import step, write_erasure, write_evaluation
 
 MANIFEST = StudyManifest(
@@ -158,6 +159,56 @@ def test_a_page_says_what_was_asked_of_what_and_which_way_is_good(directory):
             assert f"* **{title}**: " in text
     assert [picture.name for picture in page.pictures] == ["study1-cost.png"]
     assert "Not finished" not in text
+
+
+def write_klom(directory, name, seed, named, retained=(1.0,)):
+    value = {"losses": {"named": list(named), "wanted": [], "retained": list(retained), "unseen": [0.5, 0.7]}}
+    return write(directory / "klom" / f"{name}-seed_{seed}.json", value)
+
+
+def test_klom_of_a_study_against_shares_counted_by_hand(directory):
+    for seed in range(4):
+        # Two named examples: the first at two places, the second always at the same.
+        write_klom(directory, "retrained", seed, [1.0 if seed < 2 else 3.0, 2.0])
+        write_klom(directory, "before", seed, [0.01, 0.01])
+        write_klom(directory, "npo", seed, [1.0 if seed < 1 else 3.0, 2.0], [1.0 if seed < 3 else 5.0])
+    page = page_of(directory)
+    cell = cells(page, "KLOM on S")
+    first = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    assert cell["npo", "KLOM on S"] == f"{first / 2:.3g}"
+    assert cell["npo", "KLOM on S, 95 %"] == f"{0.95 * first:.3g}"
+    missed = np.log(1 / 1e-5)
+    assert cell["before", "KLOM on S"] == f"{missed:.3g}"
+    assert cell["npo", "KLOM, retained"] == f"{0.75 * np.log(0.75) + 0.25 * np.log(0.25 / 1e-5):.3g}"
+    # Of the six halves of the retrained models two are of one place each, and four of both.
+    assert cell["retrained, mean of 3", "KLOM on S"] == f"{2 / 6 * missed / 2:.3g}"
+    assert cell["retrained, mean of 3", "models"] == cell["npo", "models"] == "4"
+    assert cell["sisa", "KLOM on S"] == "–"
+    assert ("npo", "KLOM, wanted") not in cell
+    assert "KLOM: 4 unlearned and 4 retrained seeds" in render_markdown(page)
+
+
+def test_klom_without_models_that_found_no_step_or_diverged(directory):
+    for seed in range(4):
+        write_klom(directory, "retrained", seed, [1.0, 2.0])
+        write_klom(directory, "npo", seed, [1.0, 2.0 if seed else None])
+    write(directory / "klom" / "sisa-seed_0.json", {"failed": "no step"})
+    write_klom(directory, "sisa", 1, [1.0, 2.0])
+    found = read_study(directory).klom
+    assert sorted(found["npo"]) == ["retained", "unseen"]
+    assert found["sisa"]["named"].num_unlearned == 1 and found["sisa"]["named"].mean == 0.0
+
+
+def test_klom_that_is_planned_and_not_there_is_named_and_broken_files_are_refused(directory):
+    write_manifest_of(directory, klom={"before": 2, "npo": 2})
+    write_klom(directory, "npo", 0, [1.0, 2.0])
+    assert read_study(directory).missing == ("KLOM, before: 0 of 2 models", "KLOM, npo: 1 of 2 models")
+    write_klom(directory, "before", 0, [1.0])
+    with pytest.raises(RunError, match="not measured on the same examples"):
+        read_study(directory)
+    write(directory / "klom" / "before-seed_0.json", {"losses": {"named": [1.0]}})
+    with pytest.raises(RunError, match="has no `losses`"):
+        read_study(directory)
 
 
 def test_membership_inference_against_numbers_by_hand():

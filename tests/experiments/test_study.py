@@ -13,18 +13,21 @@ from experiments.llara.main import LlaraConfig
 from experiments.study import study as module
 from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
-from llmeraser_jax.baselines import Ensemble, ensemble_model, make_ensemble
+from llmeraser_jax.baselines import NPO, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.evaluation.blocks import render_markdown
 from llmeraser_jax.evaluation.gather import gather
+from llmeraser_jax.evaluation.klom import klom, response_margins
 from llmeraser_jax.evaluation.overview import build_overview
 from llmeraser_jax.evaluation.scoring import answer, score_examples
 from llmeraser_jax.evaluation.study_page import render_study
 from llmeraser_jax.models import load_model
+from llmeraser_jax.runs import load_run
 from llmeraser_jax.unlearning import EraseConfig
 from tests.training import tiny
 
 METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
+SEEDS = {"method_seeds": 2, "retrain_seeds": 2, "klom_seeds": 2}
 
 
 def _examples(shapes, colour=0):
@@ -63,7 +66,7 @@ def done(base, tmp_path_factory):
     """A study with all kinds of methods, its workdir and its results."""
     workdir = tmp_path_factory.mktemp("study")
     scenario = _scenario(base)
-    return scenario, workdir, study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
+    return scenario, workdir, study.run_study(scenario, workdir, methods=METHODS, **SEEDS)
 
 
 def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(done):
@@ -109,18 +112,46 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
     scenario, workdir, results = done
     for name in ("score_examples", "heldout_kl_of", "relearn"):
         monkeypatch.setattr(module, name, None)
-    again = study.run_study(scenario, workdir, methods=METHODS, method_seeds=2, retrain_seeds=2)
-    assert again.methods == results.methods
+    again = study.run_study(scenario, workdir, methods=METHODS, **SEEDS)
+    assert again.methods == results.methods and again.klom_models == results.klom_models
     other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
     with pytest.raises(ValueError, match="other settings"):
         study.Study(other, workdir)
+
+
+def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
+    scenario, workdir, results = done
+    assert {name: len(models) for name, models in results.klom_models.items()} == {
+        "before": 2, "retrained": 2, "llmeraser-step": 2, "finetune-edited": 2, "npo": 2,
+    }  # fmt: skip
+    owner = study.Study(scenario, workdir, retrain_seeds=2)
+    again = [load_run(path) for path in sorted((workdir / "trained_again").iterdir())]
+    assert [run.train_config.seed for run in again] == [1000 + tiny.CONFIG.seed, 1001 + tiny.CONFIG.seed]
+    assert [len(run.load_examples()) for run in again] == [8, 8]
+    rows = owner.encode([scenario.examples[2], scenario.examples[5]])
+
+    def margins(loras):
+        return response_margins(np.stack([score_examples(scenario.model, lora, rows).losses for lora in loras]))
+
+    retrained = margins(owner.retrained_loras)
+    before = klom(margins([run.load_adapter(scenario.model) for run in again]), retrained)
+    np.testing.assert_allclose(results.klom["before"]["named"].values, before.values, rtol=1e-6)
+    rate = results.methods["npo"][0]["chosen"]["learning_rate"]
+    forgotten = [
+        NPO(learning_rate=rate, seed=seed).fit(setting_of_run(run, scenario.requests, model=scenario.model)).params
+        for seed, run in enumerate(again)
+    ]
+    losses = [model["losses"]["named"] for model in results.klom_models["npo"]]
+    np.testing.assert_allclose(
+        losses, [score_examples(scenario.model, lora, rows).losses for lora in forgotten], rtol=1e-4
+    )
 
 
 def test_tables_name_every_model_once_and_the_plot_is_a_png(done):
     _, _, results = done
     tables, plot = render_study(results, "plot.png")
     for name in ("before", *METHODS, "**retrained, mean of 2**"):
-        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 3
+        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 4
     assert plot is not None and plot.startswith(b"\x89PNG")
 
 
@@ -150,6 +181,8 @@ def test_methods_of_an_earlier_call_stay_in_the_tables(done, tmp_path):
 def test_what_names_nothing_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="Unknown methods guess"):
         study.run_study(_scenario(base), tmp_path, methods=("guess",))
+    with pytest.raises(ValueError, match="klom_seeds is -1"):
+        study.run_study(_scenario(base), tmp_path, klom_seeds=-1)
     with pytest.raises(ValueError, match="at least 2"):
         study.Study(_scenario(base), tmp_path, retrain_seeds=1)
 
