@@ -20,6 +20,7 @@ from llmeraser_jax.evaluation.gather import gather
 from llmeraser_jax.evaluation.klom import klom, response_margins
 from llmeraser_jax.evaluation.overview import build_overview
 from llmeraser_jax.evaluation.scoring import answer, score_examples
+from llmeraser_jax.evaluation.study import read_study
 from llmeraser_jax.evaluation.study_page import render_study
 from llmeraser_jax.models import load_model
 from llmeraser_jax.runs import load_run
@@ -145,6 +146,14 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     np.testing.assert_allclose(
         losses, [score_examples(scenario.model, lora, rows).losses for lora in forgotten], rtol=1e-4
     )
+
+
+def test_klom_goes_on_where_it_was_at_the_rate_that_was_chosen(done, monkeypatch):
+    scenario, workdir, results = done
+    (workdir / "klom" / "npo-seed_1.json").unlink()
+    monkeypatch.setattr(study.Study, "_tuned", None)  # choosing a rate again would fail
+    study.Study(scenario, workdir, retrain_seeds=2).measure_klom(("npo",), 2)
+    assert read_study(workdir).klom_models["npo"] == results.klom_models["npo"]
 
 
 def test_tables_name_every_model_once_and_the_plot_is_a_png(done):
