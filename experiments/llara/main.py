@@ -145,8 +145,8 @@ class LlaraConfig:
         methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
         retrain_seeds: retrainings of each scenario, at least 2.
         method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
-            and at least 10 of each; 0 leaves it out.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
+            and wants at least 10; 0 leaves it out.
         num_rows: training rows.
         rows_per_user: of each user at most.
         num_heldout: rows held out by user.
@@ -331,7 +331,7 @@ def make_scenario(
         erase=preset.erase,
         examples=prepared.train,
         requests=prepared.requests,
-        unseen=tuple(question.example for question in prepared.questions["validation"]),
+        shown=tuple(question.example for question in prepared.questions["validation"]),
         heldout=tuple(question.example for question in spread(questions["held-out"], preset.num_kl)),
         make_task=make_task,
         num_task_seeds=1,

@@ -108,9 +108,10 @@ class Scenario:
         erase: what the package's own ways share; each then states what is its own.
         examples: as trained on.
         requests: what is to go.
-        unseen: examples of the same kind that were not trained on: non-members of membership inference, and where
-            erasing by matching looks up how removed rows should end.
-        heldout: that no model and no method saw: held-out KL.
+        shown: examples of the same kind that were not trained on and that methods are shown: where erasing by
+            matching looks up how removed rows should end.
+        heldout: that no model and no method saw: held-out KL, and non-members of membership inference, which must
+            not be those that a method takes as its target.
         make_task: `(model, encode) -> Task`.
         users: id -> user, where examples have one.
         num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
@@ -128,7 +129,7 @@ class Scenario:
     erase: EraseConfig
     examples: tuple[Example, ...]
     requests: tuple[Request, ...]
-    unseen: tuple[Example, ...]
+    shown: tuple[Example, ...]
     heldout: tuple[Example, ...]
     make_task: Callable[[Model, Encode], Task]
     users: Mapping[str, str] | None = None
@@ -155,16 +156,29 @@ class Study:
         self.model = scenario.model
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train", "erase")}
         claim_settings(workdir, {**scenario.settings, **parts, "recipe": scenario.recipe.to_mapping()})
+        self._refuse_other_references()
         self.data = workdir / "data"
         self.data.mkdir(parents=True, exist_ok=True)
         for name, rows in (
             ("train", scenario.examples),
-            ("unseen", scenario.unseen),
+            ("shown", scenario.shown),
             ("heldout", scenario.heldout),
         ):
             save_examples(self.data / f"{name}.jsonl", rows)
         lines = "".join(request_to_json(request) + "\n" for request in scenario.requests)
         files.atomic_write_text(self.data / "requests.jsonl", lines)
+
+    def _refuse_other_references(self) -> None:
+        """Held-out KL, and the rates chosen for descents, are of the retrained models there were at that time."""
+        path = self.workdir / "scores" / "heldout_kl.json"
+        found = len(files.read_json(path)["seed_floors"]) if path.exists() else self.retrain_seeds
+        if found != self.retrain_seeds:
+            msg = (
+                f"{self.workdir} compares with {found} retrained models, and retrain_seeds is "
+                f"{self.retrain_seeds}: numbers against different models would stand in one table. Name another "
+                "workdir."
+            )
+            raise ValueError(msg)
 
     @functools.cached_property
     def before(self) -> Run:
@@ -211,7 +225,7 @@ class Study:
             self.before if run is None else run,
             self.requests,
             model=self.model,
-            heldout=self.scenario.unseen,
+            heldout=self.scenario.shown,
             users=self.scenario.users,
             workdir=workdir,
         )
@@ -225,10 +239,6 @@ class Study:
     def problem(self) -> EditProblem[TokenDataset]:
         """The requests as index arrays."""
         return self.setting().problem
-
-    @functools.cached_property
-    def _unseen(self) -> TokenDataset:
-        return self.encode(self.scenario.unseen)
 
     @functools.cached_property
     def _heldout(self) -> TokenDataset:
@@ -260,7 +270,7 @@ class Study:
     def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
         """Everything about one adapter or ensemble that needs no other model, JSON-like."""
         named = score_examples(model, params, self.problem.examples, self.problem.named)
-        unseen = score_examples(model, params, self._unseen)
+        unseen = score_examples(model, params, self._heldout)
         return {
             **self.losses(model, params),
             "forget_probability": float(np.exp(-named.losses).mean()),
@@ -276,7 +286,7 @@ class Study:
         rounded = None
         if set(lora.params) == {"layers"}:
             rounding = robustness_to_rounding(
-                self.model, lora, problem.examples, self._unseen, indices=problem.named
+                self.model, lora, problem.examples, self._heldout, indices=problem.named
             )
             rounded = rounding.after.mean_loss
         unrelated = retained_only(self.dataset, problem.named)
@@ -395,6 +405,7 @@ class Study:
                 "kl_over_floor": judged.heldout_kl("after") / float(np.mean(kl["seed_floors"])),
                 **self.score(fitted.model, fitted.params, with_task=with_task),
                 **(self.probe(fitted.params) if single and seed == 0 else {}),
+                **({} if single else {"own_before": self.losses(fitted.model, fitted.before)}),
                 **{
                     key: getattr(fitted, key)
                     for key in (
@@ -415,7 +426,7 @@ class Study:
 
         Args:
             methods: each forgets from every one of them.
-            num_models: trained as `before` was, with other seeds; the retrained models are what they are.
+            num_models: trained as `before` was, with other seeds; as many retrained ones, or all that there are.
         """
         first = self.scenario.train.seed + FIRST_KLOM_SEED
         trained = retrain(
@@ -432,14 +443,21 @@ class Study:
                     model, params = fit()
                 except (UnlearningError, FloatingPointError) as error:
                     return {"failed": str(error)}
-                unseen = score_examples(model, params, self._unseen).losses
+                unseen = score_examples(model, params, self._heldout).losses
                 found = {**self.example_losses(model, params), "unseen": unseen}
                 return {"losses": {part: found[part].tolist() for part in PARTS}}
 
             self._kept(self.workdir / "klom" / f"{name}-seed_{seed}.json", compute)
 
-        for seed, lora in enumerate(self.retrained_loras):
-            keep(RETRAINED, seed, lambda lora=lora: (self.model, lora))
+        retrained = retrain(
+            self.before,
+            self.requests,
+            self.workdir / "retrained",
+            seeds=max(num_models, self.retrain_seeds),
+            model=self.model,
+        )
+        for seed, run in enumerate(retrained):
+            keep(RETRAINED, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
         for seed, run in enumerate(trained):
             keep(BEFORE, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
             for name in methods:
@@ -494,7 +512,7 @@ def run_study(
         method_seeds: seeds of each method but those of `ONE_SEED`.
         retrain_seeds: retrained models.
         klom_seeds: so many models are trained with other seeds, and forgotten from with each method but those of
-            `WITHOUT_KLOM`, for KLOM, which compares them with the retrained ones; 0 leaves it out.
+            `WITHOUT_KLOM`, for KLOM, which compares them with as many retrained ones; 0 leaves it out.
 
     Returns:
         What the workdir holds now, earlier calls' methods included.
@@ -509,15 +527,16 @@ def run_study(
     study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
     planned = {name: 1 if name in ONE_SEED else method_seeds for name in methods}
     with_klom = [name for name in methods if name not in WITHOUT_KLOM]
-    klom = {BEFORE: klom_seeds, RETRAINED: retrain_seeds, **dict.fromkeys(with_klom, klom_seeds)}
+    klom = {BEFORE: klom_seeds, RETRAINED: max(klom_seeds, retrain_seeds), **dict.fromkeys(with_klom, klom_seeds)}
     manifest = StudyManifest(
         name=scenario.name,
         question=scenario.question,
         base=Path(scenario.model.path).name,
         num_examples=len(scenario.examples),
         named=dict(Counter(request.action.value for request in scenario.requests)),
-        num_unseen=len(scenario.unseen),
+        num_unseen=len(scenario.heldout),
         num_heldout=len(scenario.heldout),
+        num_shown=len(scenario.shown),
         retrain_seeds=retrain_seeds,
         methods=planned,
         klom=klom if klom_seeds else {},

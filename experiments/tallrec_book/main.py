@@ -45,8 +45,8 @@ class BookConfig(TallrecConfig):
     def load_outside(self) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """Both of test.json, since the validation rows are trained on: no row is in both."""
         test, _ = self.load("test")
-        drawn = prepare.draw(test, self.num_test + self.num_unseen, self.seed)
-        shown = set(prepare.draw(drawn, self.num_unseen, self.seed + 1))
+        drawn = prepare.draw(test, self.num_test + self.num_shown, self.seed)
+        shown = set(prepare.draw(drawn, self.num_shown, self.seed + 1))
         return tuple(row for row in drawn if row not in shown), tuple(row for row in drawn if row in shown)
 
 

@@ -39,22 +39,23 @@ class TallrecConfig:
 
     Attributes:
         base: base model, a directory in Hugging Face layout.
-        data: directory with TALLRec's train, valid and test, `.json` and `.csv`.
+        data: directory with TALLRec's files: train, valid and test, `.json` and `.csv`; of its books valid.json and
+            test.json.
         workdir: everything is kept there.
         scenarios: which to run.
         methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
         num_rows: training rows.
         rows_per_user: of each user at most.
         num_test: rows of test.json that the task is measured on.
-        num_kl: so many of these are behind the held-out KL.
-        num_unseen: rows of valid.json: non-members of membership inference, shown to erasing by matching.
+        num_kl: so many of these are behind the held-out KL, and non-members of membership inference.
+        num_shown: rows that erasing by matching is shown: of valid.json, with books of test.json.
         removed_share: of the rows, all those of one set of users.
         flipped_share: of the rows, trained on with the wrong label.
         seed: of the rows, the users, the labels flipped and training.
         retrain_seeds: retrainings of each scenario.
         method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
-            and at least 10 of each; 0 leaves it out.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
+            and wants at least 10; 0 leaves it out.
         max_length: tokens; longer prompts lose their beginning, the question at their end stays.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -71,7 +72,7 @@ class TallrecConfig:
     rows_per_user: int = 3
     num_test: int = 1000
     num_kl: int = 200
-    num_unseen: int = 100
+    num_shown: int = 100
     removed_share: float = 0.05
     flipped_share: float = 0.1
     seed: int = 0
@@ -98,7 +99,7 @@ class TallrecConfig:
     def load_outside(self) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """Rows that are not trained on: those the task is measured on, and those that methods are shown."""
         test, valid = self.load("test")[0], self.load("valid")[0]
-        return prepare.draw(test, self.num_test, self.seed), prepare.draw(valid, self.num_unseen, self.seed)
+        return prepare.draw(test, self.num_test, self.seed), prepare.draw(valid, self.num_shown, self.seed)
 
     @property
     def recipe(self) -> Recipe:
@@ -145,8 +146,8 @@ def make_scenario(config: TallrecConfig, name: ScenarioName, model: Model) -> st
         requests = prepare.removal_requests(examples, users, gone)
     else:
         examples, requests = prepare.flip_labels(examples, round(config.flipped_share * len(examples)), config.seed)
-    test, unseen = config.load_outside()
-    draws = ("num_rows", "rows_per_user", "num_test", "num_kl", "num_unseen", "seed")
+    test, shown = config.load_outside()
+    draws = ("num_rows", "rows_per_user", "num_test", "num_kl", "num_shown", "seed")
     return study.Scenario(
         name=name,
         model=model,
@@ -156,7 +157,7 @@ def make_scenario(config: TallrecConfig, name: ScenarioName, model: Model) -> st
         erase=config.erase,
         examples=examples,
         requests=requests,
-        unseen=unseen,
+        shown=shown,
         heldout=prepare.draw(test, min(config.num_kl, len(test)), config.seed),
         make_task=lambda model, encode: study.held_out_task(model, encode, test),
         users={example.id: user for example, user in zip(examples, users, strict=True)},

@@ -67,13 +67,13 @@ class TofuConfig:
         num_forgotten: authors of forget05 that are trained on and removed, its first ones.
         num_retained: authors that are trained on and stay: up to ten of those whose perturbed answers were
             released (180 to 189), the others from 0 on.
-        num_unseen: authors that are not trained on, before author 180: non-members of membership inference.
-        num_heldout: more of them, behind the held-out KL.
+        num_shown: authors that are not trained on, before author 180, and that erasing by matching is shown.
+        num_heldout: more of them: held-out KL, and non-members of membership inference.
         num_utility: questions of retained and of real authors each, behind the model utility.
         retrain_seeds: retrained models.
         method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which wants as many retrained ones
-            and at least 10 of each; 0 leaves it out.
+        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
+            and wants at least 10; 0 leaves it out.
         max_length: tokens; a longer row is an error.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -89,7 +89,7 @@ class TofuConfig:
     methods: tuple[str, ...] = METHODS
     num_forgotten: int = 1
     num_retained: int = 19
-    num_unseen: int = 3
+    num_shown: int = 3
     num_heldout: int = 3
     num_utility: int = 20
     retrain_seeds: int = 3
@@ -108,11 +108,11 @@ class TofuConfig:
         if not 1 <= self.num_forgotten <= NUM_AUTHORS - FIRST_FORGOTTEN:
             msg = f"num_forgotten is {self.num_forgotten}; forget05 has 10 authors."
             raise ValueError(msg)
-        for name in ("num_retained", "num_unseen", "num_heldout", "num_utility"):
+        for name in ("num_retained", "num_shown", "num_heldout", "num_utility"):
             if getattr(self, name) < 1:
                 msg = f"{name} is {getattr(self, name)}; it must be at least 1."
                 raise ValueError(msg)
-        wanted = self.num_retained + self.num_unseen + self.num_heldout
+        wanted = self.num_retained + self.num_shown + self.num_heldout
         if wanted > FIRST_FORGOTTEN:
             msg = f"{wanted} authors are to stay or to be left out; there are {FIRST_FORGOTTEN} beside forget05."
             raise ValueError(msg)
@@ -189,7 +189,7 @@ class Authors:
 
     forgotten: tuple[int, ...]
     retained: tuple[int, ...]
-    unseen: tuple[int, ...]
+    shown: tuple[int, ...]
     heldout: tuple[int, ...]
 
 
@@ -202,8 +202,8 @@ def choose_authors(config: TofuConfig) -> Authors:
     return Authors(
         forgotten=tuple(range(FIRST_FORGOTTEN, FIRST_FORGOTTEN + config.num_forgotten)),
         retained=tuple(sorted(retained)),
-        unseen=tuple(outside[: config.num_unseen]),
-        heldout=tuple(outside[config.num_unseen : config.num_unseen + config.num_heldout]),
+        shown=tuple(outside[: config.num_shown]),
+        heldout=tuple(outside[config.num_shown : config.num_shown + config.num_heldout]),
     )
 
 
@@ -286,7 +286,7 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         return TofuTask(encode, forgotten=forgotten, retained=retained, real_authors=real)
 
     train = examples((*authors.retained, *authors.forgotten))
-    counts = ("num_forgotten", "num_retained", "num_unseen", "num_heldout", "num_utility")
+    counts = ("num_forgotten", "num_retained", "num_shown", "num_heldout", "num_utility")
     return study.Scenario(
         name="forget05",
         model=model,
@@ -296,7 +296,7 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         erase=config.erase,
         examples=train,
         requests=tuple(Request(id=example.id, action=Action.REMOVE) for example in examples(authors.forgotten)),
-        unseen=examples(authors.unseen),
+        shown=examples(authors.shown),
         heldout=examples(authors.heldout),
         make_task=make_task,
         users={example.id: str(int(example.id) // ROWS_PER_AUTHOR) for example in train},

@@ -8,15 +8,19 @@ probabilities of the response's tokens, so that the margin is the log-odds that 
     KLOM(x) = sum_b u_b log(u_b / max(r_b, eps)) over bins b with u_b > 0
 
 u and r are the shares of unlearned and of retrained seeds in bin b. As in the authors' released evaluation, margins
-are clipped to +-100, 20 bins of equal width span what both sets hold together, and eps is 1e-5.
+are clipped to +-100, 20 bins of equal width span what both sets hold together, and eps is 1e-5; the largest margin
+of all counts in the last bin here, and in none there.
 
 What few seeds can tell. An unlearned seed in a bin without a retrained one costs about `log(1 / eps)` = 11.5 nats
 times its share, so that with R seeds on either side KLOM takes few values, and most of an example's value says
-only how many unlearned margins missed the retrained ones' bins. It is no estimate of a divergence there; the
-authors use 100 seeds and more. Hence the `floor`: the same number between two halves of the retrained seeds, which
-are the same distribution by construction (of half as many seeds, hence with more empty bins: it is on the high
-side). A KLOM no higher than that shows no difference. With three or fewer retrained seeds there is no floor, and
-the number can rank methods that share the seeds, no more.
+only how many unlearned margins missed the retrained ones' bins. It is no estimate of a divergence there (the
+authors use 100 seeds and more), and it falls with the number of seeds on either side. So there are two numbers
+more, of equal sizes: the `floor`, KLOM between two halves of the retrained seeds, which are the same distribution
+by construction, and `matched`, in which as many unlearned seeds stand in the place of the first half. Where
+`matched` is no higher than the floor, these seeds show no difference. Few of them show large ones only: with ten
+on either side, margins of equal normal distributions give 7.9 for a floor of 7.9, shifted by one, two and three
+standard deviations 8.4, 9.1 and 9.8; with forty 3.1, 3.9, 6.2 and 8.2 for 3.1 (means over 150 examples). With three
+or fewer retrained seeds there is neither, and `values` can rank methods that share the seeds, no more.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class Klom:
 
     Attributes:
         values: per example, in nats.
+        matched: per example, of as many unlearned seeds as a half has against half of the retrained ones, averaged
+            over the same ways to halve them as the floor; None where that is, or with fewer unlearned seeds.
         floor: per example, between halves of the retrained seeds, averaged over the ways to halve them; None with
             fewer than four.
         num_unlearned: seeds unlearned.
@@ -48,6 +54,7 @@ class Klom:
     """
 
     values: Float[np.ndarray, " examples"]
+    matched: Float[np.ndarray, " examples"] | None
     floor: Float[np.ndarray, " examples"] | None
     num_unlearned: int
     num_retrained: int
@@ -61,6 +68,11 @@ class Klom:
     def percentile_95(self) -> float:
         """The authors' headline: examples that unlearning failed on are few, and a mean hides them."""
         return float(np.percentile(self.values, 95))
+
+    @property
+    def mean_matched(self) -> float | None:
+        """Mean of `matched` over examples."""
+        return None if self.matched is None else float(np.mean(self.matched))
 
     @property
     def mean_floor(self) -> float | None:
@@ -145,15 +157,26 @@ def klom(
     def compare(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.array([histogram_kl(a, b) for a, b in zip(first.T, second.T, strict=True)])
 
-    floor = None
+    size = len(theirs) // 2
+    matched = floor = None
     if len(theirs) >= 4:
-        floor = np.mean([compare(theirs[half], theirs[~half]) for half in _halves(len(theirs))], axis=0)
-    return Klom(values=compare(ours, theirs), floor=floor, num_unlearned=len(ours), num_retrained=len(theirs))
+        halves = _subsets(len(theirs), size)
+        floor = np.mean([compare(theirs[half], theirs[~half]) for half in halves], axis=0)
+        if len(ours) >= size:
+            chosen = itertools.cycle(_subsets(len(ours), size))
+            pairs = [(next(chosen), half) for half in halves]
+            matched = np.mean([compare(ours[some], theirs[~half]) for some, half in pairs], axis=0)
+    return Klom(
+        values=compare(ours, theirs),
+        matched=matched,
+        floor=floor,
+        num_unlearned=len(ours),
+        num_retrained=len(theirs),
+    )
 
 
-def _halves(num_seeds: int) -> list[np.ndarray]:
-    """Ways to choose half of the seeds, as masks: all of them, or a fixed sample where they are many."""
-    size = num_seeds // 2
+def _subsets(num_seeds: int, size: int) -> list[np.ndarray]:
+    """Ways to choose some of the seeds, as masks: all of them, or a fixed sample where they are many."""
     if math.comb(num_seeds, size) <= _MAX_SPLITS:
         chosen = [list(half) for half in itertools.combinations(range(num_seeds), size)]
     else:

@@ -212,6 +212,8 @@ def metric_cell(metric: Mapping[str, Any] | None) -> str:
     error = deviation if "seed_standard_deviation" in metric else metric["standard_error"]
     if error is not None:
         text += f" ± {show_number(error)}"
+    if metric.get("deviation_over_seeds") is not None:
+        text += f" ± {show_number(metric['deviation_over_seeds'])} (seeds)"
     counts = [_count(metric.get(key)) for key in ("correct", "valid", "total")]
     if metric.get("correct") is not None:
         text += f" ({' / '.join(counts)})"

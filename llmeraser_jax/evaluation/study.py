@@ -2,7 +2,7 @@
 
     study.json                     `StudyManifest`: what was asked, of which data, what was planned
     settings.json                  what it was made with; `lora` and `train` are shown
-    data/                          requests.jsonl, and train, unseen, heldout.jsonl (examples one a line)
+    data/                          requests.jsonl, and train, shown, heldout.jsonl (examples one a line)
     scores/before.json             measures of the model as trained
     scores/seed_<k>.json           the same of a model retrained with seed k
     scores/heldout_kl.json         `before`, and `seed_floors`: each retrained model to the mean of the others
@@ -12,8 +12,9 @@
 
 Measures are `SCALARS` (mean losses in nats per response token; null is not finite, or nothing to measure), `named`
 and `unseen` with `PER_EXAMPLE` lists, `gradient_equivalents` and `seconds`. A method has `heldout_kl` too. Optional
-are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, and `task`: `metrics` by name
-(`value`, `standard_error`, `correct`, `valid`, `total`) and TOFU's `truth_ratios`.
+are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, `own_before` (mean losses of an
+ensemble before the request, which is not `before`), and `task`: `metrics` by name (`value`, `standard_error`,
+`correct`, `valid`, `total`) and TOFU's `truth_ratios`.
 
 What needs the retrained models (membership by reference, forget quality, closure, KLOM) is computed when read, so
 that each file stays true when more models come. A directory without study.json, of an earlier version, is read by
@@ -86,6 +87,8 @@ class StudyManifest:
         named: how many are to go, by action.
         num_unseen: not trained on: non-members of membership inference.
         num_heldout: behind the held-out KL.
+        num_shown: not trained on, and shown to methods; None in a study of an earlier version, whose methods were
+            shown the non-members.
         num_truncated: prompts that did not fit; None where it is not known.
         retrain_seeds: retrained models planned.
         methods: seeds planned of each.
@@ -102,6 +105,7 @@ class StudyManifest:
     named: Mapping[str, int]
     num_unseen: int
     num_heldout: int
+    num_shown: int | None = None
     num_truncated: int | None = None
     retrain_seeds: int = 0
     methods: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -184,7 +188,9 @@ class Study:
             **{name: getattr(self, name) for name in ("before", "retrained", "kl", "methods", "missing")},
             "klom": {
                 name: {
-                    part: {key: getattr(found, key) for key in ("mean", "percentile_95", "mean_floor")}
+                    part: {
+                        key: getattr(found, key) for key in ("mean", "percentile_95", "mean_matched", "mean_floor")
+                    }
                     for part, found in parts.items()
                 }
                 for name, parts in self.klom.items()
@@ -356,6 +362,11 @@ def _read_scores(path: Path, *, method: bool = False) -> dict[str, Any]:
         arrays = [lists.get(key) for key in PER_EXAMPLE] if isinstance(lists, dict) else [None]
         if not all(map(_are_numbers, arrays)) or len({len(array or ()) for array in arrays}) != 1:
             wrong.append(side)
+    own = value.get("own_before")
+    if own is not None and not (
+        isinstance(own, dict) and all(_is_number(own.get(key)) for key in ("forget_loss", "retained_loss"))
+    ):
+        wrong.append("own_before")
     if "task" in value:
         metrics = value["task"].get("metrics") if isinstance(value["task"], dict) else None
         if not isinstance(metrics, dict) or not all(map(_is_metric, metrics.values())):
@@ -459,6 +470,6 @@ def _manifest_of_data(directory: Path) -> StudyManifest:
         name=directory.resolve().name,
         num_examples=len(lines("train")),
         named=dict(actions),
-        num_unseen=len(lines("unseen")),
+        num_unseen=len(lines("unseen")),  # of an earlier version: it had no other rows to show
         num_heldout=len(lines("heldout")),
     )

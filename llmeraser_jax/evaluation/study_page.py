@@ -101,13 +101,15 @@ def _entry(scores: Sequence[Json], kls: Sequence[float | None], before: Json) ->
         entry["membership_auc"][name] = {"value": value, "seed_standard_deviation": deviation}
     measured = [s["task"]["metrics"] for s in scores if "task" in s]
     names = dict.fromkeys(name for metrics in measured for name in metrics)
-    entry["task_metrics"] = {
-        name: {
-            key: _mean([metrics.get(name, {}).get(key) for metrics in measured])[0]
+    entry["task_metrics"] = {}
+    for name in names:
+        found = {
+            key: _mean([metrics.get(name, {}).get(key) for metrics in measured])
             for key in ("value", "standard_error", "correct", "valid", "total")
         }
-        for name in names
-    }
+        entry["task_metrics"][name] = {key: mean for key, (mean, _) in found.items()} | {
+            "deviation_over_seeds": found["value"][1]
+        }
     return entry
 
 
@@ -119,7 +121,9 @@ def _klom(study: Study, name: str) -> dict[str, Any]:
         models = len(study.klom_models.get(RETRAINED, ())) or None
     else:
         judged = study.klom.get(name, {})
-        divergences = {part: found.values for part, found in judged.items()}
+        divergences = {
+            part: found.values if found.matched is None else found.matched for part, found in judged.items()
+        }
         models = next((found.num_unlearned for found in judged.values()), None)
     told = {part: float(np.mean(values)) for part, values in divergences.items()}
     worst = {"named_95": float(np.percentile(divergences["named"], 95))} if "named" in divergences else {}
@@ -217,7 +221,12 @@ def _facts(study: Study) -> tuple[str, ...]:
         f"**S**, the named examples: {named} of {plan.num_examples} trained on"
         + (f" ({plan.num_truncated} prompts were cut to fit)." if plan.num_truncated else "."),
         f"**Examples that no model was trained on**: {plan.num_unseen} to tell S from (membership inference), "
-        f"{plan.num_heldout} behind the held-out KL.",
+        f"{plan.num_heldout} behind the held-out KL"
+        + (
+            ". Methods were shown the former; taking them for a target flatters membership inference."
+            if plan.num_shown is None
+            else f", which no method saw; {plan.num_shown} others were shown to methods."
+        ),
     ]
     trained = []
     lora, train = study.settings.get("lora"), study.settings.get("train")
@@ -245,8 +254,9 @@ def _comparison(study: Study, rows: Sequence[ModelRow], picture: str, *, fold: b
     undefined = _undefined(study)
     told = [
         *(f"**{name}**: {_METHODS[name]}." for name in study.methods if name in _METHODS),
-        "± is the standard deviation between seeds; after a task's metric, the standard error over examples. "
-        "Methods that draw nothing, or cost much, have one seed and none.",
+        "± is the standard deviation between seeds; after a task's metric, the standard error over examples, and "
+        "(seeds) the standard deviation between seeds where several were measured. Methods that draw nothing, or "
+        "cost much, have one seed and none.",
     ]
     tuned = {
         name: seeds[0]["chosen"]["learning_rate"]
@@ -259,6 +269,13 @@ def _comparison(study: Study, rows: Sequence[ModelRow], picture: str, *, fold: b
             f"**Learning rates** ({rates}) are those of a small grid whose losses come nearest to the retrained "
             "models', which no user could know; the cost is without that search."
         )
+    own = [
+        f"**{name}** is not made from the model before, but from its own, which before the request had a loss of "
+        f"{show_number(seeds[0]['own_before']['forget_loss'])} on S and "
+        f"{show_number(seeds[0]['own_before']['retained_loss'])} on retained rows."
+        for name, seeds in study.methods.items()
+        if isinstance(seeds[0].get("own_before"), Mapping)
+    ]
     failed = [
         f"**{name}** found no step with {sum('failed' in s for s in seeds)} of {len(seeds)} seeds: "
         f"{next(s['failed'] for s in seeds if 'failed' in s)}"
@@ -275,7 +292,7 @@ def _comparison(study: Study, rows: Sequence[ModelRow], picture: str, *, fold: b
     reasons += [f"KLOM: {caveat}."] if caveat else []
     return comparison_blocks(
         rows,
-        told=(*told, *failed),
+        told=(*told, *own, *failed),
         sizes=(*reasons, *sizes),
         picture=picture,
         meanings=study.manifest.metrics,

@@ -40,7 +40,10 @@ def test_the_floor_is_met_by_equal_seeds_and_exceeded_by_others():
     same = klom(rng.normal(size=(40, 30)), retrained)
     other = klom(rng.normal(loc=3.0, size=(40, 30)), retrained)
     assert same.mean_floor is not None and same.caveat == ""
+    assert same.mean_matched == pytest.approx(same.mean_floor, rel=0.1)
     assert same.mean < 1.2 * same.mean_floor < other.mean
+    near = klom(rng.normal(loc=1.0, size=(40, 30)), retrained)
+    assert near.mean_matched is not None and near.mean_matched > 1.2 * same.mean_floor > near.mean
     assert other.percentile_95 == pytest.approx(np.percentile(other.values, 95))
 
 
@@ -53,7 +56,11 @@ def test_with_four_seeds_the_floor_is_the_mean_over_halves_written_out():
         column = retrained[:, example]
         values = [histogram_kl(column[list(h)], np.delete(column, h)) for h in halves]
         assert result.floor is not None and result.floor[example] == pytest.approx(np.mean(values))
+        ours = retrained[:2, example]  # the only two, against the half that each floor compares with
+        values = [histogram_kl(ours, np.delete(column, h)) for h in halves]
+        assert result.matched is not None and result.matched[example] == pytest.approx(np.mean(values))
     assert "empty bins" in result.caveat
+    assert klom(retrained[:1], retrained).matched is None
 
 
 def test_three_seeds_have_no_floor_and_say_so():

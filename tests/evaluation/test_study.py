@@ -174,12 +174,16 @@ def test_klom_of_a_study_against_shares_counted_by_hand(directory):
         write_klom(directory, "npo", seed, [1.0 if seed < 1 else 3.0, 2.0], [1.0 if seed < 3 else 5.0])
     page = page_of(directory)
     cell = cells(page, "KLOM on S")
-    first = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
-    assert cell["npo", "KLOM on S"] == f"{first / 2:.3g}"
-    assert cell["npo", "KLOM on S, 95 %"] == f"{0.95 * first:.3g}"
     missed = np.log(1 / 1e-5)
+    # Two of npo's models stand against half of the retrained ones, pair by pair of the six ways to choose two of
+    # four. Against 3, 3: two models at 1 and 3 cost log(1/2) / 2 + log(1e5 / 2) / 2, two at 3 nothing. And so on.
+    mixed_to_one = 0.5 * np.log(0.5) + 0.5 * np.log(0.5 * 1e5)
+    mixed_to_mixed, one_to_mixed = 0.0, np.log(2)
+    first = [mixed_to_one, mixed_to_mixed, mixed_to_mixed, one_to_mixed, one_to_mixed, missed]
+    assert cell["npo", "KLOM on S"] == f"{np.mean(first) / 2:.3g}"
+    assert cell["npo", "KLOM on S, 95 %"] == f"{0.95 * np.mean(first):.3g}"
     assert cell["before", "KLOM on S"] == f"{missed:.3g}"
-    assert cell["npo", "KLOM, retained"] == f"{0.75 * np.log(0.75) + 0.25 * np.log(0.25 / 1e-5):.3g}"
+    assert cell["npo", "KLOM, retained"] == f"{mixed_to_one / 2:.3g}"  # half of the pairs have the one at 5
     # Of the six halves of the retrained models two are of one place each, and four of both.
     assert cell["retrained, mean of 3", "KLOM on S"] == f"{2 / 6 * missed / 2:.3g}"
     assert cell["retrained, mean of 3", "models"] == cell["npo", "models"] == "4"
@@ -209,6 +213,34 @@ def test_klom_that_is_planned_and_not_there_is_named_and_broken_files_are_refuse
     write(directory / "klom" / "before-seed_0.json", {"losses": {"named": [1.0]}})
     with pytest.raises(RunError, match="has no `losses`"):
         read_study(directory)
+
+
+def test_a_metric_of_several_seeds_shows_their_deviation_beside_the_error_over_examples(directory):
+    for seed, value in enumerate((0.25, 0.75)):
+        path = directory / "methods" / f"npo-seed_{seed}.json"
+        measures = json.loads(path.read_text())
+        measures["task"]["metrics"]["hits"]["value"] = value
+        write(path, measures)
+    cell = cells(page_of(directory), "hits")
+    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.354 (seeds) (2 / 3 / 4)"
+    assert cell["sisa", "hits"] == "0.5 ± 0.1 (2 / 3 / 4)"
+
+
+def test_what_an_ensemble_was_before_the_request_is_told(directory):
+    path = directory / "methods" / "sisa-seed_0.json"
+    own = {"forget_loss": 0.125, "wanted_loss": None, "retained_loss": 0.25}
+    write(path, {**json.loads(path.read_text()), "own_before": own})
+    assert "a loss of 0.125 on S and 0.25 on retained rows" in text_of(directory)
+    write(path, {**json.loads(path.read_text()), "own_before": {}})
+    with pytest.raises(RunError, match="own_before"):
+        read_study(directory)
+
+
+def test_who_was_shown_the_non_members_is_told(directory):
+    assert "Methods were shown the former" in text_of(directory)
+    write_manifest_of(directory, num_shown=7)
+    text = text_of(directory)
+    assert "no method saw; 7 others were shown to methods" in text and "Methods were shown the former" not in text
 
 
 def test_membership_inference_against_numbers_by_hand():

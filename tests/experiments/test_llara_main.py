@@ -70,7 +70,7 @@ def test_held_out_users_are_shown_to_no_method(directory):
     config = _config(directory, "text")
     corpus = load_corpus(config.data)
     scenario, prepared = make_scenario(config, "removal", load_base(config, config.resolve(), corpus), corpus)
-    shown = {example.id for example in (*scenario.examples, *scenario.unseen)}
+    shown = {example.id for example in (*scenario.examples, *scenario.shown)}
     measured = {q.example.id for name in ("held-out", "test") for q in prepared.questions[name]}
     assert not shown & measured
     assert {example.id for example in scenario.heldout} <= {q.example.id for q in prepared.questions["held-out"]}

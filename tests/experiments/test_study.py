@@ -13,7 +13,7 @@ from experiments.llara.main import LlaraConfig
 from experiments.study import study as module
 from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
-from llmeraser_jax.baselines import NPO, Ensemble, ensemble_model, make_ensemble, setting_of_run
+from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.evaluation.blocks import render_markdown
 from llmeraser_jax.evaluation.gather import gather
@@ -48,7 +48,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "erase": EraseConfig(l2=tiny.CONFIG.l2, chunk_size=4),
         "examples": _examples(range(8)),
         "requests": (Request(id="2", action=Action.REMOVE), Request(id="5", action=Action.REMOVE)),
-        "unseen": _examples((8, 9)),
+        "shown": _examples((8, 9)),
         "heldout": _examples((10, 11)),
         "num_task_seeds": 1,
         "question": "Can it forget two of eight colours?",
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     np.testing.assert_allclose(scores["named"]["losses"], named.losses, rtol=1e-5)
     assert scores["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-5)
     assert scores["forget_probability"] == pytest.approx(np.exp(-named.losses).mean(), rel=1e-5)
-    outside = score_examples(scenario.model, lora, owner.encode(scenario.unseen)).losses
+    outside = score_examples(scenario.model, lora, owner.encode(scenario.heldout)).losses
     wins = [(a < b) + 0.5 * (a == b) for a in named.losses for b in outside]
     assert scores["membership"]["loss"] == pytest.approx(np.mean(wins))
     assert scores["wanted_loss"] is None
@@ -118,6 +118,22 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
     other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
     with pytest.raises(ValueError, match="other settings"):
         study.Study(other, workdir)
+
+
+def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
+    scenario, workdir, results = done
+    own = results.methods["sisa"][0]["own_before"]
+    setting = study.Study(scenario, workdir, retrain_seeds=2).setting()
+    fitted = SISA().fit(setting)
+    named = score_examples(fitted.model, fitted.before, setting.problem.examples, setting.problem.named)
+    assert own["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-4)
+    assert "own_before" not in results.methods["npo"][0]
+
+
+def test_other_numbers_of_retrained_models_are_refused_where_something_was_compared(done):
+    scenario, workdir, _ = done
+    with pytest.raises(ValueError, match="compares with 2 retrained models, and retrain_seeds is 3"):
+        study.run_study(scenario, workdir, methods=("npo",), retrain_seeds=3)
 
 
 def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):

@@ -44,7 +44,7 @@ def test_validation_rows_are_trained_on_and_every_row_is_its_own_user(directory)
 def test_a_scenario_trains_on_released_rows_and_no_row_is_in_two_places(directory, name):
     tiny.save_tiny_model(directory / "base")
     config = _config(
-        directory, num_rows=8, num_test=5, num_kl=3, num_unseen=4, removed_share=0.25, flipped_share=0.5
+        directory, num_rows=8, num_test=5, num_kl=3, num_shown=4, removed_share=0.25, flipped_share=0.5
     )
     scenario = make_scenario(config, name, load_model(directory / "base"))
     edited = apply_requests(scenario.examples, scenario.requests)
@@ -55,9 +55,9 @@ def test_a_scenario_trains_on_released_rows_and_no_row_is_in_two_places(director
         assert len(edited) == 6
     else:
         assert sum(released[e.id] != e for e in scenario.examples) == len(scenario.requests) == 4
-    test, unseen = config.load_outside()
-    assert (len(test), len(unseen)) == (5, 4)
-    assert not {e.input for e in test} & {e.input for e in unseen}
+    test, shown = config.load_outside()
+    assert (len(test), len(shown)) == (5, 4)
+    assert not {e.input for e in test} & {e.input for e in shown}
     assert {e.id for e in scenario.heldout} <= {e.id for e in test}
 
 
@@ -67,7 +67,7 @@ def test_the_full_preset_is_the_published_setting_on_the_same_files(directory):
     assert (config.train.epochs, config.train.batch_size, config.train.learning_rate) == (5, 128, 2e-4)
     assert config.erase.l2 == config.train.l2
     assert config.recipe.template == "alpaca"
-    assert (config.num_rows, config.num_test, config.num_unseen, config.rows_per_user) == (2427, 2327, 100, 1)
+    assert (config.num_rows, config.num_test, config.num_shown, config.rows_per_user) == (2427, 2327, 100, 1)
     assert config.load("train") == _config(directory).load("train")
 
 

@@ -42,7 +42,7 @@ def examples(directory):
 
 def _config(directory: Path, **changes) -> TallrecConfig:
     settings = {
-        "num_rows": 4, "num_test": 4, "num_kl": 2, "num_unseen": 2, "removed_share": 0.25, "flipped_share": 0.5,
+        "num_rows": 4, "num_test": 4, "num_kl": 2, "num_shown": 2, "removed_share": 0.25, "flipped_share": 0.5,
         "max_length": 32,
     }  # fmt: skip
     return TallrecConfig(
@@ -123,9 +123,9 @@ def test_a_scenario_names_what_it_says_and_measures_on_other_rows(directory, nam
     else:
         assert {r.action for r in scenario.requests} == {Action.CORRECT_RESPONSE}
         assert [e.response for e in edited] == list(LABELS)
-    assert (len(scenario.unseen), len(scenario.heldout)) == (2, 2)
+    assert (len(scenario.shown), len(scenario.heldout)) == (2, 2)
     again = make_scenario(config, name, scenario.model)
-    assert (again.examples, again.requests, again.unseen) == (scenario.examples, scenario.requests, scenario.unseen)
+    assert (again.examples, again.requests, again.shown) == (scenario.examples, scenario.requests, scenario.shown)
 
 
 def test_one_command_measures_yes_no_answers_of_every_model(directory, capsys):

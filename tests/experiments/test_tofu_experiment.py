@@ -42,7 +42,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 def _config(directory: Path, **changes) -> TofuConfig:
-    settings = {"num_retained": 12, "num_unseen": 2, "num_heldout": 1, "num_utility": 4, "max_length": 64}
+    settings = {"num_retained": 12, "num_shown": 2, "num_heldout": 1, "num_utility": 4, "max_length": 64}
     places = {"base": directory / "base", "data": directory, "workdir": directory / "out"}
     return TofuConfig(**{**places, **settings, **changes})
 
@@ -51,9 +51,9 @@ def test_nobody_is_in_two_groups_and_the_forgotten_are_forget05s(directory):
     authors = choose_authors(_config(directory))
     assert authors.forgotten == (190,)
     assert authors.retained == (0, 1, *range(180, 190))
-    assert (authors.unseen, authors.heldout) == ((179, 178), (177,))
+    assert (authors.shown, authors.heldout) == ((179, 178), (177,))
     full = choose_authors(FullTofuConfig(base=directory, data=directory, workdir=directory))
-    groups = [*full.forgotten, *full.retained, *full.unseen, *full.heldout]
+    groups = [*full.forgotten, *full.retained, *full.shown, *full.heldout]
     assert sorted(groups) == list(range(200))
 
 
@@ -114,8 +114,8 @@ def test_counts_that_cannot_be_are_refused(directory):
         _config(directory, num_forgotten=11)
     with pytest.raises(ValueError, match="there are 190 beside forget05"):
         _config(directory, num_retained=189)
-    with pytest.raises(ValueError, match="num_unseen is 0"):
-        _config(directory, num_unseen=0)
+    with pytest.raises(ValueError, match="num_shown is 0"):
+        _config(directory, num_shown=0)
 
 
 def test_the_full_preset_is_the_published_size(directory):
