@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,21 +76,22 @@ def draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, .
 
 
 def choose_users(users: Sequence[str], num_rows: int, seed: int) -> tuple[str, ...]:
-    """A set of users who together have exactly `num_rows` rows: seeded order, whoever still fits.
+    """A set of users who together have exactly `num_rows` rows: the first that a seeded order leads to.
 
     Raises:
-        ValueError: this order does not come out exactly.
+        ValueError: no set of users has so many.
     """
-    counts = {user: list(users).count(user) for user in sorted(set(users))}
-    chosen, total = [], 0
-    for user in np.random.default_rng(seed).permutation(list(counts)):
-        if total + counts[str(user)] <= num_rows:
-            chosen.append(str(user))
-            total += counts[str(user)]
-    if total != num_rows:
-        msg = f"The users drawn have {total} rows, not {num_rows}; choose another seed or share."
-        raise ValueError(msg)
-    return tuple(chosen)
+    counts = Counter(users)
+    ways: dict[int, tuple[str, ...]] = {0: ()}  # a set of users for each number of rows that one has
+    for user in map(str, np.random.default_rng(seed).permutation(sorted(counts))):
+        for total, chosen in list(ways.items()):
+            more = total + counts[user]
+            if more <= num_rows:
+                ways.setdefault(more, (*chosen, user))
+        if num_rows in ways:
+            return ways[num_rows]
+    msg = f"No set of the {len(counts)} users has exactly {num_rows} rows; choose another share."
+    raise ValueError(msg)
 
 
 def removal_requests(examples: Sequence[Example], users: Sequence[str], gone: Sequence[str]) -> tuple[Request, ...]:

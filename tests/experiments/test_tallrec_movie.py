@@ -86,8 +86,16 @@ def test_users_are_chosen_to_have_exactly_the_rows_wanted(num_rows, expected):
 
 
 def test_a_number_of_rows_that_no_set_of_users_has_is_refused():
-    with pytest.raises(ValueError, match="have 1 rows, not 2"):
+    with pytest.raises(ValueError, match="No set of the 2 users has exactly 2 rows"):
         prepare.choose_users(USERS, 2, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_users_with_uneven_numbers_of_rows_are_combined_until_they_fit(seed):
+    users = [*"aaa", *"bb", *"cc", *"ddddd"]  # only b and c together have four rows
+    assert sorted(prepare.choose_users(users, 4, seed)) == ["b", "c"]
+    drawn = prepare.choose_users(users, 7, seed)
+    assert len(set(drawn)) == len(drawn) and sum(map(users.count, drawn)) == 7
 
 
 def test_removal_names_every_row_of_the_user_and_no_other(examples):
