@@ -263,16 +263,16 @@ class Study:
 
     def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
         """Their means; None of what there is not."""
-        names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
-        found = self.example_losses(model, params)
-        return {name: float(found[part].mean()) if len(found[part]) else None for part, name in names.items()}
+        return _means(self.example_losses(model, params))
 
     def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
         """Everything about one adapter or ensemble that needs no other model, JSON-like."""
         named = score_examples(model, params, self.problem.examples, self.problem.named)
+        losses = self.example_losses(model, params)
         unseen = score_examples(model, params, self._heldout)
         return {
-            **self.losses(model, params),
+            **_means(losses),
+            "wanted_losses": losses["wanted"].tolist(),
             "forget_probability": float(np.exp(-named.losses).mean()),
             "extraction_strength": float(named.extraction.mean()),
             "named": _arrays(named),
@@ -468,6 +468,11 @@ class Study:
                     return fitted.model, fitted.params
 
                 keep(name, seed, fit)
+
+
+def _means(losses: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
+    return {name: float(losses[part].mean()) if len(losses[part]) else None for part, name in names.items()}
 
 
 def _changed(config: EraseConfig) -> dict[str, Any]:

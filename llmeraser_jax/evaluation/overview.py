@@ -17,27 +17,23 @@ from llmeraser_jax import files
 from llmeraser_jax.evaluation.blocks import (
     Block,
     Bullets,
-    Details,
     Heading,
     Page,
-    Picture,
     Table,
     Text,
     render_html,
     render_markdown,
 )
 from llmeraser_jax.evaluation.certificates import certificate_blocks
+from llmeraser_jax.evaluation.example_blocks import NamedLosses, Quantity, example_blocks
 from llmeraser_jax.evaluation.gather import Erasure, Evaluation, Gathered, gather
 from llmeraser_jax.evaluation.model_tables import MISSING, Json, Kind, ModelRow, comparison_blocks, limits
-from llmeraser_jax.evaluation.overview_plots import plot_each_example
 from llmeraser_jax.evaluation.page import show_number
 from llmeraser_jax.evaluation.plots import ACTION_NAMES
 from llmeraser_jax.evaluation.study_page import study_blocks, study_receipts, study_sources, study_titles
 from llmeraser_jax.runs import Run
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
-_SHOWN_EXAMPLES = 200
-_OPEN_EXAMPLES = 30  # a longer table of examples is folded
 
 
 def write_overview(directories: Sequence[str | os.PathLike[str]], workdir: str | os.PathLike[str]) -> Path:
@@ -88,7 +84,7 @@ def build_overview(found: Gathered) -> Page:
         )
     for number, study in enumerate(found.studies, start=1):
         fold = number > 1 or bool(groups)
-        blocks += study_blocks(study, titles[number - 1], f"study{number}-cost.png", fold=fold)
+        blocks += study_blocks(study, titles[number - 1], f"study{number}", fold=fold)
     receipts = [(_name(erasure.run.path), erasure.receipt) for erasure in found.erasures]
     receipts += [receipt for study, title in zip(found.studies, titles, strict=True)
                  for receipt in study_receipts(study, title)]  # fmt: skip
@@ -223,45 +219,28 @@ def _models(group: Sequence[Evaluation], labels: Sequence[str], first: Json) -> 
 def _example_blocks(group: Sequence[Evaluation], labels: Sequence[str], first: Json, number: int) -> list[Block]:
     """Every named example before and after, as it was trained on and as it was wanted."""
     blocks: list[Block] = [Heading("Each named example, before and after", 3)]
-    seeds = first["models"]["retrained"]["seeds"]
-    target = ("retrained (mean)",) if seeds else ()
     rows_of = [{row["id"]: row for row in evaluation.report["named_examples"]} for evaluation in group]
-    named = first["named_examples"]
-    for quantity, title, meaning in (
-        ("forget_loss", "as it was trained on", "it should rise to the retrained value, not beyond"),
-        ("wanted_loss", "as it was wanted", "it should fall to the retrained value"),
-    ):
-        chosen = [row for row in named if quantity in row]
+    quantities: tuple[Quantity, ...] = ("forget", "wanted")
+    for quantity in quantities:
+        key = f"{quantity}_loss"
+        chosen = [row for row in first["named_examples"] if key in row]
         if not chosen:
             continue
-        picture = plot_each_example(
-            {label: [rows.get(row["id"], {}).get(quantity, {}) for row in chosen]
-             for label, rows in zip(labels, rows_of, strict=True)}
-        )  # fmt: skip
-        if picture is not None:
-            file = f"comparison{number}-{quantity.replace('_loss', '')}.png"
-            blocks.append(
-                Picture(
-                    file,
-                    f"Loss of each example {title}: under the retrained models (across) and under the model "
-                    "(up). On the line nothing is left to do; below it the answer is more probable than "
-                    "retraining would make it, above it less.",
-                    picture,
-                )
-            )
-        table = []
-        for row in chosen[:_SHOWN_EXAMPLES]:
-            losses = [rows.get(row["id"], {}).get(quantity, {}).get("unlearned") for rows in rows_of]
-            cells = [row[quantity].get("before"), *losses, *([row[quantity].get("retrained")] if seeds else [])]
-            table.append((row["id"], ACTION_NAMES[row["action"]], *map(show_number, cells)))
-        shown = Table(("id", "request", "before", *labels, *target), tuple(table))
-        left = len(chosen) - len(table)
-        note = f" The other {left} are in the `report.json` of each evaluation." if left else ""
-        text = Text(f"Loss (nats per token) of each named example **{title}**: {meaning}.{note}")
-        if len(table) > _OPEN_EXAMPLES:
-            blocks += [text, Details(f"{len(table)} examples, {title}", (shown,))]
-        else:
-            blocks += [text, shown]
+        losses = NamedLosses(
+            quantity=quantity,
+            ids=[row["id"] for row in chosen],
+            requests=[ACTION_NAMES[row["action"]] for row in chosen],
+            before=[row[key].get("before") for row in chosen],
+            models={
+                label: [rows.get(row["id"], {}).get(key, {}).get("unlearned") for row in chosen]
+                for label, rows in zip(labels, rows_of, strict=True)
+            },
+            retrained=[row[key].get("retrained") for row in chosen]
+            if first["models"]["retrained"]["seeds"]
+            else None,
+        )
+        picture = f"comparison{number}-{quantity}.png"
+        blocks += example_blocks(losses, picture, pictured=labels, left="the `report.json` of each evaluation")
     return blocks
 
 

@@ -11,10 +11,10 @@
                                    of their own: `before`, `retrained`, or a way to forget (or `failed`)
 
 Measures are `SCALARS` (mean losses in nats per response token; null is not finite, or nothing to measure), `named`
-and `unseen` with `PER_EXAMPLE` lists, `gradient_equivalents` and `seconds`. A method has `heldout_kl` too. Optional
-are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, `own_before` (mean losses of an
-ensemble before the request, which is not `before`), and `task`: `metrics` by name (`value`, `standard_error`,
-`correct`, `valid`, `total`) and TOFU's `truth_ratios`.
+and `unseen` with `PER_EXAMPLE` lists, `gradient_equivalents` and `seconds`. A method has `heldout_kl` too.
+Optional are `PROBES`, `preparation_gradient_equivalents`, `chosen`, `details.receipt`, `wanted_losses` of each
+edited example, `own_before` (mean losses of an ensemble before the request, which is not `before`), and `task`:
+`metrics` by name (`value`, `standard_error`, `correct`, `valid`, `total`) and TOFU's `truth_ratios`.
 
 What needs the retrained models (membership by reference, forget quality, closure, KLOM) is computed when read, so
 that each file stays true when more models come. A directory without study.json, of an earlier version, is read by
@@ -127,6 +127,7 @@ class Study:
         retrained: of each retrained model.
         kl: scores/heldout_kl.json; None where it is not there yet.
         methods: of each seed of each method.
+        named: id and action of each named example, in the order of its losses; its place where no id is kept.
         klom_models: losses of each model of klom/ by name, or why it found no step.
     """
 
@@ -137,6 +138,7 @@ class Study:
     retrained: tuple[Json, ...]
     kl: Json | None
     methods: Mapping[str, tuple[Json, ...]]
+    named: tuple[tuple[str, str], ...] = ()
     klom_models: Mapping[str, tuple[Json, ...]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -262,6 +264,7 @@ def read_study(directory: str | os.PathLike[str]) -> Study:
         retrained=tuple(retrained),
         kl=_read_kl(scores / "heldout_kl.json"),
         methods=methods,
+        named=_read_named(path, next((len(s["named"]["losses"]) for s in moved), 0)),
         klom_models=_read_klom(path / "klom"),
     )
 
@@ -373,6 +376,8 @@ def _read_scores(path: Path, *, method: bool = False) -> dict[str, Any]:
             wrong.append("task.metrics")
         elif not _are_numbers(value["task"].get("truth_ratios", [])):
             wrong.append("task.truth_ratios")
+    if not _are_numbers(value.get("wanted_losses", [])):
+        wrong.append("wanted_losses")
     if wrong:
         msg = f"{path} is no result of a study: {', '.join(wrong)} missing or no number."
         raise RunError(msg)
@@ -398,6 +403,32 @@ def _read_kl(path: Path) -> Json | None:
         msg = f"{path} has no numbers `before` and `seed_floors`."
         raise RunError(msg)
     return value
+
+
+def _read_named(directory: Path, count: int) -> tuple[tuple[str, str], ...]:
+    """Id and action of each named example in the order of the training data, which is that of the losses.
+
+    Raises:
+        RunError: the requests are not of so many examples of the training data.
+    """
+    train, requests = directory / "data" / "train.jsonl", directory / _REQUESTS_FILE
+    if not train.exists() or not requests.exists():
+        return tuple((f"{place + 1}", "") for place in range(count))
+    try:
+        actions = {entry["id"]: entry["action"] for entry in map(json.loads, _lines(requests))}
+        ids = [json.loads(line)["id"] for line in _lines(train)]
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{directory / 'data'} holds a line that is no example or no request: {error!r}."
+        raise RunError(msg) from error
+    named = tuple((id_, actions[id_]) for id_ in ids if id_ in actions)
+    if count not in (0, len(named)):
+        msg = f"{directory} has measures of {count} named examples, and its requests name {len(named)}."
+        raise RunError(msg)
+    return named
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 def _losses_by_part(models: Sequence[Json]) -> dict[str, np.ndarray]:
@@ -458,8 +489,7 @@ def _manifest_of_data(directory: Path) -> StudyManifest:
     """What the data say where no study.json was written."""
 
     def lines(name: str) -> list[str]:
-        path = directory / "data" / f"{name}.jsonl"
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+        return _lines(directory / "data" / f"{name}.jsonl")
 
     try:
         actions = Counter(json.loads(line)["action"] for line in lines("requests"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from llmeraser_jax.data import Action
 from llmeraser_jax.evaluation.blocks import Block, Bullets, Heading, Page, Text, render_markdown
 from llmeraser_jax.evaluation.closure import Closure, gap_closure, seed_mean, seed_standard_deviation
+from llmeraser_jax.evaluation.example_blocks import NamedLosses, Quantity, example_blocks
 from llmeraser_jax.evaluation.model_tables import Json, Kind, ModelRow, comparison_blocks, limits
 from llmeraser_jax.evaluation.page import show_number
 from llmeraser_jax.evaluation.plots import ACTION_NAMES
@@ -185,13 +187,13 @@ def study_titles(studies: Sequence[Study]) -> list[str]:
     ]
 
 
-def study_blocks(study: Study, title: str, picture: str, *, fold: bool = False) -> list[Block]:
+def study_blocks(study: Study, title: str, pictures: str, *, fold: bool = False) -> list[Block]:
     """Its section of a page.
 
     Args:
         study: what was read.
         title: of the section.
-        picture: name of the PNG file.
+        pictures: what the names of its PNG files begin with.
         fold: the columns are explained elsewhere on the page.
     """
     blocks: list[Block] = [Heading(f"Study: {title}")]
@@ -207,7 +209,46 @@ def study_blocks(study: Study, title: str, picture: str, *, fold: bool = False) 
     rows = study_rows(study)
     if not rows:
         return [*blocks, Text("Nothing was measured yet.")]
-    return [*blocks, *_comparison(study, rows, picture, fold=fold)]
+    return [*blocks, *_comparison(study, rows, f"{pictures}-cost.png", fold=fold), *_examples(study, pictures)]
+
+
+def _examples(study: Study, pictures: str) -> list[Block]:
+    """Every named example before and after, means over seeds; the first of the package's own ways is pictured."""
+    if study.before is None:
+        return []
+    moved = {name: [s for s in seeds if "failed" not in s] for name, seeds in study.methods.items()}
+    named = [(id_, ACTION_NAMES.get(action, action)) for id_, action in study.named]
+    edited = [entry for entry, (_, action) in zip(named, study.named, strict=True) if action != Action.REMOVE.value]
+    blocks: list[Block] = []
+    quantities: tuple[tuple[Quantity, Callable[[Json], Any], list[tuple[str, str]]], ...] = (
+        ("forget", lambda scores: scores["named"]["losses"], named),
+        ("wanted", lambda scores: scores.get("wanted_losses"), edited),
+    )
+    for quantity, losses_of, asked in quantities:
+        before = losses_of(study.before)
+        if not before:
+            continue
+        models = {name: _mean_each([losses_of(s) for s in seeds]) for name, seeds in moved.items() if seeds}
+        known = {name: losses for name, losses in models.items() if losses is not None}
+        losses = NamedLosses(
+            quantity=quantity,
+            ids=[id_ for id_, _ in asked],
+            requests=[words for _, words in asked],
+            before=before,
+            models=known,
+            retrained=_mean_each([losses_of(s) for s in study.retrained]),
+        )
+        left = "the files of the study"
+        blocks += example_blocks(losses, f"{pictures}-{quantity}.png", pictured=[*known][:1], left=left, fold=True)
+    return [Heading("Each named example, before and after", 3), *blocks] if blocks else []
+
+
+def _mean_each(seeds: Sequence[Sequence[float | None] | None]) -> list[float | None] | None:
+    """Means over seeds of each example; None where a seed has none, or there is no seed."""
+    lists = [losses for losses in seeds if losses is not None]
+    if not lists or len(lists) < len(seeds):
+        return None
+    return [_mean(values)[0] for values in zip(*lists, strict=True)]
 
 
 def _question(study: Study) -> str:

@@ -13,6 +13,7 @@ from llmeraser_jax.evaluation.blocks import Details, Page, Table, render_html, r
 from llmeraser_jax.evaluation.gather import gather
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.overview import build_overview
+from llmeraser_jax.evaluation.plots import ACTION_NAMES
 from llmeraser_jax.evaluation.study import (
     QUALITY,
     STATISTIC,
@@ -157,7 +158,7 @@ def test_a_page_says_what_was_asked_of_what_and_which_way_is_good(directory):
     for table in (block for block in page.blocks if isinstance(block, Table) and block.header[0] == "model"):
         for title in table.header[1:]:
             assert f"* **{title}**: " in text
-    assert [picture.name for picture in page.pictures] == ["study1-cost.png"]
+    assert [picture.name for picture in page.pictures] == ["study1-cost.png", "study1-forget.png"]
     assert "Not finished" not in text
 
 
@@ -241,6 +242,59 @@ def test_who_was_shown_the_non_members_is_told(directory):
     write_manifest_of(directory, num_shown=7)
     text = text_of(directory)
     assert "no method saw; 7 others were shown to methods" in text and "Methods were shown the former" not in text
+
+
+def examples_of(page: Page):
+    """Tables of named examples, by what their folded summaries say."""
+    return {
+        block.summary: table
+        for block in page.blocks
+        if isinstance(block, Details)
+        for table in block.blocks
+        if isinstance(table, Table) and table.header[0] == "id"
+    }
+
+
+def write_data(directory, requests):
+    """Eight examples, and these requests in this order."""
+    for name, rows in (("train", [{"id": f"{k}"} for k in range(8)]), ("requests", requests)):
+        path = directory / "data" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_each_named_example_is_shown_before_and_after_in_the_order_of_the_training_data(directory):
+    write_data(directory, [{"id": "5", "action": "remove"}, {"id": "2", "action": "correct_response"}])
+    wanted_losses = {
+        "scores/before": 3.0, "scores/seed_1": 0.5, "scores/seed_2": 0.25, "scores/seed_3": 0.0,
+        "methods/npo-seed_0": 1.0, "methods/npo-seed_1": 2.0,
+    }  # fmt: skip
+    for name, wanted in wanted_losses.items():
+        path = directory / f"{name}.json"
+        write(path, {**json.loads(path.read_text()), "wanted_losses": [wanted]})
+    path = directory / "methods" / "npo-seed_1.json"
+    measures = json.loads(path.read_text())
+    measures["named"]["losses"] = [1.5, 3.5]
+    write(path, measures)
+    page = page_of(directory)
+    tables = examples_of(page)
+    assert tables["2 examples, as it was trained on"].header == (
+        "id", "request", "before", "npo", "sisa", "retrained (mean)",
+    )  # fmt: skip
+    assert tables["2 examples, as it was trained on"].rows == (
+        ("2", ACTION_NAMES["correct_response"], "0", "1.25", "6", "2"),
+        ("5", ACTION_NAMES["remove"], "0", "2.25", "6", "2"),
+    )
+    assert tables["1 examples, as it was wanted"].rows == (
+        ("2", ACTION_NAMES["correct_response"], "3", "1.5", "0.25"),  # no losses of SISA's are known
+    )
+    assert [p.name for p in page.pictures] == ["study1-cost.png", "study1-forget.png", "study1-wanted.png"]
+
+
+def test_requests_that_do_not_fit_the_measures_are_refused(directory):
+    write_data(directory, [{"id": "5", "action": "remove"}])
+    with pytest.raises(RunError, match="measures of 2 named examples, and its requests name 1"):
+        read_study(directory)
 
 
 def test_membership_inference_against_numbers_by_hand():
@@ -356,7 +410,8 @@ def test_a_lost_file_of_the_model_before_is_an_error(directory):
 def test_a_study_of_before_there_was_a_manifest_is_told_by_its_data(directory):
     (directory / "study.json").unlink()
     requests = "".join(json.dumps({"id": k, "action": "remove"}) + "\n" for k in "25")
-    for name, content in (("requests", requests), ("train", '{"text": "a secret"}\n' * 8), ("unseen", "{}\n" * 2)):
+    train = "".join(json.dumps({"id": f"{k}", "text": "a secret"}) + "\n" for k in range(8))
+    for name, content in (("requests", requests), ("train", train), ("unseen", "{}\n" * 2)):
         path = directory / "data" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
