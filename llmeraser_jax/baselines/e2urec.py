@@ -7,10 +7,12 @@ what more training on S would raise is lowered. The remembering teacher is the t
     forget_share KL(forgetting teacher || theta) on S + (1 - forget_share) [KL(remembering teacher || theta) + l]
     on R
 
-after some epochs of the first term alone, as the authors' public script has it. What differs from the source: the
-trained LoRA adapter is moved, where the source adds a new one to a wholly tuned T5; the augmented model is a copy
-of the adapter, tuned with Adam; KL is averaged over the response's tokens; and edits, whose wanted pair counts as
-data to learn: its cross entropy has the coefficient of the retained rows (see `descent`).
+after some epochs of the first term alone, as the authors' public script has it; alpha and the share are that
+script's defaults (its published call passes alpha 2 and gives the remembering side 0.6). What differs from the
+source: the trained LoRA adapter is moved, where the source adds a new one to a wholly tuned T5; the augmented model
+is a copy of the adapter, tuned with Adam, by default at the same rate (the published calls: at a twentieth); KL is
+averaged over the response's tokens; and edits, whose wanted pair counts as data to learn: its cross entropy has the
+coefficient of the retained rows (see `descent`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class E2URec(Descent):
     """Distillation from a forgetting and a remembering teacher.
 
     Attributes:
-        alpha: how far the forgetting teacher goes; 1 in the authors' script.
+        alpha: how far the forgetting teacher goes.
         forget_share: weight of the forgetting teacher against the remembering one.
         forget_only_epochs: the first so many epochs look at S alone.
         augment_epochs: passes over S that the augmented adapter is trained for.

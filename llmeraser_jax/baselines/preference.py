@@ -1,8 +1,9 @@
 """Forgetting as negative preference: NPO and SimNPO.
 
 Sources: NPO, Zhang et al. 2024 (arXiv 2404.05868), with the retain term of its variant NPO-RT; SimNPO, Fan et
-al. 2024 (arXiv 2410.07163), with the same retain term. As beta goes to 0, NPO's gradient becomes that of gradient
-ascent on `log p(y|x)`; away from it, rows that are already improbable are left alone.
+al. 2024 (arXiv 2410.07163), with the same retain term and the weights of the authors' TOFU configuration for
+forget05 (0.1375 on S, 1 on retained rows, beta 2.5), here as a ratio. As beta goes to 0, NPO's gradient becomes
+that of gradient ascent on `log p(y|x)`; away from it, rows that are already improbable are left alone.
 What differs from both: edits, whose wanted pair is descended on by its cross entropy (see `descent`); an adapter is
 moved and not the whole model; the reference is the trained adapter, evaluated again at each step (1/3 of a gradient
 per row); a response's tokens are those under the loss, the end-of-sequence token included.
@@ -63,12 +64,12 @@ class SimNPO(_Preference):
     Attributes:
         beta: inverse temperature; larger than NPO's, since the log-probability is a mean and not a sum.
         gamma: margin.
-        retain_weight: coefficient of the retained rows' cross entropy; 0 leaves them out.
+        retain_weight: coefficient of the retained rows' cross entropy, S having 1; 0 leaves them out.
     """
 
     beta: float = 2.5
     gamma: float = 0.0
-    retain_weight: float = 0.125
+    retain_weight: float = 1 / 0.1375
 
     def __post_init__(self) -> None:
         super().__post_init__()
