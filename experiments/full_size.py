@@ -39,7 +39,7 @@ class FullSize:
         epochs: of training.
         learning_rate: of training.
         l2: lambda.
-        seed: of training.
+        seed: of training, and of whatever the experiment draws.
         mesh: devices, e.g. data=4,model=2; empty is one device.
     """
 

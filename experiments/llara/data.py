@@ -145,7 +145,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _table(path: Path, separator: str, num_columns: int, *, encoding: str = "utf-8", header: bool = False):
-    lines = _open(path, encoding).splitlines()[1 if header else 0 :]
+    # Not splitlines: it also splits at characters that names hold, such as U+0085, an ellipsis read as Latin-1.
+    lines = _open(path, encoding).split("\n")[1 if header else 0 :]
     for number, line in enumerate(lines, start=2 if header else 1):
         if not line.strip():
             continue

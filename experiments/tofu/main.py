@@ -180,7 +180,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         msg = f"{path} is not there; `data` is a directory with TOFU's files as released."
         raise FileNotFoundError(msg)
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

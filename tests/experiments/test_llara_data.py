@@ -122,6 +122,11 @@ def test_movielens_keeps_liked_films_in_the_order_of_time_and_splits_by_user(tmp
     assert load_corpus(tmp_path) == corpus
 
 
+def test_a_title_may_hold_what_only_some_take_for_a_line_end(tmp_path):
+    _write_titles(tmp_path, ("Wait\x85 What", "Heat (1995)"))
+    assert data.load_movie_titles(tmp_path / "u.item") == {0: "Wait\x85 What", 1: "Heat"}
+
+
 def test_a_history_holds_the_last_ten_items(tmp_path):
     _write_titles(tmp_path, [f"Film {k} (1990)" for k in range(14)])
     lines = [f"{user}\t{item + 1}\t4\t{item}" for user in range(3) for item in range(14)]
