@@ -161,6 +161,34 @@ class ApplyHybrid:
         return cast(Array, module.apply(variables, tokens, attention_mask, positions, embeds))
 
 
+@dataclasses.dataclass(frozen=True)
+class MeanItemEmbedding:
+    """Embeds a prompt as the mean frozen embedding of the items that it names; what RecEraser divides rows by.
+
+    Hashable, equal for equal models. Nearer to the source than the text's embedding: it divides by embeddings of a
+    recommender trained for that.
+
+    Attributes:
+        first_item: the token of item 0.
+    """
+
+    first_item: int
+
+    def __call__(
+        self,
+        base: BaseParams,
+        tokens: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"],
+        last: Int[Array, " batch"],
+    ) -> Float[Array, "batch size"]:
+        """Means over the items up to and including index `last`; zeros for a prompt that names none."""
+        items = base[ITEMS]
+        before = jnp.arange(tokens.shape[1]) <= last[:, None]
+        named = (before & (tokens >= self.first_item) & (attention_mask > 0))[..., None]
+        found = jnp.take(items, jnp.maximum(tokens - self.first_item, 0), axis=0)
+        return jnp.sum(jnp.where(named, found, 0), axis=1) / jnp.maximum(jnp.sum(named, axis=1), 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class HybridModel(Model):
     """A base with a frozen table of item embeddings under `item_embeddings`, and item tokens in its tokenizer.

@@ -38,7 +38,7 @@ from experiments.llara.scoring import (
 )
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
-from llmeraser_jax.baselines import Ensemble
+from llmeraser_jax.baselines import Baseline, Ensemble, RecEraser
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.tasks import Metric
@@ -195,10 +195,6 @@ class LlaraConfig:
             msg = "item_embeddings are read by hybrid prompts only; add --prompts hybrid."
             raise ValueError(msg)
 
-    def methods_of_prompts(self) -> tuple[str, ...]:
-        """RecEraser divides rows by what the base reads, and a base without a projector cannot read items."""
-        return tuple(name for name in self.methods if self.prompts == "text" or name != "receraser")
-
     def resolve(self) -> Preset:
         """The preset with what is given here in its place."""
         preset = PRESETS[self.preset]
@@ -308,6 +304,13 @@ class LlaraTask:
         return {"metrics": study.metrics_as_json(metrics)}
 
 
+def _told(model: Model) -> dict[str, Baseline]:
+    """RecEraser divides rows of hybrid prompts by their items' embeddings: the base cannot read item tokens."""
+    if not isinstance(model, hybrid.HybridModel):
+        return {}
+    return {"receraser": RecEraser(embed=hybrid.MeanItemEmbedding(model.first_item))}
+
+
 def make_scenario(
     config: LlaraConfig, name: Scenario, model: Model, corpus: Corpus
 ) -> tuple[study.Scenario, Prepared]:
@@ -343,6 +346,7 @@ def make_scenario(
             for ratio, meaning in HIT_RATIOS.items()
         },
         users={example.id: user for example, user in zip(prepared.train, prepared.users, strict=True)},
+        baselines=_told(model),
         settings={
             "prepare": dataclasses.asdict(preset.prepare),
             "base": str(config.base),
@@ -383,7 +387,7 @@ def main(config: LlaraConfig) -> None:
         study.show(
             scenario,
             directory,
-            methods=config.methods_of_prompts(),
+            methods=config.methods,
             method_seeds=config.method_seeds,
             retrain_seeds=config.retrain_seeds,
             klom_seeds=config.klom_seeds,

@@ -114,6 +114,7 @@ class Scenario:
             not be those that a method takes as its target.
         make_task: `(model, encode) -> Task`.
         users: id -> user, where examples have one.
+        baselines: by name, in the place of `BASELINES`' own: methods that are told something about the data.
         num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
             does; losses, held-out KL and membership inference are of all seeds. None is all.
         question: what is asked, in a sentence or two for a reader who did not run it.
@@ -133,6 +134,7 @@ class Scenario:
     heldout: tuple[Example, ...]
     make_task: Callable[[Model, Encode], Task]
     users: Mapping[str, str] | None = None
+    baselines: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)
     num_task_seeds: int | None = None
     question: str = ""
     metrics: Mapping[str, MetricMeaning] = dataclasses.field(default_factory=dict)
@@ -337,11 +339,15 @@ class Study:
         ]
         return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
+    def _listed(self, name: str) -> Any:
+        """A method as the scenario or else the library has it."""
+        return self.scenario.baselines.get(name, BASELINES[name])
+
     def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
         """A descent at the learning rate of the grid that comes nearest to retraining."""
         found: dict[float, float | str] = {}
         for rate in LEARNING_RATES:
-            baseline: Any = dataclasses.replace(BASELINES[name], learning_rate=rate)  # pyright: ignore
+            baseline: Any = dataclasses.replace(self._listed(name), learning_rate=rate)
             try:
                 found[rate] = self._distance(baseline.fit(self.setting()))
             except FloatingPointError as error:
@@ -351,7 +357,7 @@ class Study:
             msg = f"No learning rate of {LEARNING_RATES} ended in finite losses."
             raise FloatingPointError(msg)
         best = min(finite, key=finite.__getitem__)
-        chosen: Any = dataclasses.replace(BASELINES[name], learning_rate=best)  # pyright: ignore
+        chosen: Any = dataclasses.replace(self._listed(name), learning_rate=best)
         tried = {f"{rate:g}": value for rate, value in found.items()}
         return chosen, {"learning_rate": best, "distances_of_learning_rates": tried}
 
@@ -360,7 +366,7 @@ class Study:
     ) -> tuple[Baseline, dict[str, Any]]:
         """A method with a seed, and what was chosen for it."""
         chosen: dict[str, Any] = {}
-        baseline: Any = BASELINES[name]
+        baseline: Any = self._listed(name)
         if isinstance(baseline, Erasing):
             own = {k: v for k, v in _changed(baseline.config).items() if k not in ("l2", "seed")}
             config = dataclasses.replace(self.scenario.erase, **own, seed=seed)

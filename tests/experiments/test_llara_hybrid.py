@@ -114,6 +114,18 @@ def test_where_a_projected_item_is_a_word_the_logits_are_the_text_models(model, 
     assert got.shape[-1] == model.config.vocab_size
 
 
+def test_a_prompt_is_embedded_as_the_mean_of_the_items_it_names(model):
+    first, items = model.first_item, np.asarray(model.base[hybrid.ITEMS])
+    embed = hybrid.MeanItemEmbedding(first)
+    tokens = np.array([[0, 1, first + 2, 3, first, first + 1], [1, 2, 3, 1, 2, first + 1]])
+    mask = np.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask), jnp.array([4, 4]))
+    np.testing.assert_allclose(found, [(items[2] + items[0]) / 2, 0 * items[0]], rtol=1e-6)
+    masked = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask * (tokens != first)), jnp.array([4, 4]))
+    np.testing.assert_allclose(masked[0], items[2], rtol=1e-6)
+    assert embed == hybrid.MeanItemEmbedding(first) and hash(embed) == hash(hybrid.MeanItemEmbedding(first))
+
+
 def test_the_gradient_of_the_projector_is_that_of_finite_differences(model, adapter, stack):
     with jax.enable_x64(True):
         model64 = dataclasses.replace(model, base=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.base))
