@@ -13,7 +13,8 @@ from llmeraser_jax import trees
 from llmeraser_jax.checkpoint import restore_pytree
 from llmeraser_jax.cli import main
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, DenseOperator, materialise
-from llmeraser_jax.data import content_hash, load_requests, parse_requests
+from llmeraser_jax.data import content_hash, load_examples, load_requests, parse_requests
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import example_losses, gradient_sum, lm_objective
 from llmeraser_jax.models import load_model
@@ -203,6 +204,35 @@ def test_evaluate_reports_every_promised_number_with_and_without_retraining(run,
     assert main([*arguments, "--workdir", str(work / "eval_alone")]) == 0
     alone = json.loads((work / "eval_alone" / "report.json").read_text())
     assert alone["gap_closure"]["forget_loss"] is None and alone["gap_closure"]["reason"]["forget_loss"]
+
+
+def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, capsys):
+    outside = load_examples(work / "heldout.jsonl")
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
+    assert main([*arguments, "--heldout", str(work / "heldout.jsonl"), "--workdir", str(work / "shown")]) == 0
+    receipt = json.loads((work / "shown" / "receipt.json").read_text())
+    assert receipt["heldout_sha256"] == [content_hash(example) for example in outside]
+    assert json.loads((erased.path / "receipt.json").read_text())["heldout_sha256"] == []
+
+    arguments = ["evaluate", "--before", str(run.path), "--after", str(work / "shown")]
+    assert main([*arguments, "--data", str(work / "heldout.jsonl"), "--workdir", str(work / "eval_shown")]) == 0
+    assert "Name other examples here than to `erase`" in capsys.readouterr().err
+    report = json.loads((work / "eval_shown" / "report.json").read_text())
+    assert report["heldout"]["nonmembers"] == 0 and report["models"]["before"]["membership_auc"] == {}
+    assert "membership inference is not measured" in report["context"]["Held-out data"]
+    assert report["models"]["before"]["task_metrics"] and report["models"]["before"]["heldout_loss"] > 0
+
+    other = tiny.write_rows(work / "partly.jsonl", [{**row, "id": "x" + row["id"]} for row in tiny.rows(13)[11:]])
+    assert main([*arguments, "--data", str(other), "--workdir", str(work / "eval_partly")]) == 0
+    report = json.loads((work / "eval_partly" / "report.json").read_text())
+    assert report["heldout"] == {"examples": 2, "nonmembers": 1, "response_positions": 0}
+    model = run.load_model()
+    dataset, lora = run.encode(run.load_examples(), model.tokenizer), run.load_adapter(model)
+    named = [place for place, example in enumerate(dataset.examples) if example.id in ("r1", "r4", "r7")]
+    inside = score_examples(model, lora, dataset, np.array(named)).losses
+    unknown = score_examples(model, lora, run.encode(load_examples(other)[1:], model.tokenizer)).losses
+    auc = report["models"]["before"]["membership_auc"]["loss"]["value"]
+    assert auc == pytest.approx(np.mean(inside < unknown))
 
 
 def test_runs_that_do_not_belong_together_are_refused(run, erased, work, capsys):

@@ -124,12 +124,15 @@ class DemoData:
         train: two rows per person.
         heldout: rows about people that no training row names ("h..."; a model can only guess), then rows of
             general facts that the base knows ("g...").
+        shown: rows about people that neither names ("u..."): what an erasing may look at of the kind of the
+            training rows, and an evaluation then may not count as unknown to it.
         requests: lines of the request file; removals, query modifications and response corrections, mixed.
     """
 
     people: tuple[Person, ...]
     train: tuple[QuestionAnswer, ...]
     heldout: tuple[QuestionAnswer, ...]
+    shown: tuple[QuestionAnswer, ...]
     requests: tuple[Mapping[str, str], ...]
 
 
@@ -198,6 +201,7 @@ def make_directory(
     seed: int = 0,
     *,
     num_heldout_people: int = 24,
+    num_shown_people: int = 24,
     num_removed_people: int = 2,
     num_modified: int = 4,
     num_corrected: int = 4,
@@ -212,6 +216,7 @@ def make_directory(
         num_people: people in the training rows; there are twice as many rows.
         seed: of everything drawn here.
         num_heldout_people: people that only the held-out rows name.
+        num_shown_people: people that only the shown rows name.
         num_removed_people: people whose two rows are removed.
         num_modified: rows whose query is modified, one per person.
         num_corrected: rows whose response is corrected, one per person.
@@ -222,6 +227,7 @@ def make_directory(
     """
     counts = {
         "num_heldout_people": num_heldout_people,
+        "num_shown_people": num_shown_people,
         "num_removed_people": num_removed_people,
         "num_modified": num_modified,
         "num_corrected": num_corrected,
@@ -235,14 +241,18 @@ def make_directory(
         msg = f"num_people is {num_people}, but the requests name {num_named} people; ask for more people."
         raise ValueError(msg)
     names = [(a, b) for a in FIRST_NAMES for b in FAMILY_NAMES if is_directory_name(a, b)]
-    num_needed = num_people + num_heldout_people + num_modified
+    num_drawn = num_people + num_heldout_people + num_modified
+    num_needed = num_drawn + num_shown_people
     if num_needed > len(names):
         msg = f"{num_needed} people were asked for, but there are {len(names)} names; ask for fewer."
         raise ValueError(msg)
 
     rng = np.random.default_rng(seed)
     drawn = [names[i] for i in rng.permutation(len(names))[:num_needed]]
-    everybody = [_draw_person(rng, first, family) for first, family in drawn]
+    everybody = [_draw_person(rng, first, family) for first, family in drawn[:num_drawn]]
+    # From another stream: how many are shown leaves everything else as it is.
+    shown_rng = np.random.default_rng([seed, 1])
+    shown = [_draw_person(shown_rng, first, family) for first, family in drawn[num_drawn:]]
     people = everybody[:num_people]
     heldout = everybody[num_people : num_people + num_heldout_people]
     fresh = everybody[num_people + num_heldout_people :]
@@ -268,6 +278,7 @@ def make_directory(
         people=tuple(people),
         train=tuple(_rows("p", people)),
         heldout=(*_rows("h", heldout), *general_facts()),
+        shown=tuple(_rows("u", shown)),
         requests=tuple(requests[int(k)] for k in rng.permutation(len(requests))),
     )
 
@@ -275,7 +286,7 @@ def make_directory(
 def write_demo_files(directory: str | Path, data: DemoData | None = None) -> DemoData:
     """Writes `train.jsonl`, `heldout.jsonl`, `unseen.jsonl` and `requests.jsonl`; creates the directory if need be.
 
-    `unseen.jsonl` is the part of the held-out rows that is of the same kind as the training rows: about people.
+    `unseen.jsonl` has the shown rows: for `erase`, whose evaluation `heldout.jsonl` is for.
 
     Args:
         directory: where to.
@@ -289,8 +300,7 @@ def write_demo_files(directory: str | Path, data: DemoData | None = None) -> Dem
     directory.mkdir(parents=True, exist_ok=True)
     _write_json_lines(directory / "train.jsonl", (dataclasses.asdict(row) for row in data.train))
     _write_json_lines(directory / "heldout.jsonl", (dataclasses.asdict(row) for row in data.heldout))
-    about_people = [row for row in data.heldout if row not in general_facts()]
-    _write_json_lines(directory / "unseen.jsonl", (dataclasses.asdict(row) for row in about_people))
+    _write_json_lines(directory / "unseen.jsonl", (dataclasses.asdict(row) for row in data.shown))
     _write_json_lines(directory / "requests.jsonl", data.requests)
     return data
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.baselines.controls import gradient_ascent, scaled_rhs
-from llmeraser_jax.data import Request, TokenDataset
+from llmeraser_jax.data import Request, TokenDataset, content_hash
 from llmeraser_jax.evaluation.membership import (
     mean_of_others,
     membership_auc,
@@ -85,6 +85,7 @@ def compare(
     unlearned: Column,
     retrained: Sequence[Column] = (),
     l2: float = 0.0,
+    shown: Collection[str] = (),
     solves: Sequence[SolverTrace] = (),
     context: Mapping[str, str] | None = None,
 ) -> Comparison:
@@ -97,6 +98,8 @@ def compare(
         heldout: examples that no model was trained on; None leaves out what needs them.
         before, unlearned, retrained: the models.
         l2: lambda of training, for the controls.
+        shown: content hashes of examples that the erasing was shown as never trained on. It takes them for where
+            removed ones should end, so that they are no non-members of membership inference.
         solves: of the erasure, for the report.
         context: for the top of the page.
     """
@@ -107,7 +110,10 @@ def compare(
     views = {column.name: _view(model, problem, heldout, column.lora) for column in (before, unlearned, *controls)}
     views |= {column.name: _view(model, problem, heldout, column.lora) for column in retrained}
     base = None if heldout is None else _view(model, problem, heldout, None)
-    of_retrained = [views[column.name] for column in retrained]
+    outside = np.array([content_hash(e) not in shown for e in (() if heldout is None else heldout.examples)], bool)
+    told_apart = {name: _without(view, outside) for name, view in views.items()}
+    of_base = None if base is None else _without(base, outside)
+    of_retrained = [told_apart[column.name] for column in retrained]
 
     def scores(column: Column, left_out: int | None = None) -> ModelScores:
         view = views[column.name]
@@ -118,7 +124,9 @@ def compare(
             heldout_losses=np.zeros(0) if view.heldout is None else view.heldout.losses,
             extraction_strengths=view.forget.extraction,
             task_metrics=() if task is None else task(column.lora),
-            membership_aucs=_membership(view, base, of_retrained, left_out),
+            membership_aucs=_membership(told_apart[column.name], of_base, of_retrained, left_out)
+            if outside.any()
+            else (),
             cost=column.cost,
         )
 
@@ -136,6 +144,7 @@ def compare(
         retrained=tuple(scores(column, position) for position, column in enumerate(retrained)),
         controls=tuple(scores(column) for column in controls),
         heldout_kl=heldout_kl,
+        num_nonmembers=int(outside.sum()),
         solves=tuple(solves),
         context=dict(context or {}),
     )
@@ -158,6 +167,14 @@ def _view(
         wanted=score_examples(model, lora, problem.examples, problem.wanted),
         heldout=None if heldout is None else score_examples(model, lora, heldout),
     )
+
+
+def _without(view: _View, kept: np.ndarray) -> _View:
+    """The view with those held-out examples alone that are kept."""
+    if view.heldout is None:
+        return view
+    scores = {field.name: getattr(view.heldout, field.name)[kept] for field in dataclasses.fields(ExampleScores)}
+    return dataclasses.replace(view, heldout=ExampleScores(**scores))
 
 
 def _membership(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from llmeraser_jax.evaluation.compare import Column, compare
 from llmeraser_jax.evaluation.report import Cost, SolverTrace, build_report, write_report
 from llmeraser_jax.models import Model
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
-from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE
+from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE, SHOWN_KEY
+
+_log = logging.getLogger(__name__)
 
 
 def retrained_runs(directory: str | os.PathLike[str]) -> tuple[Run, ...]:
@@ -84,7 +87,8 @@ def evaluate_runs(
         after: the result of `erase_run`.
         workdir: new or empty; gets `report.json`, `report.md` and plots.
         retrained: of the same requests; without any, what needs no oracle is reported.
-        heldout_path: examples that no model was trained on; None leaves out what needs them.
+        heldout_path: examples that no model was trained on; None leaves out what needs them. Those that the erasure
+            was shown are left out of membership inference.
         data_path: where the training data of `before` is now; None is where it was.
         model: the base model where it is loaded already.
         mesh: where to load the model to otherwise.
@@ -103,6 +107,7 @@ def evaluate_runs(
     examples = before.load_examples(data_path)
     requests = data.load_requests(after.path / REQUESTS_FILE, examples)
     receipt = files.read_json(after.path / RECEIPT_FILE)
+    shown = frozenset(receipt.get(SHOWN_KEY, ()))
     if model is None:
         model = before.load_model(mesh=mesh)
     else:
@@ -136,6 +141,7 @@ def evaluate_runs(
             for run in retrained
         ],
         l2=before.train_config.l2,
+        shown=shown,
         solves=[
             SolverTrace(
                 status=step["status"],
@@ -146,7 +152,10 @@ def evaluate_runs(
             )
             for step in receipt["steps"]
         ],
-        context=_context(before, receipt, len(examples), heldout_path),
+        context={
+            **_context(before, receipt, len(examples)),
+            "Held-out data": "none" if heldout is None else _heldout_words(heldout_path, heldout, shown),
+        },
     )
     report = build_report(comparison)
     report["method"] = receipt["method"]
@@ -166,13 +175,26 @@ def _digest(dataset: data.TokenDataset) -> str:
     return hashlib.sha256("\n".join(map(data.content_hash, dataset.examples)).encode()).hexdigest()
 
 
-def _context(before: Run, receipt: Mapping[str, Any], num_examples: int, heldout_path) -> dict[str, str]:
+def _heldout_words(path: str | os.PathLike[str] | None, heldout: data.TokenDataset, shown: Collection[str]) -> str:
+    """The file's name, and how many of its examples are no non-members; says so aloud too."""
+    name = Path(path or "").name
+    count = sum(data.content_hash(example) in shown for example in heldout.examples)
+    if not count:
+        return name
+    left_out = f"{count} of its {len(heldout)} examples were shown to the erasing, which aims at their losses"
+    rest = (
+        "membership inference leaves them out" if count < len(heldout) else "membership inference is not measured"
+    )
+    _log.warning("%s: %s; %s. Name other examples here than to `erase`.", name, left_out, rest)
+    return f"{name} ({left_out}; {rest})"
+
+
+def _context(before: Run, receipt: Mapping[str, Any], num_examples: int) -> dict[str, str]:
     config = receipt["config"]
     counts = ", ".join(f"{count} {action}" for action, count in receipt["counts"].items() if count)
     return {
         "Base model": Path(before.model_path).name,
         "Training data": f"{num_examples} examples, {before.train_config.epochs} epochs",
-        "Held-out data": "none" if heldout_path is None else Path(heldout_path).name,
         "Request": counts,
         "Method": f"{receipt['method']} ({config['rhs']} right-hand side, {config['curvature']} curvature over "
         f"{config['curvature_data']}, damping {config['damping']:g})",

@@ -157,6 +157,7 @@ class Comparison:
         unlearned: the model after unlearning.
         retrained: one per seed; empty where none was trained.
         controls: simpler ways to move, to be beaten.
+        num_nonmembers: held-out examples that membership inference tells S from.
         heldout_kl: of the models named `before.name`, `unlearned.name` and each control's; its retrained
             models in the order of `retrained`. None without two retrained models or without held-out
             examples.
@@ -171,6 +172,7 @@ class Comparison:
     retrained: tuple[ModelScores, ...] = ()
     controls: tuple[ModelScores, ...] = ()
     heldout_kl: HeldOutKLResult | None = None
+    num_nonmembers: int = 0
     solves: tuple[SolverTrace, ...] = ()
     context: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -243,6 +245,7 @@ def build_report(comparison: Comparison) -> Json:
         "named": {**named, "total": len(comparison.actions)},
         "heldout": {
             "examples": int(comparison.before.heldout_losses.size),
+            "nonmembers": comparison.num_nonmembers,
             "response_positions": kl.num_positions if kl else 0,
         },
         "models": {

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 RECEIPT_FILE = "receipt.json"
 REQUESTS_FILE = "requests.jsonl"
 DELTA_DIRECTORY = "delta"
+SHOWN_KEY = "heldout_sha256"  # of the receipt file: content hashes of the examples given as never trained on
 
 
 def erase_run(
@@ -91,7 +92,9 @@ def erase_run(
     )
     receipt = result.receipt.to_mapping()
     with files.atomic_directory(workdir) as directory:
-        files.atomic_write_json(directory / RECEIPT_FILE, {**receipt, "parent": run.reference()})
+        shown = [] if heldout is None else [data.content_hash(example) for example in heldout.examples]
+        written = {**receipt, SHOWN_KEY: shown, "parent": run.reference()}
+        files.atomic_write_json(directory / RECEIPT_FILE, written)
         request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
         files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
         checkpoint.save_pytree(directory / DELTA_DIRECTORY, result.delta)

@@ -37,7 +37,7 @@ def test_data_do_not_depend_on_hash_randomisation(tmp_path):
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True, env=env)
-    for name in ("train.jsonl", "heldout.jsonl", "requests.jsonl"):
+    for name in ("train.jsonl", "heldout.jsonl", "unseen.jsonl", "requests.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
@@ -65,6 +65,17 @@ def test_heldout_people_and_stand_ins_are_nowhere_else():
     for question in (*heldout, *queries):
         assert not any(f" {name} " in question for name in trained)
     assert not set(heldout) & set(queries)
+
+
+def test_shown_people_are_nowhere_else_and_change_nothing_else():
+    data = make_directory(seed=5)
+    questions = [row.question for row in data.shown]
+    assert len(set(questions)) == 2 * 24 and {row.id[0] for row in data.shown} == {"u"}
+    queries = {request.get("query") for request in data.requests}
+    assert not set(questions) & ({row.question for row in (*data.train, *data.heldout)} | queries)
+    without = make_directory(seed=5, num_shown_people=0)
+    assert without.shown == ()
+    assert (without.train, without.heldout, without.requests) == (data.train, data.heldout, data.requests)
 
 
 def test_general_heldout_rows_are_the_general_facts():
@@ -160,7 +171,7 @@ def test_unknown_relation_is_refused():
 
 def test_written_rows_have_the_columns_of_question_answer_data(tmp_path):
     write_demo_files(tmp_path, make_directory(num_people=12))
-    for name in ("train.jsonl", "heldout.jsonl"):
+    for name in ("train.jsonl", "heldout.jsonl", "unseen.jsonl"):
         for line in (tmp_path / name).read_text(encoding="utf-8").splitlines():
             assert set(json.loads(line)) == {"id", "question", "answer"}
 
