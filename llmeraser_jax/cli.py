@@ -222,7 +222,8 @@ class Evaluate:
         after: the directory that `llmeraser erase` made.
         workdir: gets report.md, report.json and plots.
         retrained: the directory that `llmeraser retrain` made; without it, what needs no oracle is reported.
-        data: held-out examples, which no model was trained on.
+        data: held-out examples, which no model was trained on; those that `erase` was shown (--heldout) are left
+            out of membership inference.
         train_data: where the training data of --before is now; default: where it was.
         mesh: devices, e.g. data=4,model=2; empty is one device.
     """

@@ -12,9 +12,10 @@ step; C is factored (`curvature.factor`), so that its inverse costs no further p
 
 A quadratic model does not see how retained rows bend away from it on the way. After the last of the K steps come
 repairs: steps in which freshly drawn retained rows have a target too, the loss that they had under the trained
-adapter. Rows in the sample and rows outside it are harmed and repaired nearly alike (measured:
-`experiments/fidelity`), so a fresh sample's mean harm is an unbiased measure of what is left to repair; when it
-is negligible the repairs end.
+adapter. Rows bend as well, and repairs drive those that go further on: one that was taken past its end is asked
+back to it (measured: `experiments/tofu`). Rows in the sample and rows outside it are harmed and repaired nearly
+alike (measured: `experiments/fidelity`), so a fresh sample's mean harm is an unbiased measure of what is left to
+repair; when it is negligible the repairs end.
 
 Where rows should end, without an oracle: a removed pair should look like one that was never trained on, so its
 target is the mean loss of held-out examples. A replacement should look like a trained pair, so its target is the
@@ -65,9 +66,9 @@ from llmeraser_jax.unlearning.steps import (
 
 logger = logging.getLogger(__name__)
 
-# Rows this close to their targets (share of the way left, in log-odds) have arrived.
+# Rows this close to their targets (share of the way, in log-odds) have arrived.
 ARRIVED = 0.1
-_CORRECT_ABOVE = 0.03  # more than this is worth another step
+_CORRECT_ABOVE = 0.03  # further off than this is worth another step
 _HARM_BELOW = 0.02  # nats per token that retained rows may have lost on average before it is worth a repair
 _LEAST_GUARDS = 16  # a repair with fewer is not worth its step
 _GUARD_RIDGE = 0.1  # how softly guards are held, relative to their mean influence on themselves
@@ -242,7 +243,7 @@ class _Matching:
         """Sets the rows' ends; whether any row has a way to go."""
         self.start = point.here
         self.ends = _ends(self.rows, self.targets, point.here)
-        self.way = self.demand(point)
+        self.way = _demand(self.rows, self.start, self.ends)
         return bool(np.any(self.way))
 
     @property
@@ -252,12 +253,20 @@ class _Matching:
         return max(float(moves[group].mean()) for group in (self.rows.goes, ~self.rows.goes) if group.any())
 
     def demand(self, point: _Point) -> np.ndarray:
-        """What is left of every row's way, in log-odds."""
-        return _demand(self.rows, point.here, self.ends)
+        """What is asked of every row, in log-odds: what is left of its way, or back where it was taken too far.
+
+        Not asked back are a pair that was past its end as trained, and a wanted one that is known too well.
+        """
+        left = _demand(self.rows, point.here, self.ends)
+        return np.where(self.rows.goes & (self.way != 0), self.ends - point.here, left)
+
+    def off(self, point: _Point) -> float:
+        """How far rows are from their ends, on either side, over the whole way."""
+        return float(np.abs(self.demand(point)).sum() / np.abs(self.way).sum())
 
     def left(self, point: _Point) -> float:
         """The share of the whole way that is left."""
-        return float(np.abs(self.demand(point)).sum() / np.abs(self.way).sum())
+        return float(np.abs(_demand(self.rows, point.here, self.ends)).sum() / np.abs(self.way).sum())
 
     def measure(self, params: LoraParams, *, gradients: bool) -> _Point:
         """The rows under an adapter; gradients come with their losses at no further cost."""
@@ -377,7 +386,7 @@ def unlearn_matched(
             if curvature is None or fresh:
                 curvature = retained_curvature(evaluator, params, rng, curvature)
             guards = matching.draw_guards(params, rng) if repairing and len(evaluator.problem.retained) else None
-            if repairing and matching.left(point) <= _CORRECT_ABOVE and (not guards or guards.harm <= _HARM_BELOW):
+            if repairing and matching.off(point) <= _CORRECT_ABOVE and (not guards or guards.harm <= _HARM_BELOW):
                 break
             # A repair takes all that is left; the steps before it their share.
             share = 1 / max(num_steps - step, 1)
@@ -532,8 +541,8 @@ def _accepted(
         else:
             losses = matching.evaluator.example_losses(trial, guards.stack)[np.asarray(guards.keep)]
             harm = float((losses - guards.trained).mean())
-            left = matching.left(after)
-            good = harm <= max(guards.harm, _HARM_BELOW) and left <= max(matching.left(before), ARRIVED)
+            off = matching.off(after)
+            good = harm <= max(guards.harm, _HARM_BELOW) and off <= max(matching.off(before), ARRIVED)
         if good and np.all(np.isfinite(after.here)):
             return scale, after
         scale *= 0.5

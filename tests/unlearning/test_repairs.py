@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llmeraser_jax.unlearning import matched
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.dispatch import unlearn
 from tests.unlearning.test_matched import CONFIG, OBJECTIVE, N, draw, losses, make, memorise
@@ -49,6 +50,33 @@ def test_repairs_bring_retained_rows_back_and_leave_the_named_ones(alike, action
     assert harm[0] > 0.05  # well above what is called negligible
     assert harm[6] < 0.5 * harm[0]
     assert named[6] > 0.7 * named[0]
+
+
+def test_repairs_ask_back_what_steps_took_past_its_end(alike, monkeypatch):
+    """A linearisation takes two of the four pairs 0.8 too far, which further steps of it would not see."""
+    begun, begin = [], matched._Matching.begin
+    monkeypatch.setattr(matched._Matching, "begin", lambda self, point: begun.append(self) or begin(self, point))
+    problem, params, heldout = make(alike, "correct")
+    past = {}
+    for repairs in (0, 6):
+        config = dataclasses.replace(HARMFUL, method="matched", repairs=repairs)
+        result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+        point = begun[-1].measure(result.params, gradients=False)
+        past[repairs] = (point.here - begun[-1].ends)[begun[-1].rows.goes]
+    assert past[0].max() > 0.5
+    assert np.abs(past[6]).max() < 0.1
+
+
+def test_what_was_past_its_end_from_the_start_and_what_is_known_too_well_are_left():
+    matching = object.__new__(matched._Matching)
+    matching.rows = matched._Rows(np.arange(3), np.array([True, True, False]), ())
+    matching.ends, matching.way = np.array([1.0, 1.0, -1.0]), np.array([2.0, 0.0, -1.0])
+    too_far = matched._Point(np.array([1.5, 1.5, -2.0]), None)
+    np.testing.assert_allclose(matching.demand(too_far), [-0.5, 0, 0])
+    assert matching.off(too_far) == pytest.approx(0.5 / 3) and matching.left(too_far) == 0
+    on_the_way = matched._Point(np.array([0.5, 0.5, 0.0]), None)
+    np.testing.assert_allclose(matching.demand(on_the_way), [0.5, 0.5, -1])
+    assert matching.left(on_the_way) == matching.off(on_the_way) == pytest.approx(2 / 3)
 
 
 def test_nothing_is_repaired_where_a_fresh_sample_lost_nothing(memorised):
