@@ -1,8 +1,11 @@
 """Repairs after matched steps: what retained rows lost comes back, the named rows stay where they arrived."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,6 +68,42 @@ def test_repairs_ask_back_what_steps_took_past_its_end(alike, monkeypatch):
         past[repairs] = (point.here - begun[-1].ends)[begun[-1].rows.goes]
     assert past[0].max() > 0.5
     assert np.abs(past[6]).max() < 0.1
+
+
+def test_what_is_past_its_end_is_worth_a_repair_by_itself(alike, monkeypatch):
+    monkeypatch.setattr(matched, "_HARM_BELOW", np.inf)  # no harm to others calls for one
+    begun, begin = [], matched._Matching.begin
+    monkeypatch.setattr(matched._Matching, "begin", lambda self, point: begun.append(self) or begin(self, point))
+    problem, params, heldout = make(alike, "correct")
+
+    def run(repairs):
+        config = dataclasses.replace(HARMFUL, method="matched", num_steps=3, repairs=repairs)
+        return unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+
+    after = run(0).params
+    point = begun[-1].measure(after, gradients=False)
+    off, left = begun[-1].off(point), begun[-1].left(point)
+    assert off > 1.5 * left
+    for arrived, num_steps in (((off + left) / 2, 4), (1.1 * off, 3)):
+        monkeypatch.setattr(matched, "_CORRECT_ABOVE", arrived)
+        assert len(run(1).steps) == num_steps
+
+
+def test_a_repair_that_takes_rows_away_from_their_ends_is_shortened():
+    matching: Any = object.__new__(matched._Matching)
+    matching.rows = matched._Rows(np.arange(1), np.array([True]), ())
+    matching.ends, matching.way = np.array([1.0]), np.array([1.0])
+    matching.evaluator = SimpleNamespace(example_losses=lambda params, stack: np.zeros(1))
+    # A whole step leads 0.5 of the way past the end, half of it 0.25, a quarter 0.125.
+    matching.measure = lambda params, *, gradients: matched._Point(np.array([1 + 0.5 * float(params)]), None)
+    guards = object.__new__(matched._Guards)
+    for name, value in {"stack": None, "keep": np.arange(1), "trained": np.zeros(1), "losses": np.zeros(1)}.items():
+        object.__setattr__(guards, name, value)
+    step = matched._Step(jnp.ones(()), jnp.ones(()), np.ones(1))
+    for off, scale in ((0.2, 0.25), (0.3, 0.5), (0.5, 1.0)):
+        before = matched._Point(np.array([1 - off]), None)
+        found, _ = matched._accepted(matching, jnp.zeros(()), step, before, guards, gradients=False)
+        assert found == scale
 
 
 def test_what_was_past_its_end_from_the_start_and_what_is_known_too_well_are_left():
