@@ -33,7 +33,7 @@ from llmeraser_jax.runs import (
     model_fingerprint,
 )
 from llmeraser_jax.unlearning import StepRecord
-from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE
+from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE, SHOWN_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def erase_run(
     receipt = make_receipt(eraser, examples, requests, before, erased, seconds)
 
     with files.atomic_directory(workdir) as directory:
-        files.atomic_write_json(directory / RECEIPT_FILE, {**receipt, "parent": run.reference()})
+        # No row is shown to these methods but those trained on.
+        files.atomic_write_json(directory / RECEIPT_FILE, {**receipt, SHOWN_KEY: [], "parent": run.reference()})
         request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
         files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
         data.save_examples(directory / EXAMPLES_FILE, edited)
