@@ -257,24 +257,24 @@ class Study:
         size = min(NUM_RETAINED_SCORED, len(rows))
         return np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
 
-    def example_losses(self, model: Model, params: LoraParams) -> dict[str, np.ndarray]:
-        """Losses on S as trained, on the wanted pairs, and on some retained rows, in nats per response token."""
+    def example_scores(self, model: Model, params: LoraParams) -> dict[str, ExampleScores]:
+        """Of S as trained, of the wanted pairs, and of some retained rows."""
         problem = self.problem
         places = {"named": problem.named, "wanted": problem.wanted, "retained": self._retained}
-        return {part: score_examples(model, params, problem.examples, rows).losses for part, rows in places.items()}
+        return {part: score_examples(model, params, problem.examples, rows) for part, rows in places.items()}
 
     def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
-        """Their means; None of what there is not."""
-        return _means(self.example_losses(model, params))
+        """Their mean losses in nats per response token; None of what there is not."""
+        return _mean_losses(self.example_scores(model, params))
 
     def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
         """Everything about one adapter or ensemble that needs no other model, JSON-like."""
-        named = score_examples(model, params, self.problem.examples, self.problem.named)
-        losses = self.example_losses(model, params)
+        scores = self.example_scores(model, params)
+        named = scores["named"]
         unseen = score_examples(model, params, self._heldout)
         return {
-            **_means(losses),
-            "wanted_losses": losses["wanted"].tolist(),
+            **_mean_losses(scores),
+            "wanted_losses": scores["wanted"].losses.tolist(),
             "forget_probability": float(np.exp(-named.losses).mean()),
             "extraction_strength": float(named.extraction.mean()),
             "named": _arrays(named),
@@ -449,9 +449,9 @@ class Study:
                     model, params = fit()
                 except (UnlearningError, FloatingPointError) as error:
                     return {"failed": str(error)}
-                unseen = score_examples(model, params, self._heldout).losses
-                found = {**self.example_losses(model, params), "unseen": unseen}
-                return {"losses": {part: found[part].tolist() for part in PARTS}}
+                unseen = score_examples(model, params, self._heldout)
+                found = {**self.example_scores(model, params), "unseen": unseen}
+                return {"losses": {part: found[part].losses.tolist() for part in PARTS}}
 
             self._kept(self.workdir / "klom" / f"{name}-seed_{seed}.json", compute)
 
@@ -476,9 +476,10 @@ class Study:
                 keep(name, seed, fit)
 
 
-def _means(losses: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+def _mean_losses(scores: Mapping[str, ExampleScores]) -> dict[str, float | None]:
     names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
-    return {name: float(losses[part].mean()) if len(losses[part]) else None for part, name in names.items()}
+    losses = {name: scores[part].losses for part, name in names.items()}
+    return {name: float(values.mean()) if len(values) else None for name, values in losses.items()}
 
 
 def _changed(config: EraseConfig) -> dict[str, Any]:
