@@ -135,6 +135,8 @@ def histogram_kl(
 def klom(
     unlearned_margins: Float[Array | np.ndarray, "unlearned examples"],
     retrained_margins: Float[Array | np.ndarray, "retrained examples"],
+    *,
+    floor: Float[np.ndarray, " examples"] | None = None,
 ) -> Klom:
     """KLOM on every example.
 
@@ -142,6 +144,7 @@ def klom(
         unlearned_margins: `response_margins` under each unlearned seed: each edited from a model that was trained
             with its own seed.
         retrained_margins: the same under each retrained seed.
+        floor: of another way's result on the same retrained seeds, which is this one's too; None computes it.
 
     Raises:
         ValueError: no seed, other examples on either side, or margins that are nan.
@@ -158,13 +161,13 @@ def klom(
         return np.array([histogram_kl(a, b) for a, b in zip(first.T, second.T, strict=True)])
 
     size = len(theirs) // 2
-    matched = floor = None
+    matched = None
     if len(theirs) >= 4:
         halves = _subsets(len(theirs), size)
-        floor = np.mean([compare(theirs[half], theirs[~half]) for half in halves], axis=0)
+        if floor is None:
+            floor = np.mean([compare(theirs[half], theirs[~half]) for half in halves], axis=0)
         if len(ours) >= size:
-            chosen = itertools.cycle(_subsets(len(ours), size))
-            pairs = [(next(chosen), half) for half in halves]
+            pairs = zip(itertools.cycle(_subsets(len(ours), size)), halves, strict=False)
             matched = np.mean([compare(ours[some], theirs[~half]) for some, half in pairs], axis=0)
     return Klom(
         values=compare(ours, theirs),

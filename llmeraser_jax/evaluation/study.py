@@ -145,15 +145,19 @@ class Study:
     def klom(self) -> Mapping[str, Mapping[str, Klom]]:
         """KLOM of each name in klom/ but the retrained models' own, by part; without what has no finite losses."""
         retrained = _losses_by_part(self.klom_models.get(RETRAINED, ()))
+        floors: dict[str, np.ndarray | None] = {}  # the same for every name
         found: dict[str, dict[str, Klom]] = {}
         for name, models in self.klom_models.items():
             if name != RETRAINED:
                 losses = _losses_by_part(models)
                 found[name] = {
-                    part: klom(response_margins(losses[part]), response_margins(retrained[part]))
+                    part: klom(
+                        response_margins(losses[part]), response_margins(retrained[part]), floor=floors.get(part)
+                    )
                     for part in PARTS
                     if part in losses and part in retrained
                 }
+                floors |= {part: result.floor for part, result in found[name].items()}
         return found
 
     @property

@@ -189,6 +189,10 @@ def test_klom_of_a_study_against_shares_counted_by_hand(directory):
     assert cell["retrained, mean of 3", "KLOM on S"] == f"{2 / 6 * missed / 2:.3g}"
     assert cell["retrained, mean of 3", "models"] == cell["npo", "models"] == "4"
     assert cell["sisa", "KLOM on S"] == "–"
+    found = read_study(directory).klom
+    for part, floor in (("named", [2 / 6 * missed, 0]), ("retained", [0]), ("unseen", [0, 0])):
+        for name in ("before", "npo"):
+            np.testing.assert_allclose(found[name][part].floor, floor)
     assert ("npo", "KLOM, wanted") not in cell
     assert "KLOM: 4 unlearned and 4 retrained seeds" in render_markdown(page)
 
