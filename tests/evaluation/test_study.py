@@ -192,7 +192,9 @@ def test_klom_of_a_study_against_shares_counted_by_hand(directory):
     found = read_study(directory).klom
     for part, floor in (("named", [2 / 6 * missed, 0]), ("retained", [0]), ("unseen", [0, 0])):
         for name in ("before", "npo"):
-            np.testing.assert_allclose(found[name][part].floor, floor)
+            told = found[name][part].floor
+            assert told is not None
+            np.testing.assert_allclose(told, floor)
     assert ("npo", "KLOM, wanted") not in cell
     assert "KLOM: 4 unlearned and 4 retrained seeds" in render_markdown(page)
 
