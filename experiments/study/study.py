@@ -282,22 +282,17 @@ class Study:
             **({"task": dict(self._task(model, params))} if with_task else {}),
         }
 
-    def probe(self, lora: Lora) -> dict[str, float | None]:
+    def probe(self, lora: Lora) -> dict[str, float]:
         """Loss on S after 4-bit rounding of the merged model, and after training on retained rows for a while."""
         problem, train = self.problem, self.scenario.train
-        rounded = None
-        if set(lora.params) == {"layers"}:
-            rounding = robustness_to_rounding(
-                self.model, lora, problem.examples, self._heldout, indices=problem.named
-            )
-            rounded = rounding.after.mean_loss
+        rounding = robustness_to_rounding(self.model, lora, problem.examples, self._heldout, indices=problem.named)
         unrelated = retained_only(self.dataset, problem.named)
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
         config = dataclasses.replace(train, batch_size=size, microbatch_size=None, learning_rate=1e-3)
         again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
         relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
-        return {"forget_loss_4_bit": rounded, "forget_loss_relearned": float(relearned)}
+        return {"forget_loss_4_bit": rounding.after.mean_loss, "forget_loss_relearned": float(relearned)}
 
     def _kept(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is in a file, or is computed and then kept there."""

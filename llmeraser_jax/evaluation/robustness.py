@@ -139,30 +139,40 @@ def round_to_nearest(
     return rounded[..., :inputs, :].astype(weights.dtype)
 
 
-def quantise_merged(model: Model, lora: Lora | None, *, bits: int = 4, group_size: int = 64) -> Model:
-    """The base with the adapter merged in and its linear layers rounded; to be used without an adapter.
+def quantise_merged(
+    model: Model, lora: Lora | None, *, bits: int = 4, group_size: int = 64
+) -> tuple[Model, Lora | None]:
+    """The base with the adapter merged in and its linear layers rounded, and what of the adapter did not merge.
 
-    The seven linear layers are rounded; embedding, norms and the output head stay as they are, as is usual. The
-    merge is in the base's own dtype, as serving it would be.
+    The seven linear layers are rounded; embedding, norms and the output head stay as they are, as is usual, and so
+    does what an adapter holds besides low-rank updates (`Model.adapter_extras`: a projector that makes input
+    embeddings, say). The merge is in the base's own dtype, as serving it would be.
 
     Args:
         model: the base.
         lora: the adapter; None rounds the base alone.
         bits, group_size: see `round_to_nearest`.
 
+    Returns:
+        The rounded model, and the adapter to use it with: the extras without any low-rank update, or None where
+        there are none.
+
     Raises:
-        ValueError: the adapter has parts that are no update of a layer, which a merge would lose.
+        ValueError: the adapter has parts that neither are updates of a layer nor the model's extras, which a merge
+            would lose.
     """
-    extras = sorted(set(lora.params) - {"layers"}) if lora is not None else []
-    if extras:
-        msg = f"The adapter holds {', '.join(extras)} besides its low-rank updates; those cannot be merged."
+    extras: dict[str, Any] = {} if lora is None else {k: v for k, v in lora.params.items() if k != "layers"}
+    if stray := sorted(set(extras) - set(model.adapter_extras)):
+        msg = f"The adapter holds {', '.join(stray)} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
     merged: BaseParams = model.base if lora is None else merge_lora(model.base, lora)
     layers: dict[str, Any] = dict(merged["layers"])
     for name in LINEAR_NAMES:
         kernel = round_to_nearest(layers[name]["kernel"], bits=bits, group_size=group_size)
         layers[name] = dict(layers[name], kernel=kernel)
-    return dataclasses.replace(model, base=dict(merged, layers=layers))
+    rounded = dataclasses.replace(model, base=dict(merged, layers=layers))
+    rest = None if lora is None or not extras else dataclasses.replace(lora, params={**extras, "layers": {}})
+    return rounded, rest
 
 
 def robustness_to_rounding(
@@ -183,11 +193,11 @@ def robustness_to_rounding(
         named, heldout, indices: see `measure_forget_side`.
         bits, group_size: see `round_to_nearest`.
     """
-    rounded = quantise_merged(model, lora, bits=bits, group_size=group_size)
+    rounded, rest = quantise_merged(model, lora, bits=bits, group_size=group_size)
     return Robustness(
         probe=f"merged model rounded to {bits} bits in groups of {group_size}",
         before=measure_forget_side(model, lora, named, heldout, indices=indices),
-        after=measure_forget_side(rounded, None, named, heldout, indices=indices),
+        after=measure_forget_side(rounded, rest, named, heldout, indices=indices),
     )
 
 

@@ -63,7 +63,8 @@ NAMED = np.array([1, 4])
 
 
 def test_only_linear_layers_of_the_merged_model_are_rounded(model, lora):
-    rounded = quantise_merged(model, lora, group_size=8)
+    rounded, rest = quantise_merged(model, lora, group_size=8)
+    assert rest is None
     merged = merge_lora(model.base, lora)
     for name in merged["layers"]:
         ours, whole = rounded.base["layers"][name], merged["layers"][name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from experiments.llara.prompts import item_text
 from llmeraser_jax import trees
 from llmeraser_jax.data import Example, Recipe, Request, encode_examples
 from llmeraser_jax.data.requests import Action
+from llmeraser_jax.evaluation.robustness import quantise_merged
 from llmeraser_jax.lora import LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.losses import gradient_sum, lm_objective, loss_sum
 from llmeraser_jax.models import Model, load_model
+from llmeraser_jax.models.decoder import bind
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.unlearning import EraseConfig, erase
 from tests.training import tiny
@@ -112,6 +115,25 @@ def test_where_a_projected_item_is_a_word_the_logits_are_the_text_models(model, 
     elsewhere = model.apply(model.base, adapter, tokens, mask, positions)
     assert np.abs(np.asarray(elsewhere - got)).max() > 1e-2
     assert got.shape[-1] == model.config.vocab_size
+
+
+def test_rounding_merges_the_layers_and_leaves_the_projector(model, text_model, adapter):
+    # The text model rounded, reading what the projector makes of each item in the place of a word's embedding.
+    rounded, rest = quantise_merged(model, adapter, bits=3, group_size=8)
+    lora, projector = hybrid.split_adapter(adapter)
+    text, nothing = quantise_merged(text_model, lora, bits=3, group_size=8)
+    assert nothing is None and rest is not None
+    words = np.asarray(text.base["embed_tokens"]["embedding"])
+    items = np.asarray(hybrid.project_items(projector, model.base[hybrid.ITEMS]))
+    tokens = np.array([[1, model.first_item + 2, 3, model.first_item], [2, 4, model.first_item + 1, 5]])
+    mask = np.ones_like(tokens)
+    module, variables = bind(text.config, text.base, None)
+    expected: Any = module.apply(variables, tokens, mask, embeds=np.concatenate([words, items])[tokens])
+    got = rounded.apply(rounded.base, rest, tokens, mask)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.abs(np.asarray(got - model.apply(model.base, adapter, tokens, mask))).max() > 1e-2
+    with pytest.raises(ValueError, match="projector"):  # a text model would not read it
+        quantise_merged(text_model, adapter)
 
 
 def test_a_prompt_is_embedded_as_the_mean_of_the_items_it_names(model):

@@ -61,8 +61,7 @@ def test_one_call_trains_forgets_retrains_and_measures(directory, prompts, shard
     assert results["methods"]["finetune-edited"][0]["delta_norm"] > 0
     extras = list(workdir.glob("*/adapter/extras.safetensors"))
     assert len(extras) == (1 if prompts == "hybrid" else 0)
-    # Merging would lose a projector, so that a hybrid adapter is not rounded.
-    assert (results["before"]["forget_loss_4_bit"] is None) == (prompts == "hybrid")
+    assert results["before"]["forget_loss_4_bit"] != results["before"]["forget_loss"]
     assert (workdir / "table.md").exists()
 
 
