@@ -109,6 +109,22 @@ class Ensemble:
         """The k-th adapter."""
         return jax.tree.map(lambda leaf: leaf[k], self.members)
 
+    def nothing_added(self, shape: Sequence[int], dtype: Any) -> Array:
+        """What `add` begins with."""
+        return jnp.full(shape, -jnp.inf if self.aggregation == "probabilities" else 0.0, dtype)
+
+    def add(
+        self,
+        total: Float[Array, "batch any_time vocab"],
+        log_weight: Float[Array, " batch"],
+        log_probs: Float[Array, "batch any_time vocab"],
+    ) -> Float[Array, "batch any_time vocab"]:
+        """One member's share of the prediction, added to those before; of all, `log_softmax` is the ensemble's."""
+        log_weight = log_weight[:, None, None]
+        if self.aggregation == "probabilities":
+            return jnp.logaddexp(total, log_weight + log_probs)
+        return total + jnp.exp(log_weight) * log_probs
+
 
 def make_ensemble(
     members: Sequence[LoraParams], *, gate: AttentionGate | None = None, aggregation: str = "probabilities"
@@ -191,13 +207,10 @@ class ApplyEnsemble:
 
         def add(total, member_and_weight):
             member, log_weight = member_and_weight
-            log_probs, log_weight = member_log_probs(member), log_weight[:, None, None]
-            if params.aggregation == "probabilities":
-                return jnp.logaddexp(total, log_weight + log_probs), None
-            return total + jnp.exp(log_weight) * log_probs, None
+            return params.add(total, log_weight, member_log_probs(member)), None
 
         shape = jax.eval_shape(member_log_probs, params.member(0))
-        start = jnp.full(shape.shape, -jnp.inf if params.aggregation == "probabilities" else 0.0, shape.dtype)
+        start = params.nothing_added(shape.shape, shape.dtype)
         total, _ = jax.lax.scan(add, start, (params.members, log_weights.astype(shape.dtype)))
         return jax.nn.log_softmax(total, axis=-1)
 

@@ -1,7 +1,6 @@
 """Owns greedy generation by an ensemble: every new token is the most probable one under all members together.
 
-There is no key/value cache: each new token is a forward pass of every member over the whole text. A gated ensemble
-is weighed once, by the prompt.
+Each member has a key/value cache of its own. A gated ensemble is weighed once, by the prompt.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
+from llmeraser_jax.models import ModelConfig
+from llmeraser_jax.models.decoder import KVCache, bind
+from llmeraser_jax.models.generation import append, empty_cache, generate_batches, greedy_search
 from llmeraser_jax.types import BaseParams
-
-_LENGTH_STEP = 32  # text lengths are rounded up to a multiple of this, so that few shapes are compiled
 
 
 def generate_ensemble(
@@ -43,67 +43,47 @@ def generate_ensemble(
         New tokens of each prompt, in the order given, without the stop token.
 
     Raises:
-        ValueError: an empty prompt, or a count below 1.
+        ValueError: an empty prompt, a token outside the vocabulary, or a count below 1.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        msg = f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1."
-        raise ValueError(msg)
-    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        msg = f"Prompt {empty[0]} is empty; every prompt needs a token."
-        raise ValueError(msg)
-    stops = np.asarray(model.config.eos_token_ids if stop_ids is None else list(stop_ids), np.int32)
-    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-    time = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    out: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        tokens = np.zeros((batch_size, time), np.int32)
-        lengths = np.ones(batch_size, np.int32)  # rows that pad the batch hold one token and are dropped
-        for k, row in enumerate(rows):
-            tokens[k, : len(row)], lengths[k] = row, len(row)
-        new, counts = jax.device_get(
-            _decode(model.apply, model.base, ensemble, tokens, lengths, stops, max_new_tokens=max_new_tokens)
+
+    def decode(tokens, mask, stops):
+        return _decode(
+            model.apply, model.config, model.base, ensemble, tokens, mask, stops, max_new_tokens=max_new_tokens
         )
-        out.extend(new[k, : counts[k]].tolist() for k in range(len(rows)))
-    return out
+
+    return generate_batches(decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
 
 
-@partial(jax.jit, static_argnames=("apply", "max_new_tokens"))
+@partial(jax.jit, static_argnames=("apply", "config", "max_new_tokens"))
 def _decode(
     apply: ApplyEnsemble,
+    config: ModelConfig,
     base: BaseParams,
     ensemble: Ensemble,
     tokens: Int[Array | np.ndarray, "batch time"],
-    lengths: Int[Array | np.ndarray, " batch"],
+    mask: Bool[Array | np.ndarray, "batch time"],
     stop_ids: Int[Array | np.ndarray, " stops"],
     *,
     max_new_tokens: int,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """New tokens (0 after the end), and how many each row has, the stop token not counted."""
-    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-    rows = jnp.arange(tokens.shape[0])
+    """New tokens (0 after the end) of prompts padded on the left, and how many each row has."""
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    dtype = bind(config, base, ensemble.member(0))[0].dtype
+    last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
+    log_weights = apply.log_weights(base, ensemble, tokens, mask, last).astype(dtype)
 
-    def mask_of(count):
-        return jnp.arange(tokens.shape[1]) < (lengths + count)[:, None]
+    def append_to_all(caches, *call):
+        def one(total, member_cache_and_weight):
+            member, cache, log_weight = member_cache_and_weight
+            logits, cache = append(config, base, member, KVCache(*cache), *call)
+            total = ensemble.add(total, log_weight, jax.nn.log_softmax(logits, axis=-1))
+            return total, (cache.keys, cache.values)
 
-    log_weights = apply.log_weights(base, ensemble, tokens, mask_of(0), lengths - 1)
+        start = ensemble.nothing_added((tokens.shape[0], 1, config.vocab_size), dtype)
+        return jax.lax.scan(one, start, (ensemble.members, caches, log_weights))
 
-    def unfinished(state):
-        step, _, _, _, done = state
-        return (step < max_new_tokens) & ~jnp.all(done)
+    def make_caches(batch, slots):
+        one = empty_cache(config, dtype, batch, slots)
+        return tuple(jnp.stack([leaf] * ensemble.num_members) for leaf in (one.keys, one.values))
 
-    def advance(state):
-        step, text, out, counts, done = state
-        last = lengths + step - 1
-        log_probs = apply.mixed_log_probs(base, ensemble, log_weights, text, mask_of(step), last[:, None])
-        token = jnp.argmax(log_probs[:, 0], axis=-1).astype(jnp.int32)
-        done = done | jnp.isin(token, stop_ids)
-        token = jnp.where(done, 0, token)
-        text = text.at[rows, last + 1].set(token)
-        return step + 1, text, out.at[:, step].set(token), counts + ~done, done
-
-    out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
-    counts, done = jnp.zeros_like(lengths), jnp.zeros(tokens.shape[0], bool)
-    state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), tokens, out, counts, done))
-    return state[2], state[3]
+    return greedy_search(append_to_all, make_caches, tokens, mask, stop_ids, max_new_tokens)

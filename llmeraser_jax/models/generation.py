@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +48,45 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, or a count below 1.
     """
+
+    def decode(tokens, mask, stops):
+        return greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens)
+
+    return generate_batches(decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
+
+
+def generate_batches(
+    decode: Callable[..., tuple[Array, Array]],
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int,
+    stop_ids: Sequence[int] | None,
+) -> list[list[int]]:
+    """`generate` for anything that continues a batch.
+
+    Args:
+        decode: `(tokens, mask, stop_ids) -> (new, lengths)`, as `greedy_decode` with the rest given.
+        config: the model's.
+        prompts, max_new_tokens, batch_size, stop_ids: see `generate`.
+
+    Raises:
+        ValueError: see `generate`.
+    """
     if max_new_tokens < 1 or batch_size < 1:
         msg = f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1."
         raise ValueError(msg)
     for index, prompt in enumerate(prompts):
-        outside = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if not prompt or outside:
             found = f"holds {outside[:3]} outside the vocabulary" if outside else "is empty"
-            msg = f"Prompt {index} {found}; every prompt needs tokens from 0 to {model.config.vocab_size - 1}."
+            msg = f"Prompt {index} {found}; every prompt needs tokens from 0 to {config.vocab_size - 1}."
             raise ValueError(msg)
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-    if longest > model.config.max_position:
-        _log.warning("Texts may reach %d tokens; the model was made for %d.", longest, model.config.max_position)
-    stops = np.asarray(model.config.eos_token_ids if stop_ids is None else list(stop_ids), np.int32)
+    if longest > config.max_position:
+        _log.warning("Texts may reach %d tokens; the model was made for %d.", longest, config.max_position)
+    stops = np.asarray(config.eos_token_ids if stop_ids is None else list(stop_ids), np.int32)
     batch_size = min(batch_size, len(prompts))
     # Similar lengths together: a batch is as long as its longest prompt.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -69,9 +96,7 @@ def generate(
         rows = [list(prompts[index]) for index in indices]
         rows += [rows[-1]] * (batch_size - len(rows))  # one shape for all batches
         tokens, mask = pad_left(rows)
-        new, lengths = jax.device_get(
-            greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens)
-        )
+        new, lengths = jax.device_get(decode(tokens, mask, stops))
         for row, index in enumerate(indices):
             out[index] = new[row, : lengths[row]].tolist()
     return out
@@ -112,7 +137,63 @@ def greedy_decode(
     Returns:
         New tokens (0 after the end), and how many each row has, the stop token not counted.
     """
+    return greedy_search(
+        functools.partial(append, config, base, lora),
+        functools.partial(empty_cache, config, bind(config, base, lora)[0].dtype),
+        tokens,
+        attention_mask,
+        stop_ids,
+        max_new_tokens,
+    )
+
+
+def empty_cache(config: ModelConfig, dtype: Any, batch: int, slots: int) -> KVCache:
+    """A cache that nothing was written to."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def append(
+    config: ModelConfig, base: BaseParams, lora: LoraParams | None, cache: KVCache, *call: Any
+) -> tuple[Array, KVCache]:
+    """Reads more tokens into a cache.
+
+    Args:
+        config: the model.
+        base: frozen parameters.
+        lora: adapter or None.
+        cache: what was read before.
+        call: tokens, where, key_positions, key_valid, write_at and positions of `Decoder.decode`.
+
+    Returns:
+        Logits [batch, len(positions), vocab], and the cache.
+    """
     module, variables = bind(config, base, lora)
+    tokens, where, key_positions, key_valid, write_at, positions = call
+    logits, cache = module.apply(
+        variables, tokens, where, key_positions, key_valid, cache, write_at, positions, method=Decoder.decode
+    )
+    return logits, cache
+
+
+def greedy_search(
+    append: Callable[..., tuple[Array, Any]],
+    make_cache: Callable[[int, int], Any],
+    tokens: Int[Array | np.ndarray, "batch time"],
+    attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
+    stop_ids: Int[Array | np.ndarray, " stops"],
+    max_new_tokens: int,
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """What `greedy_decode` does, for whatever reads tokens into a cache; a pure function, to be jitted.
+
+    Args:
+        append: `(cache, *call) -> (scores [batch, 1, vocab], cache)`, see `append`; the highest score is next.
+        make_cache: `(batch, slots)` -> an empty one.
+        tokens, attention_mask, stop_ids, max_new_tokens: see `greedy_decode`.
+
+    Returns:
+        See `greedy_decode`.
+    """
     valid = jnp.asarray(attention_mask).astype(bool)
     batch, time = valid.shape
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
@@ -122,22 +203,10 @@ def greedy_decode(
     ahead = jnp.arange(max_new_tokens, dtype=jnp.int32)
     key_positions = jnp.concatenate([where, lengths[:, None] + ahead], axis=1)
     key_valid = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
-    shape = (config.num_layers, batch, time + max_new_tokens, config.num_kv_heads, config.head_dim)
-    empty = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
 
-    def append(new, new_where, cache, write_at, positions):
-        logits, cache = module.apply(
-            variables,
-            new,
-            new_where,
-            key_positions,
-            key_valid,
-            cache,
-            write_at,
-            positions,
-            method=Decoder.decode,
-        )
-        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache
+    def best_next(cache, new, new_where, write_at, positions):
+        scores, cache = append(cache, new, new_where, key_positions, key_valid, write_at, positions)
+        return jnp.argmax(scores[:, 0], axis=-1).astype(jnp.int32), cache
 
     def record(out, counts, done, token, step):
         done = done | jnp.isin(token, stop_ids)
@@ -145,7 +214,8 @@ def greedy_decode(
         return out, counts + ~done, done
 
     last = (time - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)
-    token, cache = append(jnp.asarray(tokens), where, empty, jnp.int32(0), last[:, None])
+    empty = make_cache(batch, time + max_new_tokens)
+    token, cache = best_next(empty, jnp.asarray(tokens), where, jnp.int32(0), last[:, None])
     out, counts, done = record(
         jnp.zeros((batch, max_new_tokens), jnp.int32),
         jnp.zeros((batch,), jnp.int32),
@@ -162,7 +232,7 @@ def greedy_decode(
         step, token, cache, out, counts, done = state
         place = (lengths + step - 1)[:, None]
         first = jnp.zeros((batch, 1), jnp.int32)
-        token, cache = append(token[:, None], place, cache, time + step - 1, first)
+        token, cache = best_next(cache, token[:, None], place, time + step - 1, first)
         out, counts, done = record(out, counts, done, token, step)
         return step + 1, token, cache, out, counts, done
 

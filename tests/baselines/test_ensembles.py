@@ -184,6 +184,39 @@ def test_an_ensemble_of_copies_generates_what_each_of_them_does(setting, members
         generate_ensemble(model, gated, [[1], []], 4)
 
 
+@pytest.mark.parametrize(("aggregation", "gated"), [("probabilities", True), ("log-probabilities", False)])
+def test_every_new_token_is_the_best_of_a_fresh_forward_pass_of_all_members(setting, aggregation, gated):
+    model = ensemble_model(setting.model)
+    # Members far apart, so that they do not agree on the next token.
+    drawn = [trees.tree_random_normal(jax.random.key(k), setting.lora) for k in range(3)]
+    members = [trees.tree_axpy(0.6, noise, setting.lora) for noise in drawn]
+    gate = drawn_gate(setting, 3) if gated else None
+    ensemble = make_ensemble(members, gate=gate, aggregation=aggregation)
+    prompts = [row.prompt.tolist() for row in setting.dataset.encoded[:4]]
+    prompts[1] = prompts[1][:2]
+
+    @jax.jit
+    def mixed(tokens, prompt_end, end):
+        places = jnp.arange(32)[None]
+        weights = model.apply.log_weights(model.base, ensemble, tokens, places < prompt_end, prompt_end[None] - 1)
+        return model.apply.mixed_log_probs(
+            model.base, ensemble, weights, tokens, places < end, (end - 1)[None, None]
+        )
+
+    def expected(prompt):
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for end in range(len(prompt), len(prompt) + 5):
+            scores = mixed(jnp.asarray(tokens), jnp.asarray(len(prompt)), jnp.asarray(end))
+            tokens[0, end] = int(jnp.argmax(scores))
+        return tokens[0, len(prompt) : len(prompt) + 5].tolist()
+
+    found = generate_ensemble(model, ensemble, prompts, 5, batch_size=3, stop_ids=())
+    assert found == [expected(prompt) for prompt in prompts]
+    alone = [generate(setting.model, member, prompts, 5, stop_ids=()) for member in members]
+    assert len({str(other) for other in alone}) == 3  # the members do not agree, and a gate chooses among them
+
+
 def test_a_gate_learns_which_member_knows_what():
     rng = np.random.default_rng(0)
     group = rng.integers(0, 2, 40)
