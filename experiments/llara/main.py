@@ -38,7 +38,7 @@ from experiments.llara.scoring import (
 )
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
-from llmeraser_jax.baselines import Baseline, Ensemble, RecEraser
+from llmeraser_jax.baselines import Baseline, RecEraser
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.tasks import Metric
@@ -271,8 +271,7 @@ class LlaraTask:
         model: text or hybrid.
         encode: as the training saw examples.
         questions: by set.
-        num_generated: questions of each set that are also answered by generation. Ensembles are not asked for it:
-            they have no cache of keys and values.
+        num_generated: questions of each set that are also answered by generation.
         batch_size: prompts read together.
     """
 
@@ -298,7 +297,7 @@ class LlaraTask:
         metrics: list[Metric] = []
         for split, (scored, generated) in self._scorers.items():
             found = [scored.scored_metric(params)]
-            if generated is not None and not isinstance(params, Ensemble):
+            if generated is not None:
                 found += generated.generated_metrics(params)
             metrics += [dataclasses.replace(metric, name=f"{split}: {metric.name}") for metric in found]
         return {"metrics": study.metrics_as_json(metrics)}

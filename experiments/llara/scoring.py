@@ -20,12 +20,12 @@ from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_ba
 from experiments.llara.prompts import make_response
 from llmeraser_jax.baselines import Ensemble, ensemble_model
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble
+from llmeraser_jax.baselines.ensemble_generation import greedy_search_of_members
 from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
-from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
-from llmeraser_jax.models.generation import pad_left
+from llmeraser_jax.models.generation import empty_cache, greedy_search, pad_left
 from llmeraser_jax.types import LoraParams
 
 _PROMPT_BLOCK = 128  # prompt tokens read at a time
@@ -79,24 +79,30 @@ class _Start:
     lengths: Array  # [batch]
 
 
+def _bound(apply, base, lora) -> tuple[Decoder, Any]:
+    """The decoder and its variables, of text and of hybrid models."""
+    if isinstance(apply, ApplyHybrid):
+        base, lora = split_base(base)[0], split_adapter(lora)[0]
+    return bind(apply.config, base, lora)
+
+
+def _embeds(apply, base, lora, tokens) -> Array | None:
+    """Input embeddings where some are no words'."""
+    return embed(base, lora, tokens, apply.first_item) if isinstance(apply, ApplyHybrid) else None
+
+
 def _read_prompt(apply, base, lora, tokens, mask, num_new: int) -> tuple[Decoder, Any, _Start]:
     """Fills a cache with left-padded prompts and leaves room for `num_new` tokens.
 
     Reads blocks of tokens, each against the keys up to its own end: a pass over all of them at once would compute
     twice the scores, the half that causality hides included, and keep them all at a time.
     """
-    if isinstance(apply, ApplyHybrid):
-        embeds = embed(base, lora, tokens, apply.first_item)
-        base, lora = split_base(base)[0], split_adapter(lora)[0]
-    else:
-        embeds = None
-    config = apply.config
-    module, variables = bind(config, base, lora)
+    embeds = _embeds(apply, base, lora, tokens)
+    module, variables = _bound(apply, base, lora)
     batch, time = tokens.shape
     valid = mask.astype(bool)
     where = token_positions(valid)
-    shape = (config.num_layers, batch, 0, config.num_kv_heads, config.head_dim)
-    cache: Any = KVCache(keys=jnp.zeros(shape, module.dtype), values=jnp.zeros(shape, module.dtype))
+    cache: Any = empty_cache(apply.config, module.dtype, batch, 0)
     logits = None
     for begin in range(0, time, _PROMPT_BLOCK):
         end = min(begin + _PROMPT_BLOCK, time)
@@ -201,33 +207,35 @@ def _pack(titles: Sequence[Sequence[np.ndarray]], per_token: bool) -> _Packed:
 
 
 @partial(jax.jit, static_argnames=("apply", "num_new"))
-def _greedy(apply, base, lora, tokens, mask, num_new: int) -> Int[Array, "batch new"]:
-    batch, time = tokens.shape
-    module, variables, start = _read_prompt(apply, base, lora, tokens, mask, num_new)
-    # A slot not written yet has a later position than any query, so that causality hides it.
-    ahead = start.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)
-    key_positions = jnp.concatenate([start.where, ahead], axis=1)
-    key_valid = jnp.concatenate([start.valid, jnp.ones((batch, num_new), bool)], axis=1)
-    zero = jnp.zeros((batch, 1), jnp.int32)
+def _greedy(apply, base, params, tokens, mask, num_new: int) -> Int[Array, "batch new"]:
+    """Greedy continuations of an adapter or, where `apply` reads ensembles, of an ensemble; nothing ends a text."""
+    member_apply = apply.apply if isinstance(apply, ApplyEnsemble) else apply
 
-    def advance(state, step):
-        token, cache = state
-        logits, cache = module.apply(
+    def append(lora, cache, *call) -> Any:
+        module, variables = _bound(member_apply, base, lora)
+        new, where, key_positions, key_valid, write_at, positions = call
+        embeds = _embeds(member_apply, base, lora, new)
+        return module.apply(
             variables,
-            token[:, None],
-            (start.lengths + step)[:, None],
+            new,
+            where,
             key_positions,
             key_valid,
             cache,
-            time + step,
-            zero,
+            write_at,
+            positions,
+            embeds,
             method=Decoder.decode,
         )
-        return (jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache), token
 
-    first = jnp.argmax(start.first_logits, axis=-1).astype(jnp.int32)
-    _, out = jax.lax.scan(advance, (first, start.cache), jnp.arange(num_new, dtype=jnp.int32))
-    return out.T
+    first = params.member(0) if isinstance(apply, ApplyEnsemble) else params
+    make_cache = partial(empty_cache, member_apply.config, _bound(member_apply, base, first)[0].dtype)
+    rest = (tokens, mask.astype(bool), jnp.zeros(0, jnp.int32), num_new)
+    if not isinstance(apply, ApplyEnsemble):
+        return greedy_search(partial(append, params), make_cache, *rest)[0]
+    last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
+    log_weights = apply.log_weights(base, params, tokens, mask, last)
+    return greedy_search_of_members(append, make_cache, params, log_weights, *rest)[0]
 
 
 class Scorer:
@@ -306,11 +314,12 @@ class Scorer:
             out[rows] = np.asarray(scores)[: len(rows)]
         return out
 
-    def generate(self, lora: Lora | None) -> list[str]:
+    def generate(self, lora: LoraParams | None) -> list[str]:
         """The greedy answer to every question, as long as the longest title; only its first line is an answer."""
         out = [""] * len(self.questions)
+        apply = (ensemble_model(self.model) if isinstance(lora, Ensemble) else self.model).apply
         for rows, _, tokens, mask in self._batches():
-            new = np.asarray(_greedy(self.model.apply, self.model.base, lora, tokens, mask, self._num_new))
+            new = np.asarray(_greedy(apply, self.model.base, lora, tokens, mask, self._num_new))
             for k, row in enumerate(rows):
                 out[row] = self.model.tokenizer.decode(new[k].tolist(), skip_special_tokens=True)
         return out
@@ -322,7 +331,7 @@ class Scorer:
         total = len(self.questions)
         return count_metric(HIT_RATIO_SCORED, correct=correct, valid=total, total=total)
 
-    def generated_metrics(self, lora: Lora | None) -> tuple[Metric, Metric]:
+    def generated_metrics(self, lora: LoraParams | None) -> tuple[Metric, Metric]:
         """HitRatio@1 of generated titles, matched as LLaRA does: of all questions, and of the valid ones.
 
         LLaRA reports the latter; ValidRatio is the first one's `valid_ratio`.

@@ -5,13 +5,13 @@ Each member has a key/value cache of its own. A gated ensemble is weighed once, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
 from llmeraser_jax.models import ModelConfig
@@ -66,24 +66,58 @@ def _decode(
     *,
     max_new_tokens: int,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """New tokens (0 after the end) of prompts padded on the left, and how many each row has."""
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    dtype = bind(config, base, ensemble.member(0))[0].dtype
-    last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)
-    log_weights = apply.log_weights(base, ensemble, tokens, mask, last).astype(dtype)
+    last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)  # padding is on the left
+    return greedy_search_of_members(
+        partial(append, config, base),
+        partial(empty_cache, config, bind(config, base, ensemble.member(0))[0].dtype),
+        ensemble,
+        apply.log_weights(base, ensemble, tokens, mask, last),
+        tokens,
+        mask,
+        stop_ids,
+        max_new_tokens,
+    )
+
+
+def greedy_search_of_members(
+    append: Callable[..., tuple[Array, KVCache]],
+    make_cache: Callable[[int, int], KVCache],
+    ensemble: Ensemble,
+    log_weights: Float[Array, "members batch"],
+    tokens: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    stop_ids: Int[Array | np.ndarray, " stops"],
+    max_new_tokens: int,
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """`models.generation.greedy_search` with all members; a pure function, to be jitted.
+
+    Args:
+        append: `(member, cache, *call) -> (logits [batch, 1, vocab], cache)`, as `models.generation.append` with
+            its model given.
+        make_cache: `(batch, slots)` -> an empty one.
+        ensemble: the adapters.
+        log_weights: see `ApplyEnsemble.log_weights`.
+        tokens, mask, stop_ids, max_new_tokens: see `models.generation.greedy_decode`.
+
+    Returns:
+        New tokens (0 after the end), and how many each row has, the stop token not counted.
+    """
 
     def append_to_all(caches, *call):
         def one(total, member_cache_and_weight):
             member, cache, log_weight = member_cache_and_weight
-            logits, cache = append(config, base, member, KVCache(*cache), *call)
-            total = ensemble.add(total, log_weight, jax.nn.log_softmax(logits, axis=-1))
-            return total, (cache.keys, cache.values)
+            logits, cache = append(member, KVCache(*cache), *call)
+            log_probs = jax.nn.log_softmax(logits, axis=-1)
+            return ensemble.add(total, log_weight.astype(log_probs.dtype), log_probs), (cache.keys, cache.values)
 
-        start = ensemble.nothing_added((tokens.shape[0], 1, config.vocab_size), dtype)
+        first = KVCache(*(leaf[0] for leaf in caches))
+        shape = jax.eval_shape(lambda: append(ensemble.member(0), first, *call)[0])
+        start = ensemble.nothing_added(shape.shape, shape.dtype)
         return jax.lax.scan(one, start, (ensemble.members, caches, log_weights))
 
     def make_caches(batch, slots):
-        one = empty_cache(config, dtype, batch, slots)
+        one = make_cache(batch, slots)
         return tuple(jnp.stack([leaf] * ensemble.num_members) for leaf in (one.keys, one.values))
 
     return greedy_search(append_to_all, make_caches, tokens, mask, stop_ids, max_new_tokens)

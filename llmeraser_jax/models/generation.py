@@ -170,10 +170,10 @@ def append(
     """
     module, variables = bind(config, base, lora)
     tokens, where, key_positions, key_valid, write_at, positions = call
-    logits, cache = module.apply(
+    read: Any = module.apply(
         variables, tokens, where, key_positions, key_valid, cache, write_at, positions, method=Decoder.decode
     )
-    return logits, cache
+    return read
 
 
 def greedy_search(

@@ -145,10 +145,14 @@ def test_the_most_probable_title_is_the_answer(setting):
     assert (metric.valid, metric.total) == (5, 5)
 
 
-def test_greedy_answers_are_those_of_step_by_step_logits(setting):
+@pytest.mark.parametrize("of", ["adapter", "ensemble"])
+def test_greedy_answers_are_those_of_step_by_step_logits(setting, of):
     model, lora, questions, like = setting
+    if of == "ensemble":
+        drawn = [trees.tree_random_normal(jax.random.key(k), lora) for k in range(2)]
+        lora = make_ensemble([trees.tree_axpy(0.6, noise, lora) for noise in drawn])
     got = Scorer(model, questions, like, batch_size=2).generate(lora)
-    apply = jax.jit(model.apply)
+    apply = jax.jit(ensemble_model(model).apply)
     for question, text in zip(questions, got, strict=True):
         tokens = encode_examples([question.example], RECIPE, model.tokenizer).encoded[0].prompt.tolist()
         start, length = len(tokens), 24
