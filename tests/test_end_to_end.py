@@ -59,6 +59,11 @@ def erased(run, work):
     return load_run(work / "out")
 
 
+@pytest.fixture(scope="module")
+def heldout(work):
+    return tiny.write_rows(work / "heldout.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]])
+
+
 def test_erase_writes_adapter_delta_receipt_requests_and_edited_data(run, erased):
     model = run.load_model()
     before, after = run.load_adapter(model), erased.load_adapter(model)
@@ -180,12 +185,9 @@ def test_an_existing_output_directory_is_refused_and_kept(run, work, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, capsys):
+def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, heldout, capsys):
     common = ["--run", str(run.path), "--requests", str(work / "requests.jsonl")]
     assert main(["retrain", *common, "--workdir", str(work / "re"), "--seeds", "2"]) == 0
-    heldout = tiny.write_rows(
-        work / "heldout.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]]
-    )
     arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path), "--data", str(heldout)]
     retrained = ["--retrained", str(work / "re")]
     assert main([*arguments, *retrained, "--workdir", str(work / "eval")]) == 0
@@ -206,16 +208,16 @@ def test_evaluate_reports_every_promised_number_with_and_without_retraining(run,
     assert alone["gap_closure"]["forget_loss"] is None and alone["gap_closure"]["reason"]["forget_loss"]
 
 
-def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, capsys):
-    outside = load_examples(work / "heldout.jsonl")
+def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout, capsys):
+    outside = load_examples(heldout)
     arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
-    assert main([*arguments, "--heldout", str(work / "heldout.jsonl"), "--workdir", str(work / "shown")]) == 0
+    assert main([*arguments, "--heldout", str(heldout), "--workdir", str(work / "shown")]) == 0
     receipt = json.loads((work / "shown" / "receipt.json").read_text())
     assert receipt["heldout_sha256"] == [content_hash(example) for example in outside]
     assert json.loads((erased.path / "receipt.json").read_text())["heldout_sha256"] == []
 
     arguments = ["evaluate", "--before", str(run.path), "--after", str(work / "shown")]
-    assert main([*arguments, "--data", str(work / "heldout.jsonl"), "--workdir", str(work / "eval_shown")]) == 0
+    assert main([*arguments, "--data", str(heldout), "--workdir", str(work / "eval_shown")]) == 0
     assert "Name other examples here than to `erase`" in capsys.readouterr().err
     report = json.loads((work / "eval_shown" / "report.json").read_text())
     assert report["heldout"]["nonmembers"] == 0 and report["models"]["before"]["membership_auc"] == {}
@@ -233,6 +235,20 @@ def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, capsys):
     unknown = score_examples(model, lora, run.encode(load_examples(other)[1:], model.tokenizer)).losses
     auc = report["models"]["before"]["membership_auc"]["loss"]["value"]
     assert auc == pytest.approx(np.mean(inside < unknown))
+
+
+def test_what_an_earlier_erasure_was_shown_stays_known(run, work):
+    rows = [{**row, "id": "h" + row["id"]} for row in tiny.rows(13)[10:]]
+    parent = run.path
+    for name, row, known in (("chain_1", "r1", rows[:1]), ("chain_2", "r2", rows[:2]), ("chain_3", "r3", None)):
+        requests = write_lines(work / f"{name}.jsonl", [{"id": row, "action": "remove"}])
+        arguments = ["erase", "--run", str(parent), "--requests", str(requests), "--workdir", str(work / name)]
+        if known is not None:
+            arguments += ["--heldout", str(tiny.write_rows(work / f"{name}_known.jsonl", known))]
+        assert main([*arguments, *QUICK]) == 0
+        parent = work / name
+    shown = json.loads((parent / "receipt.json").read_text())["heldout_sha256"]
+    assert shown == [content_hash(example) for example in load_examples(work / "chain_2_known.jsonl")]
 
 
 def test_runs_that_do_not_belong_together_are_refused(run, erased, work, capsys):

@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 RECEIPT_FILE = "receipt.json"
 REQUESTS_FILE = "requests.jsonl"
 DELTA_DIRECTORY = "delta"
-SHOWN_KEY = "heldout_sha256"  # of the receipt file: content hashes of the examples given as never trained on
+# Of the receipt file: content hashes of the examples given as never trained on, here and to the erasures before.
+SHOWN_KEY = "heldout_sha256"
 
 
 def erase_run(
@@ -92,7 +93,9 @@ def erase_run(
     )
     receipt = result.receipt.to_mapping()
     with files.atomic_directory(workdir) as directory:
-        shown = [] if heldout is None else [data.content_hash(example) for example in heldout.examples]
+        earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+        now = () if heldout is None else map(data.content_hash, heldout.examples)
+        shown = list(dict.fromkeys((*earlier, *now)))
         written = {**receipt, SHOWN_KEY: shown, "parent": run.reference()}
         files.atomic_write_json(directory / RECEIPT_FILE, written)
         request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
