@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments import study
 from experiments.tallrec_movie import prepare
 from experiments.tallrec_movie.full import FullTallrecConfig, run
 from experiments.tallrec_movie.main import Split, TallrecConfig, main
@@ -29,13 +30,20 @@ class BookConfig(TallrecConfig):
     TALLRec released no training rows for its books (that file has numbers only) and no users: `valid.json` is
     trained on, `test.json` held out, and every row is a user of its own, so that removals are by row.
 
+    Rows are several times as long as the films', so that there are fewer, half the epochs and no path.
+
     Attributes:
         max_length: tokens; about half of the prompts are longer than 512 tokens of a small vocabulary. A longer
             prompt loses its beginning, the question at its end stays.
     """
 
+    methods: tuple[str, ...] = tuple(name for name in study.METHODS if name != "llmeraser-path")
+    num_rows: int = 80
     rows_per_user: int = 1
+    num_test: int = 200
+    num_kl: int = 100
     max_length: int = 1024
+    epochs: int = 12
 
     def load(self, split: Split) -> tuple[tuple[Example, ...], tuple[str, ...]]:
         """The rows of a split, each with its own number in the place of a user."""
