@@ -27,6 +27,7 @@ TRAIN = TrainConfig(
     max_grad_norm=1.0,
     checkpoint_every_steps=50,
 )
+LEARNING_RATES = (1e-5, 5e-5, 2e-4)  # for rivals that descend: from a twentieth of the training's to its own
 ERASE = EraseConfig(l2=TRAIN.l2, chunk_size=MICROBATCH)
 
 
@@ -61,6 +62,11 @@ class FullSize:
         return dataclasses.replace(
             TRAIN, epochs=self.epochs, learning_rate=self.learning_rate, l2=self.l2, seed=self.seed
         )
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """What rivals that descend are offered."""
+        return LEARNING_RATES
 
     @property
     def erase(self) -> EraseConfig:

@@ -163,16 +163,19 @@ class ApplyHybrid:
 
 @dataclasses.dataclass(frozen=True)
 class MeanItemEmbedding:
-    """Embeds a prompt as the mean frozen embedding of the items that it names; what RecEraser divides rows by.
+    """Embeds a prompt as the mean frozen embedding of its history's items; what RecEraser divides rows by.
 
     Hashable, equal for equal models. Nearer to the source than the text's embedding: it divides by embeddings of a
-    recommender trained for that.
+    recommender trained for that. Every template names the history before the candidates, which are drawn at random
+    and would be most of a mean over all items.
 
     Attributes:
         first_item: the token of item 0.
+        num_candidates: so many items at a prompt's end are no history.
     """
 
     first_item: int
+    num_candidates: int
 
     def __call__(
         self,
@@ -181,12 +184,14 @@ class MeanItemEmbedding:
         attention_mask: Int[Array, "batch time"],
         last: Int[Array, " batch"],
     ) -> Float[Array, "batch size"]:
-        """Means over the items up to and including index `last`; zeros for a prompt that names none."""
+        """Means over the history's items up to index `last`; zeros for a prompt that shows none."""
         items = base[ITEMS]
         before = jnp.arange(tokens.shape[1]) <= last[:, None]
-        named = (before & (tokens >= self.first_item) & (attention_mask > 0))[..., None]
+        named = before & (tokens >= self.first_item) & (attention_mask > 0)
+        from_the_end = jnp.cumsum(named[:, ::-1], axis=1)[:, ::-1]
+        history = (named & (from_the_end > self.num_candidates))[..., None]
         found = jnp.take(items, jnp.maximum(tokens - self.first_item, 0), axis=0)
-        return jnp.sum(jnp.where(named, found, 0), axis=1) / jnp.maximum(jnp.sum(named, axis=1), 1)
+        return jnp.sum(jnp.where(history, found, 0), axis=1) / jnp.maximum(jnp.sum(history, axis=1), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -74,6 +74,7 @@ class Preset:
         lora: the adapter.
         train: its training.
         erase: what all methods share.
+        learning_rates: what rivals that descend are offered.
         max_length: tokens; a longer prompt is an error, since a list of candidates must not be cut.
         num_generated: questions of each set that are also answered by generation.
         num_kl: held-out rows behind the held-out KL.
@@ -86,6 +87,7 @@ class Preset:
     lora: LoraConfig
     train: TrainConfig
     erase: EraseConfig
+    learning_rates: tuple[float, ...]
     max_length: int
     num_generated: int
     num_kl: int
@@ -109,6 +111,7 @@ PRESETS: Mapping[str, Preset] = {
         lora=LoraConfig(rank=8, alpha=16.0, target_modules="all-linear"),
         train=SMALL_TRAIN,
         erase=EraseConfig(l2=SMALL_TRAIN.l2, chunk_size=2),
+        learning_rates=study.LEARNING_RATES,
         max_length=1024,
         num_generated=100,
         num_kl=100,
@@ -121,6 +124,7 @@ PRESETS: Mapping[str, Preset] = {
         lora=full_size.LORA,
         train=full_size.TRAIN,
         erase=full_size.ERASE,
+        learning_rates=full_size.LEARNING_RATES,
         max_length=1024,
         num_generated=1000,
         num_kl=1000,
@@ -303,11 +307,11 @@ class LlaraTask:
         return {"metrics": study.metrics_as_json(metrics)}
 
 
-def _told(model: Model) -> dict[str, Baseline]:
+def _told(model: Model, num_candidates: int) -> dict[str, Baseline]:
     """RecEraser divides rows of hybrid prompts by their items' embeddings: the base cannot read item tokens."""
     if not isinstance(model, hybrid.HybridModel):
         return {}
-    return {"receraser": RecEraser(embed=hybrid.MeanItemEmbedding(model.first_item))}
+    return {"receraser": RecEraser(embed=hybrid.MeanItemEmbedding(model.first_item, num_candidates))}
 
 
 def make_scenario(
@@ -331,6 +335,7 @@ def make_scenario(
         lora=preset.lora,
         train=preset.train,
         erase=preset.erase,
+        learning_rates=preset.learning_rates,
         examples=prepared.train,
         requests=prepared.requests,
         shown=tuple(question.example for question in prepared.questions["validation"]),
@@ -345,7 +350,7 @@ def make_scenario(
             for ratio, meaning in HIT_RATIOS.items()
         },
         users={example.id: user for example, user in zip(prepared.train, prepared.users, strict=True)},
-        baselines=_told(model),
+        baselines=_told(model, preset.prepare.num_candidates),
         settings={
             "prepare": dataclasses.asdict(preset.prepare),
             "base": str(config.base),

@@ -2,6 +2,7 @@
 
 from experiments.study.show import set_up_logging, show
 from experiments.study.study import (
+    LEARNING_RATES,
     METHODS,
     Encode,
     Scenario,
@@ -13,6 +14,7 @@ from experiments.study.study import (
 )
 
 __all__ = [
+    "LEARNING_RATES",
     "METHODS",
     "Encode",
     "Scenario",

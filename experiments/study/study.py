@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -67,8 +68,10 @@ METHODS = (
 WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
 FIRST_KLOM_SEED = 1000  # after the training's own; retrained models have those that follow it
 LEARNING_RATES = (1e-4, 1e-3, 4e-3)
+NUM_DESCENT_STEPS = 20  # at least: where S is a batch or two, the descents take more than their own epochs
 NUM_RETAINED_SCORED = 100
 NUM_RELEARNING_STEPS = 10
+RELEARNING_RATE = 1e-3  # or the training's own, where that is lower
 
 Encode = Callable[[Sequence[Example]], TokenDataset]
 
@@ -114,6 +117,7 @@ class Scenario:
             not be those that a method takes as its target.
         make_task: `(model, encode) -> Task`.
         users: id -> user, where examples have one.
+        learning_rates: that the descents are offered.
         baselines: by name, in the place of `BASELINES`' own: methods that are told something about the data.
         num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
             does; losses, held-out KL and membership inference are of all seeds. None is all.
@@ -134,6 +138,7 @@ class Scenario:
     heldout: tuple[Example, ...]
     make_task: Callable[[Model, Encode], Task]
     users: Mapping[str, str] | None = None
+    learning_rates: tuple[float, ...] = LEARNING_RATES
     baselines: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)
     num_task_seeds: int | None = None
     question: str = ""
@@ -289,7 +294,9 @@ class Study:
         unrelated = retained_only(self.dataset, problem.named)
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
-        config = dataclasses.replace(train, batch_size=size, microbatch_size=None, learning_rate=1e-3)
+        microbatch = None if train.microbatch_size is None else min(train.microbatch_size, size)
+        rate = min(RELEARNING_RATE, train.learning_rate)
+        config = dataclasses.replace(train, batch_size=size, microbatch_size=microbatch, learning_rate=rate)
         again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
         relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
         return {"forget_loss_4_bit": rounding.after.mean_loss, "forget_loss_relearned": float(relearned)}
@@ -335,13 +342,18 @@ class Study:
         return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
     def _listed(self, name: str) -> Any:
-        """A method as the scenario or else the library has it."""
-        return self.scenario.baselines.get(name, BASELINES[name])
+        """A method as the scenario or else the library has it; descents take `NUM_DESCENT_STEPS` or more."""
+        baseline = self.scenario.baselines.get(name, BASELINES[name])
+        if not isinstance(baseline, Descent):
+            return baseline
+        steps_per_epoch = math.ceil(len(self.problem.named) / baseline.batch_size)
+        epochs = max(baseline.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch))
+        return dataclasses.replace(baseline, epochs=epochs)
 
     def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
         """A descent at the learning rate of the grid that comes nearest to retraining."""
         found: dict[float, float | str] = {}
-        for rate in LEARNING_RATES:
+        for rate in self.scenario.learning_rates:
             baseline: Any = dataclasses.replace(self._listed(name), learning_rate=rate)
             try:
                 found[rate] = self._distance(baseline.fit(self.setting()))
@@ -349,7 +361,7 @@ class Study:
                 found[rate] = str(error)
         finite = {rate: value for rate, value in found.items() if isinstance(value, float) and np.isfinite(value)}
         if not finite:
-            msg = f"No learning rate of {LEARNING_RATES} ended in finite losses."
+            msg = f"No learning rate of {self.scenario.learning_rates} ended in finite losses."
             raise FloatingPointError(msg)
         best = min(finite, key=finite.__getitem__)
         chosen: Any = dataclasses.replace(self._listed(name), learning_rate=best)

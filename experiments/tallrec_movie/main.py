@@ -130,6 +130,11 @@ class TallrecConfig:
         )
 
     @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """What rivals that descend are offered."""
+        return study.LEARNING_RATES
+
+    @property
     def erase(self) -> EraseConfig:
         """What the package's own ways share: its defaults, in the training's micro-batches."""
         return EraseConfig(l2=self.l2, chunk_size=2, diagnostic_sample=16)
@@ -155,6 +160,7 @@ def make_scenario(config: TallrecConfig, name: ScenarioName, model: Model) -> st
         lora=config.lora,
         train=config.train,
         erase=config.erase,
+        learning_rates=config.learning_rates,
         examples=examples,
         requests=requests,
         shown=shown,

@@ -142,6 +142,11 @@ class TofuConfig:
         )
 
     @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """What rivals that descend are offered."""
+        return study.LEARNING_RATES
+
+    @property
     def erase(self) -> EraseConfig:
         """What the package's own ways share."""
         return EraseConfig(l2=self.l2, chunk_size=2)
@@ -294,6 +299,7 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         lora=config.lora,
         train=config.train,
         erase=config.erase,
+        learning_rates=config.learning_rates,
         examples=train,
         requests=tuple(Request(id=example.id, action=Action.REMOVE) for example in examples(authors.forgotten)),
         shown=examples(authors.shown),

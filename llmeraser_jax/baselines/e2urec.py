@@ -10,9 +10,9 @@ what more training on S would raise is lowered. The remembering teacher is the t
 after some epochs of the first term alone, as the authors' public script has it; alpha and the share are that
 script's defaults (its published call passes alpha 2 and gives the remembering side 0.6). What differs from the
 source: the trained LoRA adapter is moved, where the source adds a new one to a wholly tuned T5; the augmented model
-is a copy of the adapter, tuned with Adam, by default at the same rate (the published calls: at a twentieth); KL is
-averaged over the response's tokens; and edits, whose wanted pair counts as data to learn: its cross entropy has the
-coefficient of the retained rows (see `descent`).
+is a copy of the adapter, tuned with Adam, by default for 20 epochs at the same rate (the published calls: 1200
+batches of 16 at a twentieth); KL is averaged over the response's tokens; and edits, whose wanted pair counts as
+data to learn: its cross entropy has the coefficient of the retained rows (see `descent`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class E2URec(Descent):
     alpha: float = 1.0
     forget_share: float = 0.5
     forget_only_epochs: int = 1
-    augment_epochs: int = 1
+    augment_epochs: int = 20
     augment_learning_rate: float | None = None
 
     def __post_init__(self) -> None:

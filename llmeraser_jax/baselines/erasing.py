@@ -1,7 +1,10 @@
 """LLMEraser in its modes, behind the interface of the baselines: `unlearning.erase` with a setting's data.
 
 Source: Ding et al. 2025 (arXiv 2412.00383). What the package computes and where it differs from the paper is stated
-in `unlearning` and in the README; `PAPER_STEP` is the paper's single step as its formula has it.
+in `unlearning` and in the README. `PAPER_STEP` is the paper's single step as far as its formula goes (the exact
+Hessian over all rows, no trust region), but solved by the package's damped conjugate gradients, which stop at
+negative curvature. The paper descends on the quadratic in mini-batches: that is `solver="descent"`, and
+`method="reference-compat"` for its released code.
 """
 
 from __future__ import annotations

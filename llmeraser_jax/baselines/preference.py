@@ -4,9 +4,10 @@ Sources: NPO, Zhang et al. 2024 (arXiv 2404.05868), with the retain term of its 
 al. 2024 (arXiv 2410.07163), with the same retain term and the weights of the authors' TOFU configuration for
 forget05 (0.1375 on S, 1 on retained rows, beta 2.5), here as a ratio. As beta goes to 0, NPO's gradient becomes
 that of gradient ascent on `log p(y|x)`; away from it, rows that are already improbable are left alone.
-What differs from both: edits, whose wanted pair is descended on by its cross entropy (see `descent`); an adapter is
-moved and not the whole model; the reference is the trained adapter, evaluated again at each step (1/3 of a gradient
-per row); a response's tokens are those under the loss, the end-of-sequence token included.
+What differs from both: edits, whose wanted pair counts as data to learn: its cross entropy has the coefficient of
+the retained rows (1 where they have none; see `descent`); an adapter is moved and not the whole model; the
+reference is the trained adapter, evaluated again at each step (1/3 of a gradient per row); a response's tokens are
+those under the loss, the end-of-sequence token included.
 """
 
 from __future__ import annotations
@@ -34,8 +35,18 @@ class _Preference(Descent):
 
     def phases(self) -> tuple[Phase, ...]:
         """One, on S and, with a weight, on R."""
-        retain = CrossEntropy() if self.retain_weight > 0 else None
-        return (Phase(epochs=self.epochs, forget=self._forget(), retain=retain, retain_weight=self.retain_weight),)
+        weight = self.retain_weight
+        retain = CrossEntropy() if weight > 0 else None
+        wanted_weight = weight if weight > 0 else 1.0
+        return (
+            Phase(
+                epochs=self.epochs,
+                forget=self._forget(),
+                wanted_weight=wanted_weight,
+                retain=retain,
+                retain_weight=weight,
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -217,6 +217,13 @@ def test_equal_length_ascent_is_the_control(setting):
     assert difference.gradient_equivalents == 2 * (5 + 3)
 
 
+def test_wanted_pairs_weigh_as_much_as_retained_rows():
+    (phase,) = SimNPO().phases()
+    assert phase.wanted_weight == phase.retain_weight == 1 / 0.1375 and phase.forget_weight == 1
+    (alone,) = NPO(retain_weight=0.0).phases()
+    assert alone.wanted_weight == 1 and alone.retain is None
+
+
 def test_a_diverging_descent_is_an_error(setting):
     broken = dataclasses.replace(setting, lora=jax.tree.map(lambda x: x * jnp.nan, setting.lora))
     with pytest.raises(FloatingPointError, match="at step 1 of 12 a loss is nan or infinite"):

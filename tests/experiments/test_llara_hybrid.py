@@ -136,16 +136,18 @@ def test_rounding_merges_the_layers_and_leaves_the_projector(model, text_model, 
         quantise_merged(text_model, adapter)
 
 
-def test_a_prompt_is_embedded_as_the_mean_of_the_items_it_names(model):
+def test_a_prompt_is_embedded_as_the_mean_of_the_items_of_its_history(model):
     first, items = model.first_item, np.asarray(model.base[hybrid.ITEMS])
-    embed = hybrid.MeanItemEmbedding(first)
-    tokens = np.array([[0, 1, first + 2, 3, first, first + 1], [1, 2, 3, 1, 2, first + 1]])
-    mask = np.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    found = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask), jnp.array([4, 4]))
+    embed = hybrid.MeanItemEmbedding(first, num_candidates=1)
+    tokens = np.array([[0, 1, first + 2, 3, first, first + 4, first + 1], [1, 2, 3, 1, 2, first + 1, first + 1]])
+    mask = np.array([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    last = jnp.array([5, 5])
+    found = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask), last)
     np.testing.assert_allclose(found, [(items[2] + items[0]) / 2, 0 * items[0]], rtol=1e-6)
-    masked = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask * (tokens != first)), jnp.array([4, 4]))
+    masked = embed(model.base, jnp.asarray(tokens), jnp.asarray(mask * (tokens != first)), last)
     np.testing.assert_allclose(masked[0], items[2], rtol=1e-6)
-    assert embed == hybrid.MeanItemEmbedding(first) and hash(embed) == hash(hybrid.MeanItemEmbedding(first))
+    same = hybrid.MeanItemEmbedding(first, num_candidates=1)
+    assert embed == same and hash(embed) == hash(same)
 
 
 def test_the_gradient_of_the_projector_is_that_of_finite_differences(model, adapter, stack):
