@@ -83,9 +83,10 @@ class Corpus:
 
 
 def load_corpus(directory: Path) -> Corpus:
-    """Reads whichever of the four kinds of files the directory holds.
+    """Reads whichever of the five kinds of files the directory holds.
 
-    * LLaRA's task as JSON lines: `train.jsonl`, `val.jsonl`, `test.jsonl` and MovieLens' `u.item`
+    * LLaRA's task as JSON lines: `train.jsonl`, `val.jsonl`, `test.jsonl` and MovieLens' `u.item`, or `id2name.txt`
+      as with its LastFM and Steam
     * MovieLens-100K: `u.data` and `u.item`
     * LastFM (hetrec2011-lastfm-2k): `user_artists.dat`, `user_taggedartists-timestamps.dat`, `artists.dat`
     * any other sequences: `sequences.jsonl` and `id2name.txt`
@@ -114,7 +115,8 @@ def _refusal(path: Path) -> str:
         f"{path} is a pickle, which is not read: unpickling runs whatever code the file holds. Give MovieLens' or "
         "LastFM's raw files, or JSON lines: write the data frame with pandas' "
         "to_json(..., orient='records', lines=True) on a machine where the file may be trusted, as train.jsonl, "
-        "val.jsonl and test.jsonl with the columns seq and next."
+        "val.jsonl and test.jsonl with the columns seq and next, and in train.jsonl a column user (rows are held "
+        "out by user), beside u.item (MovieLens) or id2name.txt (LastFM, Steam)."
     )
 
 
@@ -233,18 +235,29 @@ def load_sequences(directory: Path, seed: int = 0) -> Corpus:
         if "user" not in row or not isinstance(row.get("items"), list):
             msg = f"{where}: expected a user and a list of items, got the keys {', '.join(row)}."
             raise CorpusError(msg)
-        if not sequences and "domain" in row:
-            if row["domain"] not in ("movie", "artist", "game"):
-                msg = f"{where}: domain is {row['domain']!r}; it must be movie, artist or game."
-                raise CorpusError(msg)
-            domain = row["domain"]
+        if not sequences:
+            domain = _domain_of(where, row)
         user = str(row["user"])
         if user in sequences:
             msg = f"{where}: user {user!r} occurs twice; give each user's items in one line."
             raise CorpusError(msg)
         sequences[user] = [int(item) for item in row["items"]]
+    return _from_sequences(domain, _load_names(directory), sequences, seed)
+
+
+def _domain_of(where: str, row: Mapping[str, Any]) -> Domain:
+    """What the first line of a file says that its items are."""
+    domain = row.get("domain", "game")
+    if domain not in ("movie", "artist", "game"):
+        msg = f"{where}: domain is {domain!r}; it must be movie, artist or game."
+        raise CorpusError(msg)
+    return domain
+
+
+def _load_names(directory: Path) -> dict[int, str]:
+    """Titles of `id2name.txt`; items without one are left out."""
     titles = {int(cells[0]): cells[1].strip() for cells in _table(directory / "id2name.txt", "::", 2)}
-    return _from_sequences(domain, titles, sequences, seed)
+    return {item: title for item, title in titles.items() if title}
 
 
 def _ordered(events: Mapping[str, Iterable[tuple[int, int]]]) -> dict[str, list[int]]:
@@ -277,7 +290,7 @@ def _from_sequences(
     return Corpus(domain=domain, titles=titles, train=train, val=val, test=test)
 
 
-# LLaRA's own split of MovieLens
+# LLaRA's own splits
 
 
 def load_llara(directory: Path) -> Corpus:
@@ -286,21 +299,35 @@ def load_llara(directory: Path) -> Corpus:
     Only training rows name their user. Histories of fewer than 3 items are left out, as LLaRA does when it loads
     them; padding items, which have no title, are dropped.
     """
-    titles = load_movie_titles(directory / "u.item")
+    return _llara_corpus("movie", directory, load_movie_titles(directory / "u.item"))
+
+
+def load_llara_by_id(directory: Path) -> Corpus:
+    """LLaRA's LastFM and Steam as JSON lines: the same with items alone, and titles as `id::name` in `id2name.txt`.
+
+    An optional key `domain` (movie, artist or game) in the first line of `train.jsonl` chooses the wording; it is
+    game otherwise.
+    """
+    first = next(_json_lines(directory / "train.jsonl"), None)
+    domain = "game" if first is None else _domain_of(*first)
+    return _llara_corpus(domain, directory, _load_names(directory))
+
+
+def _llara_corpus(domain: Domain, directory: Path, titles: Mapping[int, str]) -> Corpus:
     splits = {
         name: tuple(_llara_rows(directory / f"{name}.jsonl", name, titles)) for name in ("train", "val", "test")
     }
-    return Corpus(domain="movie", titles=titles, **splits)
+    return Corpus(domain=domain, titles=titles, **splits)
 
 
 def _llara_rows(path: Path, split: str, titles: Mapping[int, str]) -> Iterator[Row]:
     positions: dict[str, int] = defaultdict(int)
     for where, fields in _json_lines(path):
         try:
-            history = tuple(int(item) for item, _ in fields["seq"])
-            target, _ = fields["next"]
+            history = tuple(_item(event) for event in fields["seq"])
+            target = _item(fields["next"])
         except (KeyError, TypeError, ValueError) as error:
-            msg = f"{where}: expected seq and next of [item, rating] pairs."
+            msg = f"{where}: expected seq, a list of items or [item, rating] pairs, and next, one of them."
             raise CorpusError(msg) from error
         user = str(fields.get("user", ""))
         position = positions[user]
@@ -308,11 +335,19 @@ def _llara_rows(path: Path, split: str, titles: Mapping[int, str]) -> Iterator[R
         history = tuple(item for item in history if item in titles)
         if len(history) >= MIN_HISTORY:
             id_ = f"{user}-{position}" if user else f"{split}-{position}"
-            yield Row(id=id_, user=user, history=history[-HISTORY_LENGTH:], target=int(target))
+            yield Row(id=id_, user=user, history=history[-HISTORY_LENGTH:], target=target)
+
+
+def _item(event: Any) -> int:
+    """The item of an event: itself, or of a pair with a rating."""
+    if isinstance(event, Sequence) and not isinstance(event, str):
+        event, _ = event
+    return int(event)
 
 
 _KINDS = (
     (("train.jsonl", "val.jsonl", "test.jsonl", "u.item"), load_llara),
+    (("train.jsonl", "val.jsonl", "test.jsonl", "id2name.txt"), load_llara_by_id),
     (("u.data", "u.item"), load_movielens),
     (("user_artists.dat", "user_taggedartists-timestamps.dat", "artists.dat"), load_lastfm),
     (("sequences.jsonl", "id2name.txt"), load_sequences),

@@ -33,14 +33,20 @@ NUM_AUTHORS = 200
 FIRST_FORGOTTEN = 190  # forget05 is the last ten authors
 FIRST_PERTURBED = 180  # forget10 and its perturbed answers begin here
 # A path, and the Hessian over all rows, cost several retrainings here.
+WORLD_FACTS = "world_facts_perturbed.json"  # read where it is there
 METHODS = tuple(name for name in study.METHODS if name not in ("llmeraser-path", "llmeraser-paper-step"))
 _RATIO = (
     "mean of min(R, 1/R) on the forgotten questions, R the probability of the wrong answers over the right one's"
 )
 METRICS = {
+    "model utility": MetricMeaning(
+        meaning="TOFU's own: harmonic mean of probability, ROUGE-L recall and truth ratio on retained authors, "
+        "real authors and world facts.",
+        better="higher",
+    ),
     "utility of 6": MetricMeaning(
         meaning="harmonic mean of probability, ROUGE-L recall and truth ratio on retained and on real authors, "
-        "without the world facts of TOFU's own.",
+        "without the world facts of TOFU's own, whose file was not there.",
         better="higher",
     ),
     "ROUGE-L, retained": MetricMeaning(
@@ -69,7 +75,7 @@ class TofuConfig:
             released (180 to 189), the others from 0 on.
         num_shown: authors that are not trained on, before author 180, and that erasing by matching is shown.
         num_heldout: more of them: held-out KL, and non-members of membership inference.
-        num_utility: questions of retained and of real authors each, behind the model utility.
+        num_utility: questions of retained authors, real authors and world facts each, behind the model utility.
         retrain_seeds: retrained models.
         method_seeds: seeds of each method.
         klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
@@ -218,14 +224,12 @@ def rows_of(authors: Sequence[int]) -> list[int]:
 
 
 class TofuTask:
-    """Truth ratios on the forgotten authors' questions, and the parts of the model utility.
-
-    TOFU's utility has a third part, world facts, whose file this takes no notice of: the number is the harmonic
-    mean of six, not of nine.
+    """Truth ratios on the forgotten authors' questions, and the model utility.
 
     Args:
         encode: as the training saw examples.
         forgotten, retained, real_authors: questions with their wrong answers.
+        world_facts: the same; without them the utility is the harmonic mean of six numbers, not of nine.
     """
 
     def __init__(
@@ -235,24 +239,34 @@ class TofuTask:
         forgotten: tofu.Questions,
         retained: tofu.Questions,
         real_authors: tofu.Questions,
+        world_facts: tofu.Questions | None = None,
     ):
-        self.encode, self.forgotten, self.retained, self.real_authors = encode, forgotten, retained, real_authors
+        self.encode, self.forgotten, self.retained = encode, forgotten, retained
+        self.others = (real_authors,) if world_facts is None else (real_authors, world_facts)
 
     def __call__(self, model: Model, params: Any) -> Mapping[str, Any]:
         forgotten = tofu.score_questions(model, params, self.forgotten, self.encode, with_answers=False)
         parts = [
             tofu.score_questions(model, params, questions, self.encode).utility(choice=choice)
-            for questions, choice in ((self.retained, False), (self.real_authors, True))
+            for questions, choice in ((self.retained, False), *((questions, True) for questions in self.others))
         ]
         ratios = {mean: forgotten.truth_ratio(mean=mean) for mean in ("geometric", "arithmetic")}
-        utility = float(hmean([number for part in parts for number in dataclasses.astuple(part)]))
-        values = {
-            "utility of 6": utility,
-            "ROUGE-L, retained": parts[0].rouge,
-            **{f"truth ratio ({mean})": tofu.forget_truth_ratio(r) for mean, r in ratios.items()},
-        }
+        if len(parts) == 3:
+            retained, real, world = parts
+            nine = tofu.ModelUtility(retained=retained, real_authors=real, world_facts=world)
+            utility = {"model utility": nine.value}
+        else:
+            utility = {"utility of 6": float(hmean([n for part in parts for n in dataclasses.astuple(part)]))}
+        values = {**utility, "ROUGE-L, retained": parts[0].rouge}
+        metrics = {name: {"value": value, "standard_error": None} for name, value in values.items()}
+        for mean, found in ratios.items():
+            each = np.minimum(found, 1 / found)
+            metrics[f"truth ratio ({mean})"] = {
+                "value": tofu.forget_truth_ratio(found),
+                "standard_error": float(each.std(ddof=1) / np.sqrt(len(each))),
+            }
         return {
-            "metrics": {name: {"value": value, "standard_error": None} for name, value in values.items()},
+            "metrics": metrics,
             "truth_ratios": ratios["geometric"].tolist(),
             "utility_parts": [dataclasses.asdict(part) for part in parts],
         }
@@ -283,12 +297,16 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
         return tofu.questions_from_rows([perturbed[rows[place]] for place in places])
 
-    real = tofu.questions_from_rows(read_rows(config.data / "real_authors_perturbed.json")[: config.num_utility])
+    def questions_of(name: str) -> tofu.Questions:
+        return tofu.questions_from_rows(read_rows(config.data / name)[: config.num_utility])
+
+    real = questions_of("real_authors_perturbed.json")
+    world = questions_of(WORLD_FACTS) if (config.data / WORLD_FACTS).exists() else None
     forgotten = perturbed_of(authors.forgotten, ROWS_PER_AUTHOR * len(authors.forgotten))
     retained = perturbed_of(authors.retained, config.num_utility)
 
     def make_task(_: Model, encode: study.Encode) -> TofuTask:
-        return TofuTask(encode, forgotten=forgotten, retained=retained, real_authors=real)
+        return TofuTask(encode, forgotten=forgotten, retained=retained, real_authors=real, world_facts=world)
 
     train = examples((*authors.retained, *authors.forgotten))
     counts = ("num_forgotten", "num_retained", "num_shown", "num_heldout", "num_utility")
@@ -311,7 +329,10 @@ def make_scenario(config: TofuConfig, model: Model) -> study.Scenario:
         f"{len(authors.forgotten) + len(authors.retained)} fictitious authors (TOFU), as if it had never read of "
         "them, and still answer about the others?",
         metrics=METRICS,
-        settings={name: getattr(config, name) for name in counts},
+        settings={
+            **{name: getattr(config, name) for name in counts},
+            **({} if world is None else {"num_world_facts": len(world.answered)}),
+        },
     )
 
 

@@ -74,8 +74,30 @@ def test_an_item_without_a_title_is_named(tmp_path):
 
 def test_rows_of_another_form_are_named_by_line(tmp_path):
     _write_llara(tmp_path)
-    _write_jsonl(tmp_path / "val.jsonl", [{"seq": [0, 1, 2], "next": 3}])
-    with pytest.raises(CorpusError, match=r"val.jsonl, line 1: expected seq and next"):
+    _write_jsonl(tmp_path / "val.jsonl", [{"seq": [0, 1, "two"], "next": 3}])
+    with pytest.raises(CorpusError, match=r"val.jsonl, line 1: expected seq, a list of items"):
+        load_corpus(tmp_path)
+
+
+def test_llaras_other_splits_name_items_alone_and_titles_by_number(tmp_path):
+    # As its LastFM and Steam: padded with the number after the last item; a name may hold a colon.
+    (tmp_path / "id2name.txt").write_text("".join(f"{k}::Band {k}: live\n" for k in range(5)))
+    rows = [
+        {"user": 3, "domain": "artist", "seq": [0, 1, 2, 5], "len_seq": 3, "next": 3},
+        {"seq": [4, 3, 2], "next": 0},
+    ]
+    _write_jsonl(tmp_path / "train.jsonl", rows)
+    for split in ("val", "test"):
+        _write_jsonl(tmp_path / f"{split}.jsonl", [{"seq": [3, 2, 1, 5], "next": 4}])
+    corpus = load_corpus(tmp_path)
+    assert corpus.domain == "artist" and corpus.titles[4] == "Band 4: live" and corpus.num_items == 5
+    assert corpus.train == (
+        Row(id="3-0", user="3", history=(0, 1, 2), target=3),
+        Row(id="train-0", user="", history=(4, 3, 2), target=0),
+    )
+    assert corpus.test == (Row(id="test-0", user="", history=(3, 2, 1), target=4),)
+    _write_jsonl(tmp_path / "train.jsonl", [{**rows[0], "domain": "opera"}])
+    with pytest.raises(CorpusError, match=r"train.jsonl, line 1: domain is 'opera'"):
         load_corpus(tmp_path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from scipy.stats import sem
 
 from experiments.tofu import main as experiment
 from experiments.tofu.main import FullTofuConfig, Preset, TofuConfig, choose_authors, make_scenario
@@ -92,10 +93,31 @@ def test_the_task_is_tofus_formulas_on_the_models_losses(directory):
     assert metrics["truth ratio (geometric)"]["value"] == pytest.approx(
         np.minimum(expected, 1 / expected).mean(), rel=1e-4
     )
+    each = [min(ratio, 1 / ratio) for ratio in expected]
+    assert metrics["truth ratio (geometric)"]["standard_error"] == pytest.approx(sem(each), rel=1e-3)
     numbers = [value for part in measured["utility_parts"] for value in part.values()]
     utility = 0.0 if 0 in numbers else 6 / sum(1 / value for value in numbers)
     assert len(numbers) == 6
     assert metrics["utility of 6"]["value"] == pytest.approx(utility)
+
+
+def test_world_facts_make_the_utility_tofus_own_where_their_file_is_there(directory, tmp_path):
+    model = load_model(directory / "base")
+    for path in directory.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = (directory / "real_authors_perturbed.json").read_text().splitlines()
+    (tmp_path / "world_facts_perturbed.json").write_text("\n".join(rows[1:]) + "\n")
+    config = _config(directory, data=tmp_path)
+    scenario = make_scenario(config, model)
+    assert scenario.settings["num_world_facts"] == min(len(rows) - 1, config.num_utility)
+    assert "num_world_facts" not in make_scenario(_config(directory), model).settings
+    measured = scenario.make_task(
+        model, lambda examples: encode_examples(examples, config.recipe, model.tokenizer)
+    )(model, None)
+    numbers = [value for part in measured["utility_parts"] for value in part.values()]
+    assert len(numbers) == 9 and "utility of 6" not in measured["metrics"]
+    utility = 0.0 if 0 in numbers else 9 / sum(1 / value for value in numbers)
+    assert measured["metrics"]["model utility"]["value"] == pytest.approx(utility)
 
 
 def test_files_that_are_not_tofus_are_refused(directory, tmp_path):
