@@ -32,7 +32,8 @@ _METHODS = {
     "llmeraser-path": "this package: many small influence-function steps that take the weight out of S",
     "llmeraser-step": "this package: one influence-function step, kept short enough to be trusted",
     "llmeraser-newton": "this package: one Newton step on the edited data",
-    "llmeraser-paper-step": "the paper's single step as its formula has it, with the Hessian and not shortened",
+    "llmeraser-paper-step": "the paper's single step with the Hessian, not shortened, solved by damped conjugate "
+    "gradients (the paper descends on the quadratic)",
     "finetune-edited": "a short fine-tuning on the edited data: what one does without a method",
     "gradient-ascent": "raises the loss on S, and nothing holds the rest",
     "gradient-difference": "raises the loss on S and lowers it on retained examples",
