@@ -15,6 +15,7 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature.operators import Curvature, DatasetCurvature
+from llmeraser_jax.curvature.slicing import slice_in_inner_loops
 from llmeraser_jax.losses import weight_sum
 from llmeraser_jax.types import LoraParams, Operator
 
@@ -48,7 +49,8 @@ class LinearisedCurvature:
         """The product with `v`: tangents only."""
         given, own = jax.tree.leaves(self.operator), iter(self.residuals.values)
         leaves = [next(own) if source == _OWN else given[source] for source in self.residuals.sources]
-        data_term = jax.tree.unflatten(self.residuals.structure, leaves)(v)
+        product = slice_in_inner_loops(lambda leaves, v: jax.tree.unflatten(self.residuals.structure, leaves)(v))
+        data_term = product(leaves, v)
         l2 = self.operator.objective.l2 * weight_sum(self.operator.stack)
         return trees.tree_axpy(l2, v, data_term)
 
