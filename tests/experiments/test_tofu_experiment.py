@@ -66,6 +66,16 @@ def test_all_rows_of_the_forgotten_authors_are_removed_and_no_other(directory):
     assert {scenario.users[e.id] for e in scenario.examples[-40:]} == {"190", "191"}  # pyright: ignore
 
 
+def _losses(model, encode, rows, texts):
+    """Of the base, nats per token of each text as the answer."""
+    examples = [
+        experiment.Example(id=str(k), instruction=row["question"], response=text, format="question")
+        for k, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+    data = encode(examples)
+    return -score_examples(model, None, data).log_probs / data.num_targets
+
+
 def test_the_task_is_tofus_formulas_on_the_models_losses(directory):
     model = load_model(directory / "base")
     config = _config(directory)
@@ -77,16 +87,10 @@ def test_the_task_is_tofus_formulas_on_the_models_losses(directory):
     measured = scenario.make_task(model, encode)(model, None)
     rows = [json.loads(line) for line in (directory / "forget10_perturbed.json").read_text().splitlines()][200:220]
 
-    def losses(texts):
-        examples = [
-            experiment.Example(id=str(k), instruction=row["question"], response=text, format="question")
-            for k, (row, text) in enumerate(zip(rows, texts, strict=True))
-        ]
-        data = encode(examples)
-        return -score_examples(model, None, data).log_probs / data.num_targets
-
-    right = losses([row["paraphrased_answer"] for row in rows])
-    wrong = np.stack([losses([row["perturbed_answer"][k] for row in rows]) for k in (0, 1)], axis=1)
+    right = _losses(model, encode, rows, [row["paraphrased_answer"] for row in rows])
+    wrong = np.stack(
+        [_losses(model, encode, rows, [row["perturbed_answer"][k] for row in rows]) for k in (0, 1)], axis=1
+    )
     expected = np.exp(-wrong.mean(1)) / np.exp(-right)
     np.testing.assert_allclose(measured["truth_ratios"], expected, rtol=1e-4)
     metrics = measured["metrics"]
@@ -111,9 +115,16 @@ def test_world_facts_make_the_utility_tofus_own_where_their_file_is_there(direct
     scenario = make_scenario(config, model)
     assert scenario.settings["num_world_facts"] == min(len(rows) - 1, config.num_utility)
     assert "num_world_facts" not in make_scenario(_config(directory), model).settings
-    measured = scenario.make_task(
-        model, lambda examples: encode_examples(examples, config.recipe, model.tokenizer)
-    )(model, None)
+
+    def encode(examples):
+        return encode_examples(examples, config.recipe, model.tokenizer)
+
+    measured = scenario.make_task(model, encode)(model, None)
+    # Of world facts, as of real authors, the probability is relative to the wrong answers.
+    world = [json.loads(row) for row in rows[1 : 1 + config.num_utility]]
+    texts = [[row["answer"], *row["perturbed_answer"]] for row in world]
+    each = np.exp(-np.stack([_losses(model, encode, world, answers) for answers in zip(*texts, strict=True)]))
+    assert measured["utility_parts"][2]["probability"] == pytest.approx(np.mean(each[0] / each.sum(0)), rel=1e-4)
     numbers = [value for part in measured["utility_parts"] for value in part.values()]
     assert len(numbers) == 9 and "utility of 6" not in measured["metrics"]
     utility = 0.0 if 0 in numbers else 9 / sum(1 / value for value in numbers)
