@@ -67,10 +67,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -
         if equation.primitive is scan_p and equation.params["length"] > 0:
             outputs = _scan(equation, values)
         elif equation.primitive in (remat_p, jit_p) and any(isinstance(value, _Slice) for value in values):
-            inner = equation.params["jaxpr"]
-            closed = isinstance(inner, core.ClosedJaxpr)
-            program, its_consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-            outputs = _evaluate(program, its_consts, values)
+            outputs = _evaluate(*_body(equation), values)
         else:
             read_here = {atom: _take(known[atom]) for atom in equation.invars if isinstance(atom, core.Var)}
             alone = jaxpr.replace(constvars=[], invars=list(read_here), outvars=equation.outvars, eqns=[equation])
@@ -79,15 +76,25 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -
     return [_take(read(atom)) for atom in jaxpr.outvars]
 
 
+def _body(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The program inside an equation, and its constants."""
+    inner = equation.params["jaxpr"]
+    return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
+
+
 def _scan(equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
     """A loop that counts, and whose slices are those of its input."""
-    params = equation.params
-    num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
+    params, (body, its_consts) = equation.params, _body(equation)
+    # Told by their shapes, since versions of JAX name them in different ways: what a loop runs over and what it
+    # stacks has an axis more outside than inside.
+    same_in, same_out = _as_outside(equation.invars, body.invars), _as_outside(equation.outvars, body.outvars)
+    num_carry = sum(same_out)
+    num_consts = sum(same_in) - num_carry
     consts, xs = list(map(_take, values[:num_consts])), values[num_consts + num_carry :]
 
     def step(carry, index):
         slices = [x.slice(index) if isinstance(x, _Slice) else _Slice(x, index) for x in xs]
-        outputs = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *slices])
+        outputs = _evaluate(body, its_consts, [*consts, *carry, *slices])
         return outputs[:num_carry], outputs[num_carry:]
 
     carry, ys = jax.lax.scan(
@@ -98,3 +105,7 @@ def _scan(equation: core.JaxprEqn, values: list[Any]) -> list[Any]:
         unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _as_outside(outer: Sequence[Any], inner: Sequence[Any]) -> list[bool]:
+    return [o.aval.shape == i.aval.shape for o, i in zip(outer, inner, strict=True)]

@@ -42,9 +42,10 @@ def shapes_cut(fn, *args) -> set:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dynamic_slice":
                 found.add(tuple(n for n in equation.outvars[0].aval.shape if n > 1))
-            if equation.primitive.name == "scan":
-                start = equation.params["num_consts"] + equation.params["num_carry"]
-                found.update(atom.aval.shape[1:] for atom in equation.invars[start:])
+            if equation.primitive.name == "scan":  # it runs over what has an axis more outside than inside
+                body = inner(equation.params["jaxpr"]).invars
+                shapes = [(o.aval.shape, i.aval.shape) for o, i in zip(equation.invars, body, strict=True)]
+                found.update(within for outside, within in shapes if outside != within)
             jax.tree.map(look, [p for p in map(inner, equation.params.values()) if p is not None])
 
     def inner(value):
