@@ -32,7 +32,7 @@ from llmeraser_jax.baselines.erasing import Erasing
 from llmeraser_jax.data import Example, Recipe, Request, TokenDataset, load_requests, request_to_json, save_examples
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
-from llmeraser_jax.evaluation.robustness import relearn, retained_only, robustness_to_rounding
+from llmeraser_jax.evaluation.robustness import quantise_merged, relearn, retained_only
 from llmeraser_jax.evaluation.scoring import ExampleScores, heldout_kl_of, make_task_metrics, score_examples
 from llmeraser_jax.evaluation.study import BEFORE, PARTS, RETRAINED, StudyManifest, read_study, write_manifest
 from llmeraser_jax.evaluation.study import Study as StudyResults
@@ -290,7 +290,8 @@ class Study:
     def probe(self, lora: Lora) -> dict[str, float]:
         """Loss on S after 4-bit rounding of the merged model, and after training on retained rows for a while."""
         problem, train = self.problem, self.scenario.train
-        rounding = robustness_to_rounding(self.model, lora, problem.examples, self._heldout, indices=problem.named)
+        rounded, rest = quantise_merged(self.model, lora)
+        rounded_loss = score_examples(rounded, rest, problem.examples, problem.named).losses.mean()
         unrelated = retained_only(self.dataset, problem.named)
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
@@ -299,7 +300,7 @@ class Study:
         config = dataclasses.replace(train, batch_size=size, microbatch_size=microbatch, learning_rate=rate)
         again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
         relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
-        return {"forget_loss_4_bit": rounding.after.mean_loss, "forget_loss_relearned": float(relearned)}
+        return {"forget_loss_4_bit": float(rounded_loss), "forget_loss_relearned": float(relearned)}
 
     def _kept(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is in a file, or is computed and then kept there."""

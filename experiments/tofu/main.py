@@ -32,8 +32,8 @@ ROWS_PER_AUTHOR = 20
 NUM_AUTHORS = 200
 FIRST_FORGOTTEN = 190  # forget05 is the last ten authors
 FIRST_PERTURBED = 180  # forget10 and its perturbed answers begin here
-# A path, and the Hessian over all rows, cost several retrainings here.
 WORLD_FACTS = "world_facts_perturbed.json"  # read where it is there
+# A path, and the Hessian over all rows, cost several retrainings here.
 METHODS = tuple(name for name in study.METHODS if name not in ("llmeraser-path", "llmeraser-paper-step"))
 _RATIO = (
     "mean of min(R, 1/R) on the forgotten questions, R the probability of the wrong answers over the right one's"
@@ -260,9 +260,9 @@ class TofuTask:
         values = {**utility, "ROUGE-L, retained": parts[0].rouge}
         metrics = {name: {"value": value, "standard_error": None} for name, value in values.items()}
         for mean, found in ratios.items():
-            each = np.minimum(found, 1 / found)
+            each = tofu.forget_truth_ratios(found)
             metrics[f"truth ratio ({mean})"] = {
-                "value": tofu.forget_truth_ratio(found),
+                "value": float(each.mean()),
                 "standard_error": float(each.std(ddof=1) / np.sqrt(len(each))),
             }
         return {

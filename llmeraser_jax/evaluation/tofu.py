@@ -70,11 +70,16 @@ def truth_ratio(
     return np.exp(log_wrong + right)
 
 
-def forget_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> float:
-    """The forget side's one number, mean of min(R, 1 / R): 1 where truth and untruth are equally probable."""
+def forget_truth_ratios(ratios: Float[Array | np.ndarray, " questions"]) -> np.ndarray:
+    """The forget side's number of each question, min(R, 1 / R): 1 where truth and untruth are equally probable."""
     r = np.asarray(ratios, np.float64)
     with np.errstate(divide="ignore"):
-        return float(np.mean(np.minimum(r, 1 / r)))
+        return np.minimum(r, 1 / r)
+
+
+def forget_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> float:
+    """The forget side's one number, the mean of `forget_truth_ratios`."""
+    return float(np.mean(forget_truth_ratios(ratios)))
 
 
 def utility_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> float:
