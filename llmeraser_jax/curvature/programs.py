@@ -9,6 +9,21 @@ import jax
 from jax.extend import core
 
 
+def evaluate_program(fn: Callable, evaluate: Callable[[core.ClosedJaxpr, list[Any]], Sequence[Any]]) -> Callable:
+    """`fn` with its program evaluated in another way.
+
+    Args:
+        fn: a pure function of pytrees of arrays.
+        evaluate: `(program, inputs) -> outputs`, both flat.
+    """
+
+    def evaluated(*args):
+        closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
+        return jax.tree.unflatten(jax.tree.structure(result), evaluate(closed, jax.tree.leaves(args)))
+
+    return evaluated
+
+
 def rewrite_program(fn: Callable, rewrite: Callable[[core.Jaxpr], core.Jaxpr]) -> Callable:
     """`fn` with its program, and every program inside it, replaced.
 
@@ -17,13 +32,11 @@ def rewrite_program(fn: Callable, rewrite: Callable[[core.Jaxpr], core.Jaxpr]) -
         rewrite: a program, whose inner programs are rewritten already, to one of the same inputs and outputs.
     """
 
-    def rewritten(*args):
-        closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
+    def evaluate(closed, inputs):
         program = core.ClosedJaxpr(_rewrite_jaxpr(closed.jaxpr, rewrite), closed.consts)
-        flat = core.jaxpr_as_fun(program)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(result), flat)
+        return core.jaxpr_as_fun(program)(*inputs)
 
-    return rewritten
+    return evaluate_program(fn, evaluate)
 
 
 def rewrite_equations(fn: Callable, rewrite: Callable[[core.JaxprEqn], Iterable[core.JaxprEqn]]) -> Callable:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core.primitives import jit_p, remat_p, scan_p
 
+from llmeraser_jax.curvature.programs import evaluate_program
+
 
 def slice_in_inner_loops(fn: Callable) -> Callable:
     """`fn` with the slices that its loops run over taken where they are used. Its values are unchanged.
@@ -25,13 +27,7 @@ def slice_in_inner_loops(fn: Callable) -> Callable:
     Args:
         fn: a pure function of pytrees of arrays.
     """
-
-    def sliced(*args):
-        closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
-        flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(result), flat)
-
-    return sliced
+    return evaluate_program(fn, lambda closed, inputs: _evaluate(closed.jaxpr, closed.consts, inputs))
 
 
 class _Slice:
