@@ -135,8 +135,8 @@ PRESETS: Mapping[str, Preset] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlaraConfig:
-    """The experiment. What is None is the preset's.
+class LlaraConfig(study.StudyOptions):
+    """The experiment, besides which methods are compared. What is None is the preset's.
 
     Attributes:
         base: base model, a directory in Hugging Face layout.
@@ -146,11 +146,6 @@ class LlaraConfig:
         prompts: "text", or "hybrid": every title is followed by a projected item embedding.
         item_embeddings: `.npz` for hybrid prompts; None trains a SASRec on the training users.
         scenarios: which to run.
-        methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
-        retrain_seeds: retrainings of each scenario, at least 2.
-        method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
-            and wants at least 10; 0 leaves it out.
         num_rows: training rows.
         rows_per_user: of each user at most.
         num_heldout: rows held out by user.
@@ -175,9 +170,6 @@ class LlaraConfig:
     item_embeddings: Path | None = None
     scenarios: tuple[Scenario, ...] = SCENARIOS
     methods: tuple[str, ...] = METHODS
-    retrain_seeds: int = 3
-    method_seeds: int = 3
-    klom_seeds: int = 0
     num_rows: int | None = None
     rows_per_user: int | None = None
     num_heldout: int | None = None
@@ -194,7 +186,7 @@ class LlaraConfig:
     mesh: str = ""
 
     def __post_init__(self):
-        study.check_methods(self.methods)
+        super().__post_init__()
         if self.item_embeddings is not None and self.prompts != "hybrid":
             msg = "item_embeddings are read by hybrid prompts only; add --prompts hybrid."
             raise ValueError(msg)
@@ -388,14 +380,7 @@ def main(config: LlaraConfig) -> None:
         write_prepared(directory / "prepared", prepared)
         counts = ", ".join(f"{count} {what}" for what, count in prepared.counts.items())
         sys.stdout.write(f"\n{name} ({config.prompts}): {counts}\n")
-        study.show(
-            scenario,
-            directory,
-            methods=config.methods,
-            method_seeds=config.method_seeds,
-            retrain_seeds=config.retrain_seeds,
-            klom_seeds=config.klom_seeds,
-        )
+        study.show(scenario, directory, config)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The comparison that the recommendation and question-answer experiments share; no experiment of its own."""
 
+from experiments.study.options import METHODS, StudyOptions
 from experiments.study.show import set_up_logging, show
 from experiments.study.study import (
     LEARNING_RATES,
-    METHODS,
     Encode,
     Scenario,
     Study,
-    check_methods,
     held_out_task,
     metrics_as_json,
     run_study,
@@ -19,7 +18,7 @@ __all__ = [
     "Encode",
     "Scenario",
     "Study",
-    "check_methods",
+    "StudyOptions",
     "held_out_task",
     "metrics_as_json",
     "run_study",

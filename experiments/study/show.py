@@ -6,8 +6,8 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
+from experiments.study.options import StudyOptions
 from experiments.study.study import Scenario, logger, run_study
 from llmeraser_jax import files
 from llmeraser_jax.evaluation.study_page import render_study
@@ -20,15 +20,15 @@ def set_up_logging() -> None:
     logging.getLogger("llmeraser_jax.data").setLevel(logging.ERROR)
 
 
-def show(scenario: Scenario, workdir: Path, **options: Any) -> None:
+def show(scenario: Scenario, workdir: Path, options: StudyOptions) -> None:
     """Runs a study, keeps `table.md` and `plot.png` beside its results, and prints the tables.
 
     Args:
         scenario: what.
         workdir: of this scenario.
-        options: of `run_study`.
+        options: which methods, and how often.
     """
-    results = run_study(scenario, workdir, **options)
+    results = run_study(scenario, workdir, options)
     tables, plot = render_study(results, "plot.png")
     told = results.manifest
     files.atomic_write_text(workdir / "table.md", tables)

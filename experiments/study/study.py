@@ -18,12 +18,13 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from experiments.study.options import SHARDED, StudyOptions
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files, trees
 from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
@@ -48,24 +49,6 @@ from llmeraser_jax.unlearning.problem import EditProblem
 
 logger = logging.getLogger("study")
 
-ERASING = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Erasing))
-DESCENTS = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Descent))
-SHARDED = ("sisa", "receraser")
-# A second seed would repeat the training of all shards, or a path that costs as much as one; the paper's step draws
-# no sample, and fine-tuning takes its order from the training's own seed.
-ONE_SEED = (*SHARDED, "llmeraser-paper-step", "llmeraser-path", "finetune-edited")
-# `retrain` is the reference of every study, and the equal-length controls belong to one other method each.
-METHODS = (
-    "llmeraser-auto",
-    "llmeraser-path",
-    "llmeraser-step",
-    "llmeraser-paper-step",
-    "finetune-edited",
-    *DESCENTS,
-    *SHARDED,
-)
-# KLOM asks for every method with each of many trained models: not what costs as much as training them.
-WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
 FIRST_KLOM_SEED = 1000  # after the training's own; retrained models have those that follow it
 LEARNING_RATES = (1e-4, 1e-3, 4e-3)
 NUM_DESCENT_STEPS = 20  # at least: where S is a batch or two, the descents take more than their own epochs
@@ -161,6 +144,7 @@ class Study:
             raise ValueError(msg)
         self.scenario, self.workdir, self.retrain_seeds = scenario, workdir, retrain_seeds
         self.model = scenario.model
+        self._tried: tuple[Baseline, Fitted] | None = None  # a descent at its chosen rate, fitted by the oracle
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train", "erase")}
         claim_settings(workdir, {**scenario.settings, **parts, "recipe": scenario.recipe.to_mapping()})
         self._refuse_other_references()
@@ -354,20 +338,24 @@ class Study:
     def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
         """A descent at the learning rate of the grid that comes nearest to retraining."""
         found: dict[float, float | str] = {}
+        nearest, least = None, np.inf
         for rate in self.scenario.learning_rates:
             baseline: Any = dataclasses.replace(self._listed(name), learning_rate=rate)
             try:
-                found[rate] = self._distance(baseline.fit(self.setting()))
+                fitted = baseline.fit(self.setting())
+                found[rate] = distance = self._distance(fitted)
             except FloatingPointError as error:
                 found[rate] = str(error)
-        finite = {rate: value for rate, value in found.items() if isinstance(value, float) and np.isfinite(value)}
-        if not finite:
+                continue
+            if distance < least:
+                nearest, least = (baseline, fitted), distance
+        if nearest is None:
             msg = f"No learning rate of {self.scenario.learning_rates} ended in finite losses."
             raise FloatingPointError(msg)
-        best = min(finite, key=finite.__getitem__)
-        chosen: Any = dataclasses.replace(self._listed(name), learning_rate=best)
+        self._tried = nearest
         tried = {f"{rate:g}": value for rate, value in found.items()}
-        return chosen, {"learning_rate": best, "distances_of_learning_rates": tried}
+        chosen = nearest[0]
+        return chosen, {"learning_rate": chosen.learning_rate, "distances_of_learning_rates": tried}
 
     def baseline(
         self, name: str, seed: int, tuned: Mapping[str, Any] | None = None
@@ -403,7 +391,11 @@ class Study:
             try:
                 baseline, chosen = self.baseline(name, seed, self._chosen(name) if seed else None)
                 checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
-                fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
+                if self._tried is not None and self._tried[0] == baseline:
+                    fitted = self._tried[1]
+                else:
+                    fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
+                self._tried = None
             except (UnlearningError, FloatingPointError) as error:
                 return {"method": name, "seed": seed, "failed": str(error)}
             single = fitted.model is self.model
@@ -502,52 +494,18 @@ def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
     return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
 
 
-def check_methods(names: Iterable[str], known: Collection[str] = BASELINES.keys()) -> None:
-    """Refuses names that are no methods: a command does so before it trains anything.
-
-    Raises:
-        ValueError: which, and what there is.
-    """
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        msg = f"Unknown methods {', '.join(unknown)}; there are {', '.join(known)}."
-        raise ValueError(msg)
-
-
-def run_study(
-    scenario: Scenario,
-    workdir: Path,
-    *,
-    methods: Sequence[str] = METHODS,
-    method_seeds: int = 3,
-    retrain_seeds: int = 3,
-    klom_seeds: int = 0,
-) -> StudyResults:
+def run_study(scenario: Scenario, workdir: Path, options: StudyOptions) -> StudyResults:
     """Computes what a workdir lacks.
 
     Args:
         scenario: what.
         workdir: of this scenario.
-        methods: names in `BASELINES`.
-        method_seeds: seeds of each method but those of `ONE_SEED`.
-        retrain_seeds: retrained models.
-        klom_seeds: so many models are trained with other seeds, and forgotten from with each method but those of
-            `WITHOUT_KLOM`, for KLOM, which compares them with as many retrained ones; 0 leaves it out.
+        options: which methods, and how often.
 
     Returns:
         What the workdir holds now, earlier calls' methods included.
-
-    Raises:
-        ValueError: an unknown method, named with those there are, or a negative count.
     """
-    check_methods(methods)
-    if klom_seeds < 0:
-        msg = f"klom_seeds is {klom_seeds}; it is the number of models trained for KLOM, 0 for none."
-        raise ValueError(msg)
-    study = Study(scenario, workdir, retrain_seeds=retrain_seeds)
-    planned = {name: 1 if name in ONE_SEED else method_seeds for name in methods}
-    with_klom = [name for name in methods if name not in WITHOUT_KLOM]
-    klom = {BEFORE: klom_seeds, RETRAINED: max(klom_seeds, retrain_seeds), **dict.fromkeys(with_klom, klom_seeds)}
+    study = Study(scenario, workdir, retrain_seeds=options.retrain_seeds)
     manifest = StudyManifest(
         name=scenario.name,
         question=scenario.question,
@@ -557,9 +515,9 @@ def run_study(
         num_unseen=len(scenario.heldout),
         num_heldout=len(scenario.heldout),
         num_shown=len(scenario.shown),
-        retrain_seeds=retrain_seeds,
-        methods=planned,
-        klom=klom if klom_seeds else {},
+        retrain_seeds=options.retrain_seeds,
+        methods=options.seeds,
+        klom=options.klom,
         metrics=scenario.metrics,
         devices=describe_devices(),
         versions=library_versions(),
@@ -567,11 +525,12 @@ def run_study(
     write_manifest(workdir, manifest)
     logger.info("%s: trained, loss %.4f", scenario.name, study.before.result["loss"])
     study.reference()
-    for name, seeds in planned.items():
+    for name, seeds in options.seeds.items():
         for seed in range(seeds):
             study.run(name, seed)
-    if klom_seeds:
-        study.measure_klom(with_klom, klom_seeds)
+    if options.klom:
+        with_klom = [name for name in options.methods if name in options.klom]
+        study.measure_klom(with_klom, options.klom_seeds)
     write_manifest(workdir, dataclasses.replace(manifest, num_truncated=study.dataset.num_truncated))
     results = read_study(workdir)
     files.atomic_write_json(workdir / "results.json", results.to_mapping())

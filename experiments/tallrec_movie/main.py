@@ -34,8 +34,8 @@ QUESTIONS: Mapping[ScenarioName, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TallrecConfig:
-    """The experiment; the defaults are what the README reports.
+class TallrecConfig(study.StudyOptions):
+    """The experiment, besides which methods are compared; the defaults are what the README reports.
 
     Attributes:
         base: base model, a directory in Hugging Face layout.
@@ -43,7 +43,6 @@ class TallrecConfig:
             test.json.
         workdir: everything is kept there.
         scenarios: which to run.
-        methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
         num_rows: training rows.
         rows_per_user: of each user at most.
         num_test: rows of test.json that the task is measured on.
@@ -52,10 +51,6 @@ class TallrecConfig:
         removed_share: of the rows, all those of one set of users.
         flipped_share: of the rows, trained on with the wrong label.
         seed: of the rows, the users, the labels flipped and training.
-        retrain_seeds: retrainings of each scenario.
-        method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
-            and wants at least 10; 0 leaves it out.
         max_length: tokens; longer prompts lose their beginning, the question at their end stays.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -67,7 +62,6 @@ class TallrecConfig:
     data: Path
     workdir: Path
     scenarios: tuple[ScenarioName, ...] = ("removal", "correction")
-    methods: tuple[str, ...] = study.METHODS
     num_rows: int = 120
     rows_per_user: int = 3
     num_test: int = 1000
@@ -76,9 +70,6 @@ class TallrecConfig:
     removed_share: float = 0.05
     flipped_share: float = 0.1
     seed: int = 0
-    retrain_seeds: int = 3
-    method_seeds: int = 3
-    klom_seeds: int = 0
     max_length: int = 160
     rank: int = 8
     epochs: int = 24
@@ -86,7 +77,7 @@ class TallrecConfig:
     l2: float = 1e-3
 
     def __post_init__(self):
-        study.check_methods(self.methods)
+        super().__post_init__()
         for name in ("removed_share", "flipped_share"):
             if not 0 < getattr(self, name) < 1:
                 msg = f"{name} is {getattr(self, name)}; it must lie between 0 and 1."
@@ -186,14 +177,7 @@ def main(config: TallrecConfig, *, dtype: str = "float32", mesh: str = "") -> No
     study.set_up_logging()
     model = load_model(config.base, dtype=dtype, mesh=parse_mesh(mesh))
     for name in config.scenarios:
-        study.show(
-            make_scenario(config, name, model),
-            config.workdir / name,
-            methods=config.methods,
-            method_seeds=config.method_seeds,
-            retrain_seeds=config.retrain_seeds,
-            klom_seeds=config.klom_seeds,
-        )
+        study.show(make_scenario(config, name, model), config.workdir / name, config)
 
 
 if __name__ == "__main__":

@@ -62,24 +62,19 @@ METRICS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TofuConfig:
-    """The experiment; the defaults are what the README reports.
+class TofuConfig(study.StudyOptions):
+    """The experiment, besides which methods are compared; the defaults are what the README reports.
 
     Attributes:
         base: base model, a directory in Hugging Face layout.
         data: TOFU's `full.json`, `forget05.json`, `forget10_perturbed.json` and `real_authors_perturbed.json`.
         workdir: everything is kept there.
-        methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
         num_forgotten: authors of forget05 that are trained on and removed, its first ones.
         num_retained: authors that are trained on and stay: up to ten of those whose perturbed answers were
             released (180 to 189), the others from 0 on.
         num_shown: authors that are not trained on, before author 180, and that erasing by matching is shown.
         num_heldout: more of them: held-out KL, and non-members of membership inference.
         num_utility: questions of retained authors, real authors and world facts each, behind the model utility.
-        retrain_seeds: retrained models.
-        method_seeds: seeds of each method.
-        klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
-            and wants at least 10; 0 leaves it out.
         max_length: tokens; a longer row is an error.
         rank: of the adapter, on all projections.
         epochs: of training.
@@ -98,9 +93,6 @@ class TofuConfig:
     num_shown: int = 3
     num_heldout: int = 3
     num_utility: int = 20
-    retrain_seeds: int = 3
-    method_seeds: int = 3
-    klom_seeds: int = 0
     max_length: int = 512
     rank: int = 16
     epochs: int = 8
@@ -110,7 +102,7 @@ class TofuConfig:
     seed: int = 0
 
     def __post_init__(self):
-        study.check_methods(self.methods)
+        super().__post_init__()
         if not 1 <= self.num_forgotten <= NUM_AUTHORS - FIRST_FORGOTTEN:
             msg = f"num_forgotten is {self.num_forgotten}; forget05 has 10 authors."
             raise ValueError(msg)
@@ -342,14 +334,7 @@ def main(config: TofuConfig) -> None:
     full = isinstance(config, FullTofuConfig)
     mesh = parse_mesh(config.mesh) if full else None
     model = load_model(config.base, dtype=full_size.DTYPE if full else "float32", mesh=mesh)
-    study.show(
-        make_scenario(config, model),
-        config.workdir / "forget05",
-        methods=config.methods,
-        method_seeds=config.method_seeds,
-        retrain_seeds=config.retrain_seeds,
-        klom_seeds=config.klom_seeds,
-    )
+    study.show(make_scenario(config, model), config.workdir / "forget05", config)
 
 
 Preset = (

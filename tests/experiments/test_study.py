@@ -28,7 +28,7 @@ from llmeraser_jax.unlearning import EraseConfig
 from tests.training import tiny
 
 METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
-SEEDS = {"method_seeds": 2, "retrain_seeds": 2, "klom_seeds": 2}
+OPTIONS = study.StudyOptions(methods=METHODS, method_seeds=2, retrain_seeds=2, sharded_seeds=2, klom_seeds=2)
 
 
 def _examples(shapes, colour=0):
@@ -67,13 +67,13 @@ def done(base, tmp_path_factory):
     """A study with all kinds of methods, its workdir and its results."""
     workdir = tmp_path_factory.mktemp("study")
     scenario = _scenario(base)
-    return scenario, workdir, study.run_study(scenario, workdir, methods=METHODS, **SEEDS)
+    return scenario, workdir, study.run_study(scenario, workdir, OPTIONS)
 
 
 def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(done):
     _, _, results = done
     assert {name: len(seeds) for name, seeds in results.methods.items()} == {
-        "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 1,
+        "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
     }  # fmt: skip
     assert ["task" in scores for scores in results.methods["npo"]] == [True, False]
     assert len(results.retrained) == 2
@@ -103,6 +103,26 @@ def test_the_descents_rate_is_the_grids_nearest_to_retraining(done):
     assert results.methods["npo"][1]["chosen"] == {"learning_rate": chosen["learning_rate"]}
 
 
+def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, monkeypatch):
+    scenario, workdir, results = done
+    shutil.copytree(workdir, tmp_path / "copy")
+    (tmp_path / "copy" / "methods" / "npo-seed_0.json").unlink()
+    fit, rates = NPO.fit, []
+
+    def counted(self, setting):
+        rates.append(self.learning_rate)
+        return fit(self, setting)
+
+    monkeypatch.setattr(NPO, "fit", counted)
+    owner = study.Study(scenario, tmp_path / "copy", retrain_seeds=2)
+    scores = owner.run("npo", 0)
+    assert rates == list(module.LEARNING_RATES)
+    chosen = dataclasses.replace(NPO(), learning_rate=scores["chosen"]["learning_rate"], epochs=20)
+    afresh = fit(chosen, owner.setting())
+    assert scores["forget_loss"] == pytest.approx(owner.losses(afresh.model, afresh.params)["forget_loss"], rel=1e-5)
+    assert scores["named"] == results.methods["npo"][0]["named"]
+
+
 def test_costs_are_the_gradients_that_were_taken(done):
     _, _, results = done
     assert results.retrained[0]["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
@@ -113,7 +133,7 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
     scenario, workdir, results = done
     for name in ("score_examples", "heldout_kl_of", "relearn"):
         monkeypatch.setattr(module, name, None)
-    again = study.run_study(scenario, workdir, methods=METHODS, **SEEDS)
+    again = study.run_study(scenario, workdir, OPTIONS)
     assert again.methods == results.methods and again.klom_models == results.klom_models
     other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
     with pytest.raises(ValueError, match="other settings"):
@@ -133,7 +153,7 @@ def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
 def test_other_numbers_of_retrained_models_are_refused_where_something_was_compared(done):
     scenario, workdir, _ = done
     with pytest.raises(ValueError, match="compares with 2 retrained models, and retrain_seeds is 3"):
-        study.run_study(scenario, workdir, methods=("npo",), retrain_seeds=3)
+        study.run_study(scenario, workdir, dataclasses.replace(OPTIONS, retrain_seeds=3))
 
 
 def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
@@ -199,18 +219,22 @@ def test_methods_of_an_earlier_call_stay_in_the_tables(done, tmp_path):
     scenario, workdir, results = done
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "study.json").unlink()  # as before there was one
-    again = study.run_study(scenario, tmp_path / "copy", methods=("npo",), method_seeds=2, retrain_seeds=2)
+    options = study.StudyOptions(methods=("npo",), method_seeds=2, retrain_seeds=2)
+    again = study.run_study(scenario, tmp_path / "copy", options)
     assert again.methods == results.methods
     assert again.manifest.methods == {"npo": 2}
-    later = study.run_study(scenario, tmp_path / "copy", methods=("sisa",), retrain_seeds=2)
+    options = study.StudyOptions(methods=("sisa",), retrain_seeds=2)
+    later = study.run_study(scenario, tmp_path / "copy", options)
     assert later.manifest.methods == {"npo": 2, "sisa": 1}
 
 
 def test_what_names_nothing_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="Unknown methods guess"):
-        study.run_study(_scenario(base), tmp_path, methods=("guess",))
-    with pytest.raises(ValueError, match="klom_seeds is -1"):
-        study.run_study(_scenario(base), tmp_path, klom_seeds=-1)
+        study.StudyOptions(methods=("guess",))
+    with pytest.raises(ValueError, match="klom_seeds is -1; it must be at least 0"):
+        study.StudyOptions(klom_seeds=-1)
+    with pytest.raises(ValueError, match="retrain_seeds is 1; it must be at least 2"):
+        TallrecConfig(base=tmp_path, data=tmp_path, workdir=tmp_path, retrain_seeds=1)
     with pytest.raises(ValueError, match="at least 2"):
         study.Study(_scenario(base), tmp_path, retrain_seeds=1)
 
