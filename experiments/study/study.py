@@ -327,13 +327,19 @@ class Study:
         return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
     def _listed(self, name: str) -> Any:
-        """A method as the scenario or else the library has it; descents take `NUM_DESCENT_STEPS` or more."""
+        """A method as the scenario or else the library has it.
+
+        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches.
+        """
         baseline = self.scenario.baselines.get(name, BASELINES[name])
         if not isinstance(baseline, Descent):
             return baseline
         steps_per_epoch = math.ceil(len(self.problem.named) / baseline.batch_size)
         epochs = max(baseline.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch))
-        return dataclasses.replace(baseline, epochs=epochs)
+        microbatch = self.scenario.train.microbatch_size
+        if microbatch is not None:
+            microbatch = min(microbatch, baseline.batch_size)
+        return dataclasses.replace(baseline, epochs=epochs, microbatch_size=microbatch)
 
     def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
         """A descent at the learning rate of the grid that comes nearest to retraining."""
