@@ -20,12 +20,14 @@ METHODS = (
     "llmeraser-path",
     "llmeraser-step",
     "llmeraser-paper-step",
+    "llmeraser-paper-descent",
+    "llmeraser-reference-compat",
     "finetune-edited",
     *DESCENTS,
     *SHARDED,
 )
 # KLOM asks for every method with each of many trained models: not what costs as much as training them.
-WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-path")
+WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-paper-descent", "llmeraser-path")
 
 
 def check_methods(names: Iterable[str], known: Collection[str] = BASELINES.keys()) -> None:

@@ -1,10 +1,11 @@
 """LLMEraser in its modes, behind the interface of the baselines: `unlearning.erase` with a setting's data.
 
 Source: Ding et al. 2025 (arXiv 2412.00383). What the package computes and where it differs from the paper is stated
-in `unlearning` and in the README. `PAPER_STEP` is the paper's single step as far as its formula goes (the exact
-Hessian over all rows, no trust region), but solved by the package's damped conjugate gradients, which stop at
-negative curvature. The paper descends on the quadratic in mini-batches: that is `solver="descent"`, and
-`method="reference-compat"` for its released code.
+in `unlearning` and in the README. Three configurations take the paper's single step as its formula has it, with the
+exact Hessian over all rows and without a trust region, and differ in how they solve for it: `PAPER_STEP` by the
+package's damped conjugate gradients, which stop at negative curvature; `PAPER_DESCENT` as the paper does, by
+mini-batch descent on the quadratic (damped too; the paper's number of steps and rate are not published);
+`REFERENCE_COMPAT` by the constants of the public script.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from llmeraser_jax.baselines.setting import Fitted, Setting
 from llmeraser_jax.unlearning import EraseConfig, erase
 
 PAPER_STEP = EraseConfig(method="step", curvature="hessian", curvature_data="all", trust_region=False)
+PAPER_DESCENT = dataclasses.replace(PAPER_STEP, solver="descent")
+REFERENCE_COMPAT = dataclasses.replace(PAPER_STEP, solver="reference-compat")
 NEWTON = EraseConfig(method="step", rhs="newton")
 
 

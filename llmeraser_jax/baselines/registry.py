@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from llmeraser_jax.baselines.ascent import EqualLengthAscent, GradientAscent, GradientDifference, KLAnchoredAscent
 from llmeraser_jax.baselines.e2urec import E2URec
-from llmeraser_jax.baselines.erasing import NEWTON, PAPER_STEP, Erasing
+from llmeraser_jax.baselines.erasing import NEWTON, PAPER_DESCENT, PAPER_STEP, REFERENCE_COMPAT, Erasing
 from llmeraser_jax.baselines.finetune_edited import FinetuneEdited
 from llmeraser_jax.baselines.preference import NPO, SimNPO
 from llmeraser_jax.baselines.receraser import RecEraser
@@ -41,6 +41,8 @@ BASELINES: Mapping[str, Baseline] = {
     "llmeraser-step": Erasing(config=EraseConfig(method="step")),
     "llmeraser-newton": Erasing(config=NEWTON),
     "llmeraser-paper-step": Erasing(config=PAPER_STEP),
+    "llmeraser-paper-descent": Erasing(config=PAPER_DESCENT),
+    "llmeraser-reference-compat": Erasing(config=REFERENCE_COMPAT),
 }
 
 

@@ -33,7 +33,9 @@ _METHODS = {
     "llmeraser-step": "this package: one influence-function step, kept short enough to be trusted",
     "llmeraser-newton": "this package: one Newton step on the edited data",
     "llmeraser-paper-step": "the paper's single step with the Hessian, not shortened, solved by damped conjugate "
-    "gradients (the paper descends on the quadratic)",
+    "gradients",
+    "llmeraser-paper-descent": "the same step by the paper's own solver: mini-batch descent on the quadratic",
+    "llmeraser-reference-compat": "the same step by the constants of the paper's public script",
     "finetune-edited": "a short fine-tuning on the edited data: what one does without a method",
     "gradient-ascent": "raises the loss on S, and nothing holds the rest",
     "gradient-difference": "raises the loss on S and lowers it on retained examples",
