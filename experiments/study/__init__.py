@@ -1,6 +1,6 @@
 """The comparison that the recommendation and question-answer experiments share; no experiment of its own."""
 
-from experiments.study.options import METHODS, StudyOptions
+from experiments.study.options import METHODS, StudyOptions, check_methods
 from experiments.study.show import set_up_logging, show
 from experiments.study.study import (
     LEARNING_RATES,
@@ -19,6 +19,7 @@ __all__ = [
     "Scenario",
     "Study",
     "StudyOptions",
+    "check_methods",
     "held_out_task",
     "metrics_as_json",
     "run_study",
