@@ -144,7 +144,6 @@ class Study:
             raise ValueError(msg)
         self.scenario, self.workdir, self.retrain_seeds = scenario, workdir, retrain_seeds
         self.model = scenario.model
-        self._tried: tuple[Baseline, Fitted] | None = None  # a descent at its chosen rate, fitted by the oracle
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train", "erase")}
         claim_settings(workdir, {**scenario.settings, **parts, "recipe": scenario.recipe.to_mapping()})
         self._refuse_other_references()
@@ -271,6 +270,11 @@ class Study:
             **({"task": dict(self._task(model, params))} if with_task else {}),
         }
 
+    def _microbatch_size(self, batch_size: int) -> int | None:
+        """The training's, in batches of another size."""
+        size = self.scenario.train.microbatch_size
+        return None if size is None else min(size, batch_size)
+
     def probe(self, lora: Lora) -> dict[str, float]:
         """Loss on S after 4-bit rounding of the merged model, and after training on retained rows for a while."""
         problem, train = self.problem, self.scenario.train
@@ -279,9 +283,10 @@ class Study:
         unrelated = retained_only(self.dataset, problem.named)
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
-        microbatch = None if train.microbatch_size is None else min(train.microbatch_size, size)
         rate = min(RELEARNING_RATE, train.learning_rate)
-        config = dataclasses.replace(train, batch_size=size, microbatch_size=microbatch, learning_rate=rate)
+        config = dataclasses.replace(
+            train, batch_size=size, microbatch_size=self._microbatch_size(size), learning_rate=rate
+        )
         again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
         relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
         return {"forget_loss_4_bit": float(rounded_loss), "forget_loss_relearned": float(relearned)}
@@ -336,17 +341,15 @@ class Study:
             return baseline
         steps_per_epoch = math.ceil(len(self.problem.named) / baseline.batch_size)
         epochs = max(baseline.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch))
-        microbatch = self.scenario.train.microbatch_size
-        if microbatch is not None:
-            microbatch = min(microbatch, baseline.batch_size)
+        microbatch = self._microbatch_size(baseline.batch_size)
         return dataclasses.replace(baseline, epochs=epochs, microbatch_size=microbatch)
 
-    def _tuned(self, name: str) -> tuple[Baseline, dict[str, Any]]:
-        """A descent at the learning rate of the grid that comes nearest to retraining."""
+    def _tuned(self, descent: Descent) -> tuple[Descent, Fitted, dict[str, Any]]:
+        """A descent at the rate of the grid that comes nearest to retraining, fitted there, and what was tried."""
         found: dict[float, float | str] = {}
         nearest, least = None, np.inf
         for rate in self.scenario.learning_rates:
-            baseline: Any = dataclasses.replace(self._listed(name), learning_rate=rate)
+            baseline: Any = dataclasses.replace(descent, learning_rate=rate)
             try:
                 fitted = baseline.fit(self.setting())
                 found[rate] = distance = self._distance(fitted)
@@ -358,30 +361,30 @@ class Study:
         if nearest is None:
             msg = f"No learning rate of {self.scenario.learning_rates} ended in finite losses."
             raise FloatingPointError(msg)
-        self._tried = nearest
+        chosen, fitted = nearest
         tried = {f"{rate:g}": value for rate, value in found.items()}
-        chosen = nearest[0]
-        return chosen, {"learning_rate": chosen.learning_rate, "distances_of_learning_rates": tried}
+        return chosen, fitted, {"learning_rate": chosen.learning_rate, "distances_of_learning_rates": tried}
 
     def baseline(
         self, name: str, seed: int, tuned: Mapping[str, Any] | None = None
-    ) -> tuple[Baseline, dict[str, Any]]:
-        """A method with a seed, and what was chosen for it."""
+    ) -> tuple[Baseline, dict[str, Any], Fitted | None]:
+        """A method with a seed, what was chosen for it, and what it fitted where a rate was searched for."""
         chosen: dict[str, Any] = {}
+        fitted: Fitted | None = None
         baseline: Any = self._listed(name)
         if isinstance(baseline, Erasing):
             own = {k: v for k, v in _changed(baseline.config).items() if k not in ("l2", "seed")}
             config = dataclasses.replace(self.scenario.erase, **own, seed=seed)
-            return dataclasses.replace(baseline, config=config), chosen
+            return dataclasses.replace(baseline, config=config), chosen, None
+        if any(field.name == "seed" for field in dataclasses.fields(baseline)):
+            baseline = dataclasses.replace(baseline, seed=seed)
         if isinstance(baseline, Descent):
             if tuned is None:
-                baseline, chosen = self._tuned(name)
+                baseline, fitted, chosen = self._tuned(baseline)
             else:
                 chosen = {"learning_rate": tuned["learning_rate"]}
                 baseline = dataclasses.replace(baseline, learning_rate=tuned["learning_rate"])
-        if any(field.name == "seed" for field in dataclasses.fields(baseline)):
-            baseline = dataclasses.replace(baseline, seed=seed)
-        return baseline, chosen
+        return baseline, chosen, fitted
 
     def _chosen(self, name: str) -> dict[str, Any] | None:
         """What the first seed of a method has chosen, where there is one."""
@@ -395,13 +398,10 @@ class Study:
 
         def compute() -> dict[str, Any]:
             try:
-                baseline, chosen = self.baseline(name, seed, self._chosen(name) if seed else None)
+                baseline, chosen, fitted = self.baseline(name, seed, self._chosen(name) if seed else None)
                 checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
-                if self._tried is not None and self._tried[0] == baseline:
-                    fitted = self._tried[1]
-                else:
+                if fitted is None:
                     fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
-                self._tried = None
             except (UnlearningError, FloatingPointError) as error:
                 return {"method": name, "seed": seed, "failed": str(error)}
             single = fitted.model is self.model
@@ -475,7 +475,7 @@ class Study:
             for name in methods:
 
                 def fit(name=name, seed=seed, run=run) -> tuple[Model, LoraParams]:
-                    baseline, _ = self.baseline(name, seed, self._chosen(name))
+                    baseline, *_ = self.baseline(name, seed, self._chosen(name))
                     fitted = baseline.fit(self.setting(run=run))
                     return fitted.model, fitted.params
 

@@ -100,7 +100,13 @@ def test_the_papers_step_has_a_baseline_for_each_way_to_solve_for_it(setting):
         baseline = get_baseline(f"llmeraser-{name}")
         assert isinstance(baseline, Erasing)
         config = dataclasses.replace(
-            baseline.config, chunk_size=1, cg_rtol=1e-4, cg_max_steps=20, damping=30.0, diagnostic_sample=1
+            baseline.config,
+            chunk_size=1,
+            cg_rtol=1e-4,
+            cg_max_steps=20,
+            damping=30.0,
+            learning_rate=0.1,  # of mini-batches of one: the last iterate's noise is in proportion
+            diagnostic_sample=1,
         )
         fitted = dataclasses.replace(baseline, config=config).fit(setting)
         moved[name] = trees.tree_sub(fitted.params, setting.lora)
@@ -113,5 +119,5 @@ def test_the_papers_step_has_a_baseline_for_each_way_to_solve_for_it(setting):
         assert (config["method"], config["trust_region"]) == ("step", False)
     exact = moved["paper-step"]
     descended = trees.tree_norm(trees.tree_sub(moved["paper-descent"], exact)) / trees.tree_norm(exact)
-    assert float(descended) < 0.2  # mini-batches of one: the last iterate is noisy
+    assert float(descended) < 0.1
     assert 1e-4 < float(trees.tree_max_abs(moved["reference-compat"])) < 4e-4
