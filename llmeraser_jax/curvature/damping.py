@@ -193,7 +193,7 @@ def _block_traces(operator: Operator, key: Array, like: LoraParams, num_probes: 
         raise ValueError(msg)
 
     def probe(probe_key):
-        signs = _random_signs(probe_key, like)
+        signs = trees.tree_random_signs(probe_key, like)
         product = operator.mv(signs)
 
         def inner(z, az, num_axes):
@@ -204,10 +204,3 @@ def _block_traces(operator: Operator, key: Array, like: LoraParams, num_probes: 
 
     samples = jax.lax.map(probe, jax.random.split(key, num_probes))
     return jax.tree.map(lambda sample: jnp.mean(sample, axis=0), samples)
-
-
-def _random_signs(key: Array, like: LoraParams) -> LoraParams:
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return treedef.unflatten(signs)

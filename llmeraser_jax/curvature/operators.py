@@ -174,11 +174,15 @@ def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
     return jax.vmap(operator.mv)(vs)
 
 
-def product_asymmetry(operator: Operator, key: Array, like: LoraParams) -> Float[Array, ""]:
-    """`|u'Av - v'Au| / (||u|| ||Av||)` for random u and v: rounding alone, when the operator is symmetric.
+def product_asymmetry(operator: Operator, u: LoraParams, v: LoraParams) -> Float[Array, ""]:
+    """`|u'Av - v'Au| / (||u|| ||Av||)`: rounding alone, when the operator is symmetric.
 
     Conjugate gradients need this well below their tolerance. Costs two products.
+
+    Args:
+        operator: any.
+        u: a vector of adapter space, drawn at random (`trees.tree_random_normal`).
+        v: another one.
     """
-    u, v = (trees.tree_random_normal(k, like) for k in jax.random.split(key))
     av, au = operator.mv(v), operator.mv(u)
     return abs(trees.tree_vdot(u, av) - trees.tree_vdot(v, au)) / (trees.tree_norm(u) * trees.tree_norm(av))

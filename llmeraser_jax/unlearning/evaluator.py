@@ -115,6 +115,8 @@ def _matrix_eigenvalues(operator: Operator, key, like: LoraParams, num_probes: i
 
 _largest_term_eigenvalue = jax.jit(largest_term_eigenvalue, static_argnames=("num_terms", "num_products"))
 _asymmetry = jax.jit(product_asymmetry)
+# A program of its own: inside of another, XLA draws again in every operation that reads a leaf.
+_random_normal = jax.jit(trees.tree_random_normal)
 
 
 @partial(jax.jit, static_argnames="kind")
@@ -375,10 +377,14 @@ class Evaluator:
         )
 
     def measure_asymmetry(self, operator, like: LoraParams, product_cost: float, *, jitted: bool = True) -> None:
-        """`|u'Av - v'Au| / (||u|| ||Av||)` of the first operator, at two products that count as diagnostics."""
+        """`|u'Av - v'Au| / (||u|| ||Av||)` of the first operator for random u and v.
+
+        Costs two products, which count as diagnostics.
+        """
         if math.isnan(self.asymmetry):
             measure = _asymmetry if jitted else product_asymmetry
-            self.asymmetry = float(measure(operator, jax.random.key(self.config.seed), like))
+            u, v = (_random_normal(key, like) for key in jax.random.split(jax.random.key(self.config.seed)))
+            self.asymmetry = float(measure(operator, u, v))
             self.cost.diagnostics += 2 * product_cost
 
     def _solve_by_factors(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
