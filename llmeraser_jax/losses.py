@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
+from llmeraser_jax.parallel import sum_over_devices
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
@@ -162,10 +163,13 @@ def weight_sum(stack: ExampleStack) -> Float[Array, ""]:
 def loss_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[Array, ""]:
     """`sum_i weights_i * data loss_i`, without the L2 term."""
 
-    def chunk_loss(batch, weights):
-        return jnp.sum(weights * objective.data_losses(params, batch))
+    def of_stack(stack, objective, params):
+        def chunk_loss(batch, weights):
+            return jnp.sum(weights * objective.data_losses(params, batch))
 
-    return scan_weighted_sum(chunk_loss, stack, jnp.zeros((), stack.weights[0].dtype))
+        return scan_weighted_sum(chunk_loss, stack, jnp.zeros((), stack.weights[0].dtype))
+
+    return sum_over_devices(of_stack, stack, objective, params)
 
 
 def chunk_gradient_sum(
@@ -178,10 +182,14 @@ def chunk_gradient_sum(
 @jax.jit
 def gradient_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> LoraParams:
     """`sum_i weights_i * grad l_i`, the L2 term included once per unit of weight."""
-    data_term = scan_weighted_sum(
-        partial(chunk_gradient_sum, objective, params), stack, trees.tree_zeros_like(params)
-    )
-    return trees.tree_axpy(objective.l2 * weight_sum(stack), objective.from_prior(params), data_term)
+
+    def of_stack(stack, objective, params):
+        data_term = scan_weighted_sum(
+            partial(chunk_gradient_sum, objective, params), stack, trees.tree_zeros_like(params)
+        )
+        return trees.tree_axpy(objective.l2 * weight_sum(stack), objective.from_prior(params), data_term)
+
+    return sum_over_devices(of_stack, stack, objective, params)
 
 
 @jax.jit

@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree: TypeAlias = Any
@@ -53,6 +54,7 @@ class ExampleStack:
 
     batches: tuple[Batch, ...]  # leaves [chunks, batch, ...]
     weights: tuple[Float[Array, "_chunks _batch"], ...]  # [chunks, batch], as many chunks as the bucket needs
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # its axis "data" shares out each batch
 
 
 @runtime_checkable

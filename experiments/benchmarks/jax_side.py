@@ -24,6 +24,7 @@ from llmeraser_jax.curvature import (
 )
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.losses import gradient_sum, lm_objective
+from llmeraser_jax.parallel import make_mesh, place_stack, replicate
 from llmeraser_jax.solvers import ConjugateGradients
 
 MATMUL_SIZE = {"cpu": 1024}  # of the square matrices behind the ceiling; 8192 on an accelerator
@@ -38,18 +39,24 @@ def _residuals(operator):
 
 
 class JaxSide:
-    """The package on a workload."""
+    """The package on a workload.
 
-    def __init__(self, workload: Workload):
+    Args:
+        workload: the files.
+        num_devices: share out the rows of each micro-batch.
+    """
+
+    def __init__(self, workload: Workload, num_devices: int = 1):
         self.workload = workload
-        self.model = le.load_model(workload.base, dtype=workload.dtype)
-        self.lora = le.load_adapter(workload.adapter, self.model)
+        mesh = make_mesh(data=num_devices) if num_devices > 1 else None
+        self.model = le.load_model(workload.base, dtype=workload.dtype, mesh=mesh)
+        self.lora = replicate(le.load_adapter(workload.adapter, self.model), mesh)
         self.examples = le.load_examples(workload.train)
         self.dataset = encode(self.examples, self.model.tokenizer)
         indices, weights = workload.measured_rows(self.dataset)
-        self.stack = self.dataset.stack(indices, weights, chunk_size=workload.chunk_size)
+        self.stack = place_stack(self.dataset.stack(indices, weights, chunk_size=workload.chunk_size), mesh)
         self.objective = lm_objective(self.model.apply, self.model.base, l2=L2)
-        self.v = trees.tree_random_normal(jax.random.key(5), self.lora)
+        self.v = replicate(trees.tree_random_normal(jax.random.key(5), self.lora), mesh)
         self._linearised: dict[str, Any] = {}
         self._executables: dict[str, tuple[Any, float]] = {}  # and the seconds that compilation took
         self._solve = jax.jit(ConjugateGradients.solve, static_argnums=0)

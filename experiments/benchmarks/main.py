@@ -41,6 +41,7 @@ class BenchmarkConfig:
             all but compile for the first dtype of a size, and products, cg and erase for its second one.
         repeats: repetitions of each entry; an erasure has half as many, at least 2.
         threads: CPU threads of both libraries; None is all CPUs of this process.
+        devices: that the package shares the rows of each micro-batch out over; on a CPU each is one thread.
         examples: rows behind a gradient or a product; None is the size's own number.
         chunk_size: rows of the package's micro-batches; None is the size's own, at which it is fastest.
         torch_chunk_size: the same of PyTorch.
@@ -60,6 +61,7 @@ class BenchmarkConfig:
     groups: tuple[str, ...] = ()
     repeats: int = 5
     threads: int | None = None
+    devices: int = 1
     examples: int | None = None
     chunk_size: int | None = None
     torch_chunk_size: int | None = None
@@ -81,6 +83,7 @@ class BenchmarkConfig:
         counts = (
             "repeats",
             "threads",
+            "devices",
             "examples",
             "chunk_size",
             "torch_chunk_size",
@@ -154,6 +157,7 @@ class Workers:
                 size=size,
                 rank=config.rank,
                 num_threads=config.num_threads,
+                num_devices=config.devices,
                 vocab_size=config.vocab_size,
             ),
             config.timeout,
@@ -275,6 +279,7 @@ def run(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
             "rank": config.rank,
             "vocab_size": config.vocab_size,
             "threads": config.num_threads,
+            "devices": config.devices,
         }
         workers = Workers(config, size, workload)
         try:

@@ -12,7 +12,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from experiments.benchmarks.sides import Prepared, Timed, explain, limit_threads, measure
+from experiments.benchmarks.sides import Prepared, Timed, explain, limit_threads, measure, use_cpu_devices
 from experiments.benchmarks.workload import SHAPES, Shape, Workload, write_workload
 
 
@@ -26,6 +26,7 @@ class WorkerSpec:
         size: name of the shape, written if its files are missing.
         rank: of the adapter.
         num_threads: of both libraries.
+        num_devices: that the package shares each micro-batch out over.
         vocab_size: of the made-up tokenizer.
     """
 
@@ -34,6 +35,7 @@ class WorkerSpec:
     size: str
     rank: int
     num_threads: int
+    num_devices: int
     vocab_size: int
 
     @property
@@ -143,10 +145,11 @@ def _serve(spec: WorkerSpec, connection: Connection) -> None:
 
 def _load(spec: WorkerSpec) -> Any:
     if spec.side == "jax":
+        use_cpu_devices(spec.num_devices)
         write_workload(spec.workload, spec.shape, rank=spec.rank, vocab_size=spec.vocab_size)
         from experiments.benchmarks.jax_side import JaxSide
 
-        return JaxSide(spec.workload)
+        return JaxSide(spec.workload, spec.num_devices)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the package's data code imports it; the GPU is PyTorch's here

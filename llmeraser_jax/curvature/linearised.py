@@ -17,6 +17,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature.operators import Curvature, DatasetCurvature
 from llmeraser_jax.curvature.slicing import slice_in_inner_loops
 from llmeraser_jax.losses import weight_sum
+from llmeraser_jax.parallel import keep_on_devices, sum_over_devices
 from llmeraser_jax.types import LoraParams, Operator
 
 _OWN = -1  # source of a leaf that only the linear map has
@@ -29,7 +30,9 @@ class Residuals:
     The base and the data are not held twice.
     """
 
-    values: Any  # tuple of arrays, each [chunks, ...], or without the axis where no example enters
+    # Tuple of arrays, each [chunks, ...], or without the axis where no example enters; before it, where devices
+    # share the examples, an axis of devices.
+    values: Any
     structure: Any = flax.struct.field(pytree_node=False)  # of the linear map
     sources: tuple[int, ...] = flax.struct.field(pytree_node=False)  # a leaf of the operator, or `_OWN`
 
@@ -47,24 +50,34 @@ class LinearisedCurvature:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`: tangents only."""
-        given, own = jax.tree.leaves(self.operator), iter(self.residuals.values)
-        leaves = [next(own) if source == _OWN else given[source] for source in self.residuals.sources]
-        product = slice_in_inner_loops(lambda leaves, v: jax.tree.unflatten(self.residuals.structure, leaves)(v))
-        data_term = product(leaves, v)
-        l2 = self.operator.objective.l2 * weight_sum(self.operator.stack)
-        return trees.tree_axpy(l2, v, data_term)
+        operator = self.operator
+
+        def of_stack(stack, residuals, objective, params, v):
+            given = jax.tree.leaves(DatasetCurvature(objective, params, stack, operator.kind))
+            own = iter(residuals.values)
+            leaves = [next(own) if source == _OWN else given[source] for source in residuals.sources]
+            product = slice_in_inner_loops(lambda leaves, v: jax.tree.unflatten(residuals.structure, leaves)(v))
+            return trees.tree_axpy(objective.l2 * weight_sum(stack), v, product(leaves, v))
+
+        return sum_over_devices(
+            of_stack, operator.stack, operator.objective, operator.params, v, kept=self.residuals
+        )
 
 
 # One jitted function for all operators: equal shapes give the very same linear program back, so that a solve
 # compiled for one linearisation serves the next.
 @jax.jit
 def _residuals(operator: DatasetCurvature) -> Residuals:
-    linear_map = operator.kind.linearise(operator.objective, operator.params, operator.stack)  # pyright: ignore
-    leaves, structure = jax.tree.flatten(linear_map)
-    places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(operator))}
-    sources = tuple(places.get(id(leaf), _OWN) for leaf in leaves)
-    own = tuple(leaf for leaf, source in zip(leaves, sources, strict=True) if source == _OWN)
-    return Residuals(values=own, structure=structure, sources=sources)
+    def of_stack(stack, objective, params):
+        linear_map = operator.kind.linearise(objective, params, stack)  # pyright: ignore
+        leaves, structure = jax.tree.flatten(linear_map)
+        given = jax.tree.leaves(DatasetCurvature(objective, params, stack, operator.kind))
+        places = {id(leaf): place for place, leaf in enumerate(given)}
+        sources = tuple(places.get(id(leaf), _OWN) for leaf in leaves)
+        own = tuple(leaf for leaf, source in zip(leaves, sources, strict=True) if source == _OWN)
+        return Residuals(values=own, structure=structure, sources=sources)
+
+    return keep_on_devices(of_stack, operator.stack, operator.objective, operator.params)
 
 
 def _check(kind: Curvature) -> None:

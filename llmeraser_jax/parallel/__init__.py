@@ -9,9 +9,11 @@ from llmeraser_jax.parallel.sharding import (
     shard_base,
     spec_for,
 )
+from llmeraser_jax.parallel.sums import keep_on_devices, sum_over_devices
 
 __all__ = [
     "DEFAULT_RULES",
+    "keep_on_devices",
     "make_mesh",
     "parse_mesh",
     "place_batch",
@@ -19,4 +21,5 @@ __all__ = [
     "replicate",
     "shard_base",
     "spec_for",
+    "sum_over_devices",
 ]

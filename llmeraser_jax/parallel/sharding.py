@@ -81,7 +81,7 @@ def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
     Raises:
         ValueError: the micro-batch size is no multiple of the data axis.
     """
-    return _place(stack, mesh, P(None, "data"))
+    return _place(stack, mesh, P(None, "data")).replace(mesh=mesh)
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:

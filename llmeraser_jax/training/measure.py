@@ -38,11 +38,14 @@ class Measurement:
 def data_sums(objective: Objective, params: LoraParams, stack: ExampleStack) -> tuple[Float[Array, ""], LoraParams]:
     """`sum_i weights_i * data loss_i` and its gradient, without the L2 term, one micro-batch at a time."""
 
-    def chunk_sums(batch, weights):
-        return jax.value_and_grad(lambda p: jnp.sum(weights * objective.data_losses(p, batch)))(params)
+    def of_stack(stack, objective, params):
+        def chunk_sums(batch, weights):
+            return jax.value_and_grad(lambda p: jnp.sum(weights * objective.data_losses(p, batch)))(params)
 
-    zero_loss = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
-    return losses.scan_weighted_sum(chunk_sums, stack, (zero_loss, trees.tree_zeros_like(params)))
+        zero_loss = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
+        return losses.scan_weighted_sum(chunk_sums, stack, (zero_loss, trees.tree_zeros_like(params)))
+
+    return parallel.sum_over_devices(of_stack, stack, objective, params)
 
 
 def _all_indices(dataset: TokenDataset, indices: np.ndarray | None) -> np.ndarray:

@@ -34,7 +34,7 @@ from llmeraser_jax.curvature import (
 from llmeraser_jax.curvature.factor import factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.losses import Objective, gradient_sum
-from llmeraser_jax.parallel import place_batch, place_stack
+from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.solvers import (
     ConjugateGradients,
     Lissa,
@@ -70,6 +70,11 @@ _LEAST_DAMPING = 1e-5  # memorised data shrink eigenvalues; a relative damping s
 _TERMS, _PRODUCTS = 4, 5  # behind the step size of stochastic solvers
 _PRECONDITIONER_ROOTS = 8  # fewer are too noisy to help, see experiments/preconditioners
 _LISSA_MARGIN = 1.5  # of LiSSA's scale over the eigenvalue estimated, which is a lower one
+
+
+@jax.jit
+def _product(operator: Operator, v: LoraParams) -> LoraParams:
+    return operator.mv(v)
 
 
 @partial(jax.jit, static_argnames="solver")
@@ -117,11 +122,6 @@ _largest_term_eigenvalue = jax.jit(largest_term_eigenvalue, static_argnames=("nu
 _asymmetry = jax.jit(product_asymmetry)
 # A program of its own: inside of another, XLA draws again in every operation that reads a leaf.
 _random_normal = jax.jit(trees.tree_random_normal)
-
-
-@partial(jax.jit, static_argnames="kind")
-def _streamed_product(kind: str, objective: Objective, params: LoraParams, batch, weights, v: LoraParams):
-    return CURVATURES[kind].product(objective, params, batch, weights, v)
 
 
 @jax.jit
@@ -349,17 +349,18 @@ class Evaluator:
     def _solve_streamed(self, solver, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         """The solve with one micro-batch at a time on the device, its state saved as it goes."""
         config, objective = self.config, self.objective
+        data_term = dataclasses.replace(objective, l2=0.0)
         stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=config.chunk_size)
 
         def batches() -> Iterator:
             for batch, weights in zip(stack.batches, stack.weights, strict=True):
                 for chunk in range(len(weights)):
-                    part = jax.tree.map(lambda x, chunk=chunk: x[chunk], (batch, weights))
-                    yield place_batch(part, self.mesh)
+                    part = jax.tree.map(lambda x, chunk=chunk: x[chunk : chunk + 1], ((batch,), (weights,)))
+                    yield place_stack(ExampleStack(*part), self.mesh)
 
         operator = StreamedOperator(
             batches=batches,
-            product=lambda part, v: _streamed_product(self.kind, objective, params, *part, v),
+            product=lambda part, v: _product(DatasetCurvature(data_term, params, part, CURVATURES[self.kind]), v),
             shift=config.damping + objective.l2 * float(weighted.weights.sum()),
             positive_semidefinite=CURVATURES[self.kind].positive_semidefinite,
         )

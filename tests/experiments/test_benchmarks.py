@@ -100,6 +100,16 @@ def test_what_is_timed_is_the_librarys_own_product(side):
     assert prepared.argument_bytes is not None and prepared.argument_bytes > side.describe()["base_bytes"]
 
 
+def test_two_devices_measure_the_same_product(workload, side):
+    from experiments.benchmarks.jax_side import JaxSide
+
+    both = JaxSide(workload, num_devices=2)
+    assert len(both.stack.weights[0].sharding.device_set) == 2
+    product = jax.jit(lambda operator, v: operator.mv(v))
+    two, one = (jax.device_get(product(each.operator("gauss-newton"), each.v)) for each in (both, side))
+    assert relative_difference(two, one) < 1e-5
+
+
 @pytest.mark.torch
 def test_both_libraries_measure_the_same_rows_and_the_same_product(workload, side):
     from experiments.benchmarks.torch_side import TorchSide

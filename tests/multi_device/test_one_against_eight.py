@@ -107,6 +107,34 @@ def test_cached_products_match_one_device_in_float64(mesh, kind):
         assert relative_difference(products[1], products[0]) < 1e-12
 
 
+def reductions_by_program(fn, *args) -> dict[str, int]:
+    """Name of each program that `fn` compiles to, the entry's being `ENTRY` -> reductions over devices in it."""
+    leaves, structure = jax.tree.flatten(args)  # run-time shape checks refuse the placeholders of `lower`
+    lowered = jax.jit(lambda leaves: fn(*jax.tree.unflatten(structure, leaves))).lower(leaves)
+    text = lowered.compile().as_text()
+    assert text is not None
+    counts, program = {}, ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            program = line.split()[0]
+        elif " all-reduce(" in line:
+            counts[program] = counts.get(program, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient", *CURVATURES, *(f"cached {kind}" for kind in CURVATURES)])
+def test_devices_that_share_the_examples_wait_for_each_other_once(name):
+    objective, lora, stack = setup("float32", make_mesh(data=4))
+    sums = {"loss": loss_sum, "gradient": gradient_sum}
+    if name in sums:
+        counts = reductions_by_program(sums[name], objective, lora, stack)
+    else:
+        operator = DatasetCurvature(objective, lora, stack, CURVATURES[name.removeprefix("cached ")])
+        operator = make_linearised(operator) if name.startswith("cached") else operator
+        counts = reductions_by_program(lambda op, v: op.mv(v), operator, random_direction(lora))
+    assert counts == {"ENTRY": 1}
+
+
 def test_ten_optimiser_steps_match_one_device_in_float64(mesh):
     with jax.enable_x64(True):
         results = []

@@ -1,0 +1,75 @@
+"""Sums over examples that devices share: each device sums its own, and one reduction adds the sums up.
+
+Left to the compiler, a derivative by the replicated adapter is reduced where it is computed, in every layer of
+every micro-batch: as many small reductions as there are layers times micro-batches, and all devices wait for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llmeraser_jax.types import ExampleStack, PyTree
+
+
+def sum_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree, kept: PyTree = None) -> PyTree:
+    """`fn(stack, *args)`, computed as the sum over devices of `fn` on the examples that each of them holds.
+
+    Args:
+        fn: a pure function, additive over examples: its value on a stack is the sum of those on parts of it.
+        stack: the examples. One without a mesh, or whose mesh has one device for data, is handed over as it is.
+        args: whatever is the same for all examples; a base may be shared out over the axis "model".
+        kept: what `keep_on_devices` returned for this stack. Where given, `fn` is called as
+            `fn(stack, kept, *args)`.
+    """
+    if _devices(stack) is None:
+        return fn(stack, *args) if kept is None else fn(stack, kept, *args)
+
+    def local(stack, kept, *args):
+        own = () if kept is None else (jax.tree.map(lambda leaf: leaf[0], kept),)
+        return jax.lax.psum(fn(stack.replace(mesh=None), *own, *args), "data")
+
+    return _on_devices(local, stack, kept, *args, out=P())
+
+
+def keep_on_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> PyTree:
+    """`fn(stack, *args)` of each device's examples, left where it was computed, for `sum_over_devices` to take.
+
+    Args:
+        fn: a pure function that treats its examples alone.
+        stack: the examples.
+        args: whatever is the same for all examples.
+
+    Returns:
+        What `fn` returns; where devices share the examples, with an axis of devices before those of every leaf.
+    """
+    if _devices(stack) is None:
+        return fn(stack, *args)
+
+    def local(stack, kept, *args):
+        return jax.tree.map(lambda leaf: leaf[None], fn(stack.replace(mesh=None), *args))
+
+    return _on_devices(local, stack, None, *args, out=P("data"))
+
+
+def _devices(stack: ExampleStack) -> Mesh | None:
+    """The mesh, where it shares examples out."""
+    return stack.mesh if stack.mesh is not None and stack.mesh.shape["data"] > 1 else None
+
+
+def _on_devices(local: Callable[..., PyTree], stack: ExampleStack, kept: Any, *args: PyTree, out: P) -> PyTree:
+    # The compiler shares out what is on the axis "model". Types that vary over devices are not checked: checking
+    # would reduce every derivative by what does not vary where it is taken.
+    mapped = jax.shard_map(
+        local,
+        mesh=stack.mesh,
+        in_specs=(P(None, "data"), P("data"), *(P() for _ in args)),
+        out_specs=out,
+        axis_names={"data"},
+        check_vma=False,
+    )
+    return mapped(stack, kept, *args)
