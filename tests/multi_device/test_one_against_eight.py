@@ -33,6 +33,12 @@ def random_direction(lora):
     )
 
 
+def several_products(products, objective, lora, stack):
+    operator = DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"])
+    vectors = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), random_direction(lora), lora)
+    return jax.jit(products)(operator, vectors)
+
+
 def relative_difference(a, b) -> float:
     a, b = jax.device_get((a, b))
     difference = np.sqrt(
@@ -67,6 +73,13 @@ def test_the_base_is_really_sharded_and_the_adapter_replicated(mesh):
                 id=kind,
             )
             for kind in CURVATURES
+        ),
+        *(
+            pytest.param(lambda o, l, s, products=products: several_products(products, o, l, s), id=name)
+            for name, products in {
+                "one after the other": lambda op, vs: op.mv_each(vs),
+                "all at once": lambda op, vs: jax.vmap(op.mv)(vs),
+            }.items()
         ),
     ],
 )
