@@ -17,7 +17,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature.operators import Curvature, DatasetCurvature
 from llmeraser_jax.curvature.slicing import slice_in_inner_loops
 from llmeraser_jax.losses import weight_sum
-from llmeraser_jax.parallel import keep_on_devices, sum_over_devices
+from llmeraser_jax.parallel import Kept, keep_on_devices, sum_over_devices
 from llmeraser_jax.types import LoraParams, Operator
 
 _OWN = -1  # source of a leaf that only the linear map has
@@ -30,9 +30,7 @@ class Residuals:
     The base and the data are not held twice.
     """
 
-    # Tuple of arrays, each [chunks, ...], or without the axis where no example enters; before it, where devices
-    # share the examples, an axis of devices.
-    values: Any
+    values: Any  # tuple of arrays, each [chunks, ...], or without the axis where no example enters
     structure: Any = flax.struct.field(pytree_node=False)  # of the linear map
     sources: tuple[int, ...] = flax.struct.field(pytree_node=False)  # a leaf of the operator, or `_OWN`
 
@@ -42,7 +40,7 @@ class LinearisedCurvature:
     """Equal to `operator`, with its primal pass made already."""
 
     operator: DatasetCurvature
-    residuals: Residuals
+    residuals: Residuals | Kept  # the latter where devices share the examples
 
     @property
     def positive_semidefinite(self) -> bool:
@@ -67,7 +65,7 @@ class LinearisedCurvature:
 # One jitted function for all operators: equal shapes give the very same linear program back, so that a solve
 # compiled for one linearisation serves the next.
 @jax.jit
-def _residuals(operator: DatasetCurvature) -> Residuals:
+def _residuals(operator: DatasetCurvature) -> Residuals | Kept:
     def of_stack(stack, objective, params):
         linear_map = operator.kind.linearise(objective, params, stack)  # pyright: ignore
         leaves, structure = jax.tree.flatten(linear_map)
@@ -111,7 +109,7 @@ def linearisation_bytes(operator: DatasetCurvature) -> int:
         ValueError: the kind of curvature cannot be linearised.
     """
     _check(operator.kind)
-    values = jax.eval_shape(_residuals, operator).values
+    values = jax.tree.leaves(jax.eval_shape(_residuals, operator))
     return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in values)
 
 

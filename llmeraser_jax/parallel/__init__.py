@@ -9,10 +9,11 @@ from llmeraser_jax.parallel.sharding import (
     shard_base,
     spec_for,
 )
-from llmeraser_jax.parallel.sums import keep_on_devices, sum_over_devices
+from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
 
 __all__ = [
     "DEFAULT_RULES",
+    "Kept",
     "keep_on_devices",
     "make_mesh",
     "parse_mesh",
