@@ -25,7 +25,7 @@ class Kept:
     on a CPU (`experiments/benchmarks`).
     """
 
-    leaves: tuple[jax.Array, ...]
+    leaves: Any  # tuple of arrays
     structure: Any = flax.struct.field(pytree_node=False)
     scalars: tuple[bool, ...] = flax.struct.field(pytree_node=False)  # leaves that were given an axis
 

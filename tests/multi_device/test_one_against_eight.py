@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, make_linearised
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, make_linearised
 from llmeraser_jax.losses import gradient_sum, loss_sum
 from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base, spec_for
 from llmeraser_jax.solvers import ConjugateGradients, Status
@@ -115,7 +115,9 @@ def test_cached_products_match_one_device_in_float64(mesh, kind):
         products = []
         for m in (None, mesh):
             objective, lora, stack = setup("float64", m)
-            cached = make_linearised(DatasetCurvature(objective, lora, stack, CURVATURES[kind]))
+            operator = DatasetCurvature(objective, lora, stack, CURVATURES[kind])
+            cached = make_linearised(operator)
+            assert linearisation_bytes(operator) == sum(leaf.nbytes for leaf in jax.tree.leaves(cached.residuals))
             products.append(jax.jit(lambda op, v: op.mv(v))(cached, random_direction(lora)))
         assert relative_difference(products[1], products[0]) < 1e-12
 
