@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.struct
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llmeraser_jax.types import ExampleStack, PyTree
@@ -55,7 +54,7 @@ def sum_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTr
         kept: what `keep_on_devices` returned for this stack. Where given, `fn` is called as
             `fn(stack, kept, *args)`.
     """
-    if _devices(stack) is None:
+    if not _shared(stack):
         return fn(stack, *args) if kept is None else fn(stack, kept, *args)
 
     def local(stack, kept, *args):
@@ -76,7 +75,7 @@ def keep_on_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTre
     Returns:
         What `fn` returns; where devices share the examples, `Kept` of it.
     """
-    if _devices(stack) is None:
+    if not _shared(stack):
         return fn(stack, *args)
 
     def local(stack, kept, *args):
@@ -85,9 +84,9 @@ def keep_on_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTre
     return _on_devices(local, stack, None, *args, out=P("data"))
 
 
-def _devices(stack: ExampleStack) -> Mesh | None:
-    """The mesh, where it shares examples out."""
-    return stack.mesh if stack.mesh is not None and stack.mesh.shape["data"] > 1 else None
+def _shared(stack: ExampleStack) -> bool:
+    """Whether several devices share the examples out."""
+    return stack.mesh is not None and stack.mesh.shape["data"] > 1
 
 
 def _on_devices(local: Callable[..., PyTree], stack: ExampleStack, kept: Any, *args: PyTree, out: P) -> PyTree:
