@@ -139,6 +139,8 @@ def scan_weighted_sum(
 ) -> PyTree:
     """`sum over micro-batches of fn(batch, weights)`, one at a time, so that memory is one micro-batch's.
 
+    It does not look at the stack's mesh; `sum_over_examples` does.
+
     Args:
         fn: returns a pytree of the structure, shapes and dtypes of `zero`.
         stack: the data.
@@ -159,37 +161,66 @@ def weight_sum(stack: ExampleStack) -> Float[Array, ""]:
     return sum((jnp.sum(w) for w in stack.weights), start=jnp.zeros((), stack.weights[0].dtype))
 
 
-@jax.jit
-def loss_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[Array, ""]:
-    """`sum_i weights_i * data loss_i`, without the L2 term."""
+def sum_over_examples(
+    fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree, zero: PyTree
+) -> tuple[Float[Array, ""], PyTree]:
+    """`sum_i weights_i`, and `sum over micro-batches of fn(*args, batch, weights)`; devices share the examples.
 
-    def of_stack(stack, objective, params):
-        def chunk_loss(batch, weights):
-            return jnp.sum(weights * objective.data_losses(params, batch))
+    Both are in one reduction over devices: an L2 term, which counts once per unit of weight, needs the first.
 
-        return scan_weighted_sum(chunk_loss, stack, jnp.zeros((), stack.weights[0].dtype))
+    Args:
+        fn: a pure function of one micro-batch, that returns a pytree of the structure, shapes and dtypes of `zero`.
+        stack: the data.
+        args: whatever `fn` takes that is the same for all examples.
+        zero: the sum over nothing.
+    """
 
-    return sum_over_devices(of_stack, stack, objective, params)
+    def of_stack(stack, zero, *args):
+        return weight_sum(stack), scan_weighted_sum(partial(fn, *args), stack, zero)
+
+    return sum_over_devices(of_stack, stack, zero, *args)
+
+
+def _chunk_loss_sum(objective: Objective, params: LoraParams, batch: Batch, weights: Float[Array, " batch"]):
+    return jnp.sum(weights * objective.data_losses(params, batch))
 
 
 def chunk_gradient_sum(
     objective: Objective, params: LoraParams, batch: Batch, weights: Float[Array, " batch"]
 ) -> LoraParams:
     """`sum_i weights_i * grad data loss_i` over one micro-batch, without the L2 term."""
-    return jax.grad(lambda p: jnp.sum(weights * objective.data_losses(p, batch)))(params)
+    return jax.grad(_chunk_loss_sum, argnums=1)(objective, params, batch, weights)
+
+
+@jax.jit
+def loss_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[Array, ""]:
+    """`sum_i weights_i * data loss_i`, without the L2 term."""
+    zero = jnp.zeros((), stack.weights[0].dtype)
+    return sum_over_examples(_chunk_loss_sum, stack, objective, params, zero=zero)[1]
+
+
+@jax.jit
+def loss_and_gradient_sums(
+    objective: Objective, params: LoraParams, stack: ExampleStack
+) -> tuple[Float[Array, ""], LoraParams]:
+    """`sum_i weights_i * data loss_i` and its gradient, without the L2 term."""
+    zero = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
+    return sum_over_examples(
+        jax.value_and_grad(_chunk_loss_sum, argnums=1),
+        stack,
+        objective,
+        params,
+        zero=(zero, trees.tree_zeros_like(params)),
+    )[1]
 
 
 @jax.jit
 def gradient_sum(objective: Objective, params: LoraParams, stack: ExampleStack) -> LoraParams:
     """`sum_i weights_i * grad l_i`, the L2 term included once per unit of weight."""
-
-    def of_stack(stack, objective, params):
-        data_term = scan_weighted_sum(
-            partial(chunk_gradient_sum, objective, params), stack, trees.tree_zeros_like(params)
-        )
-        return trees.tree_axpy(objective.l2 * weight_sum(stack), objective.from_prior(params), data_term)
-
-    return sum_over_devices(of_stack, stack, objective, params)
+    total_weight, data_term = sum_over_examples(
+        chunk_gradient_sum, stack, objective, params, zero=trees.tree_zeros_like(params)
+    )
+    return trees.tree_axpy(objective.l2 * total_weight, objective.from_prior(params), data_term)
 
 
 @jax.jit

@@ -6,6 +6,7 @@ sharded leaves and is not used anywhere in the package outside `curvature.dense`
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import reduce
 
@@ -65,6 +66,19 @@ def tree_max_abs(a: PyTree) -> Float[Array, ""]:
 def tree_size(a: PyTree) -> int:
     """How many numbers the tree holds."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(a))
+
+
+def tree_sha256(a: PyTree) -> bytes:
+    """SHA-256 over place, dtype, shape and bytes of every leaf; computed on the host.
+
+    Not over the structure as jax prints it, which differs between versions and shows what is no number.
+    """
+    digest = hashlib.sha256()
+    for place, leaf in jax.tree_util.tree_leaves_with_path(a):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(place)} {array.dtype} {np.shape(leaf)}".encode())
+        digest.update(array.tobytes())
+    return digest.digest()
 
 
 def tree_where(condition: Array, a: PyTree, b: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Random vectors of adapter space: shapes, dtypes, moments, and no draw that two leaves share."""
+"""Random vectors of adapter space: shapes, dtypes, moments, no draw that two leaves share; and digests of trees."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from llmeraser_jax import trees
+from llmeraser_jax.parallel import make_mesh
+from llmeraser_jax.types import ExampleStack
 
 LIKE = {
     "a": jnp.zeros((3, 40, 50), jnp.float32),
@@ -39,3 +41,24 @@ def test_every_leaf_keeps_its_dtype_and_keys_draw_anew(draw):
     assert jax.tree.map(lambda x: x.dtype, first) == jax.tree.map(lambda x: x.dtype, like)
     for name in like:
         assert (first[name] == again[name]).all() and not (first[name] == other[name]).all()
+
+
+def test_a_digest_is_of_places_and_bits_not_of_where_the_arrays_are():
+    x, y = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(2, np.float32)
+    digest = trees.tree_sha256({"x": x, "y": y})
+    assert digest == trees.tree_sha256({"y": jnp.asarray(y), "x": jnp.asarray(x)})
+    one_bit_off = np.nextafter(x, np.float32(9))
+    others = [
+        {"x": x},
+        {"x": x, "z": y},
+        {"x": x, "y": -y},
+        {"x": one_bit_off, "y": y},
+        {"x": x.reshape(3, 2), "y": y},
+        {"x": x.view(np.int32), "y": y},
+        {"x": x, "y": {"y": y}},
+    ]
+    digests = {digest, *map(trees.tree_sha256, others)}
+    assert len(digests) == 1 + len(others)
+    stack = ExampleStack(batches=(x,), weights=(jnp.asarray(x),))
+    on_mesh = stack.replace(mesh=make_mesh(data=1, model=1))  # pyright: ignore[reportAttributeAccessIssue]
+    assert trees.tree_sha256(stack) == trees.tree_sha256(on_mesh)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.losses import response_cross_entropy, scan_weighted_sum
-from llmeraser_jax.parallel import sum_over_devices
+from llmeraser_jax.losses import response_cross_entropy, sum_over_examples
 from llmeraser_jax.types import BaseParams, ExampleStack, LoraParams, TokenBatch
 
 Logits = Float[Array, "batch response vocab"]
@@ -140,18 +139,22 @@ def terms_gradient(
     values = []
     for term, stack in zip(terms, stacks, strict=True):
 
-        def of_stack(stack, base, params, teachers, term=term):
-            def chunk(batch, weights):
-                def logits_of(adapter):
-                    return apply(base, adapter, batch.tokens, batch.attention_mask, batch.positions)
+        def chunk(base, params, teachers, batch, weights, term=term):
+            def logits_of(adapter):
+                return apply(base, adapter, batch.tokens, batch.attention_mask, batch.positions)
 
-                frozen = tuple(logits_of(teacher) for teacher in teachers)
-                return jax.value_and_grad(lambda p: jnp.sum(weights * term(logits_of(p), frozen, batch)))(params)
+            frozen = tuple(logits_of(teacher) for teacher in teachers)
+            return jax.value_and_grad(lambda p: jnp.sum(weights * term(logits_of(p), frozen, batch)))(params)
 
-            zero = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
-            return scan_weighted_sum(chunk, stack, (zero, trees.tree_zeros_like(params)))
-
-        value, term_gradient = sum_over_devices(of_stack, stack, base, params, teachers[: term.num_teachers])
+        zero = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
+        _, (value, term_gradient) = sum_over_examples(
+            chunk,
+            stack,
+            base,
+            params,
+            teachers[: term.num_teachers],
+            zero=(zero, trees.tree_zeros_like(params)),
+        )
         values.append(value)
         gradient = trees.tree_add(gradient, term_gradient)
     return jnp.stack(values), gradient

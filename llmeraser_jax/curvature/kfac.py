@@ -20,7 +20,6 @@ objective; the second the network's activations. Memory: `m^2 + n^2 + m n` numbe
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -206,13 +205,7 @@ def fingerprint(params: LoraParams, stack: ExampleStack) -> UInt8[np.ndarray, " 
 
     The base is not in it: an adapter belongs to one.
     """
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path((params, stack))
-    for path, leaf in leaves:
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+    return np.frombuffer(trees.tree_sha256((params, stack)), np.uint8)
 
 
 def save_ekfac(path: str | os.PathLike[str], factors: EkFac, params: LoraParams, stack: ExampleStack) -> None:

@@ -19,7 +19,7 @@ from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product, l
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product, linearise_gauss_newton
 from llmeraser_jax.curvature.hessian import hessian_product, linearise_hessian
 from llmeraser_jax.curvature.merging import merge_thin_products
-from llmeraser_jax.losses import Objective, scan_weighted_sum, weight_sum
+from llmeraser_jax.losses import Objective, sum_over_examples, weight_sum
 from llmeraser_jax.parallel import sum_over_devices
 from llmeraser_jax.types import ExampleStack, LoraParams, Operator
 
@@ -98,29 +98,20 @@ class DatasetCurvature:
         """Micro-batches, over all buckets."""
         return sum(weights.shape[0] for weights in self.stack.weights)
 
-    def _l2(self) -> Float[Array, ""]:
-        return self.objective.l2 * weight_sum(self.stack)
-
-    def _chunk_mv(self, v, batch, weights):
+    def _chunk_mv(self, objective, params, v, batch, weights):
         """One micro-batch's share, without the L2 term."""
-        return merge_thin_products(partial(self.kind.product, self.objective, self.params, batch, weights))(v)
+        return merge_thin_products(partial(self.kind.product, objective, params, batch, weights))(v)
 
-    def _sum_over_devices(self, product: Callable[..., LoraParams], *args) -> LoraParams:
-        """`product(self, *args)`, a sum over examples, each device's share of them by itself."""
-
-        def of_stack(stack, objective, params, *args):
-            return product(DatasetCurvature(objective, params, stack, self.kind), *args)
-
-        return sum_over_devices(of_stack, self.stack, self.objective, self.params, *args)
+    def _sum(self, fn: Callable[..., LoraParams], vs: LoraParams) -> LoraParams:
+        """`sum over micro-batches of fn(objective, params, vs, batch, weights)`, and the L2 term times `vs`."""
+        total_weight, data_term = sum_over_examples(
+            fn, self.stack, self.objective, self.params, vs, zero=trees.tree_zeros_like(vs)
+        )
+        return trees.tree_axpy(self.objective.l2 * total_weight, vs, data_term)
 
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`, micro-batch by micro-batch."""
-
-        def product(own, v):
-            data_term = scan_weighted_sum(partial(own._chunk_mv, v), own.stack, trees.tree_zeros_like(v))
-            return trees.tree_axpy(own._l2(), v, data_term)
-
-        return self._sum_over_devices(product, v)
+        return self._sum(self._chunk_mv, v)
 
     def mv_each(self, vs: LoraParams) -> LoraParams:
         """Products with vectors on a leading axis, one after the other over each micro-batch's primal values.
@@ -134,15 +125,11 @@ class DatasetCurvature:
         assert self.kind.linearise is not None  # a kind without one has `mv` alone
         linearise = self.kind.linearise
 
-        def products(own, vs):
-            def of_chunk(batch, weights):
-                one = ExampleStack(*jax.tree.map(lambda x: x[None], ((batch,), (weights,))))
-                return jax.lax.map(linearise(own.objective, own.params, one), vs)
+        def of_chunk(objective, params, vs, batch, weights):
+            one = ExampleStack(*jax.tree.map(lambda x: x[None], ((batch,), (weights,))))
+            return jax.lax.map(linearise(objective, params, one), vs)
 
-            data_term = scan_weighted_sum(of_chunk, own.stack, trees.tree_zeros_like(vs))
-            return trees.tree_axpy(own._l2(), vs, data_term)
-
-        return self._sum_over_devices(products, vs)
+        return self._sum(of_chunk, vs)
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
         """`num_terms` times micro-batch `k`'s share of the product, so that the mean over `k` is `mv(v)`.
@@ -156,22 +143,23 @@ class DatasetCurvature:
         counts = [weights.shape[0] for weights in self.stack.weights]
         starts = np.cumsum([0, *counts])[:-1]
 
-        def product(own, k, v):
+        def product(stack, objective, params, k, v):
             def from_bucket(bucket):
                 def term(k, v):
                     batch, weights = jax.tree.map(
                         lambda x: jax.lax.dynamic_index_in_dim(x, k - starts[bucket], keepdims=False),
-                        (own.stack.batches[bucket], own.stack.weights[bucket]),
+                        (stack.batches[bucket], stack.weights[bucket]),
                     )
-                    return own._chunk_mv(v, batch, weights)
+                    return self._chunk_mv(objective, params, v, batch, weights)
 
                 return term
 
             bucket = jnp.sum(k >= jnp.asarray(starts)) - 1
             data_term = jax.lax.switch(bucket, [from_bucket(b) for b in range(len(counts))], k, v)
-            return trees.tree_axpy(own._l2(), v, trees.tree_scale(float(own.num_terms), data_term))
+            l2 = objective.l2 * weight_sum(stack)
+            return trees.tree_axpy(l2, v, trees.tree_scale(float(self.num_terms), data_term))
 
-        return self._sum_over_devices(product, jnp.asarray(k), v)
+        return sum_over_devices(product, self.stack, self.objective, self.params, jnp.asarray(k), v)
 
 
 def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from llmeraser_jax import files
+from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
-from llmeraser_jax.types import Batch, LoraParams, Operator, Preconditioner, PyTree, Solution
+from llmeraser_jax.types import Batch, LoraParams, Operator, Preconditioner, Solution
 
 FINGERPRINT_FILE = "solve.json"
 
@@ -61,26 +59,16 @@ def _accumulate(total: LoraParams, term: LoraParams) -> LoraParams:
     return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, term)
 
 
-def _hash(tree: PyTree) -> str:
-    """SHA-256 of every leaf with its path, dtype and shape."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(
     solver: ConjugateGradients, rhs: LoraParams, preconditioner: Preconditioner | None, description: str
 ) -> dict[str, Any]:
     # Of the hyper-parameters, those that change the iterates or the shape of the state.
     return {
-        "right-hand side": _hash(rhs),
+        "right-hand side": trees.tree_sha256(rhs).hex(),
         "rtol": repr(float(solver.rtol)),
         "max_steps": solver.max_steps,
         "radius": repr(float(solver.radius)),  # text, because JSON has no infinity
-        "preconditioner": "none" if preconditioner is None else _hash(preconditioner),
+        "preconditioner": "none" if preconditioner is None else trees.tree_sha256(preconditioner).hex(),
         "description": description,
     }
 

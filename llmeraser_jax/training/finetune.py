@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ from llmeraser_jax.losses import Objective
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_indices
 from llmeraser_jax.training.config import TrainConfig, refuse_dropout
-from llmeraser_jax.training.measure import data_sums, measure
+from llmeraser_jax.training.measure import measure
 from llmeraser_jax.types import LoraParams
 
 _log = logging.getLogger(__name__)
@@ -133,21 +132,15 @@ def adam_step(
     return trees.tree_axpy(-learning_rate, direction, params), opt_state, trees.tree_norm(gradient)
 
 
-def _digest(tree: Any) -> str:
-    """SHA-256 over structure, shapes, dtypes and bytes of a pytree of arrays."""
-    digest = hashlib.sha256(str(jax.tree.structure(tree)).encode())
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> dict[str, Any]:
     """What a checkpoint has to have in common with the training that goes on from it."""
     everything = dataset.stack_uniform(np.arange(len(dataset)), np.ones(len(dataset)), chunk_size=config.batch_size)
     numerical = {k: v for k, v in config.to_mapping().items() if k != "checkpoint_every_steps"}
-    return {"config": numerical, "data_sha256": _digest(everything), "initial_adapter_sha256": _digest(lora)}
+    return {
+        "config": numerical,
+        "data_sha256": trees.tree_sha256(everything).hex(),
+        "initial_adapter_sha256": trees.tree_sha256(lora).hex(),
+    }
 
 
 def _claim(workdir: Path, identity: dict[str, Any]) -> None:
@@ -314,7 +307,8 @@ def _train(
                 batch_size=config.batch_size,
                 microbatch_size=config.examples_per_pass,
             )
-            loss, data_gradient = data_sums(objective, params, parallel.place_stack(stack, model.mesh))
+            stack = parallel.place_stack(stack, model.mesh)
+            loss, data_gradient = losses.loss_and_gradient_sums(objective, params, stack)
             params, opt_state, norm = adam_step(
                 params,
                 opt_state,

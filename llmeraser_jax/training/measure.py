@@ -1,20 +1,17 @@
-"""Owns loss and gradient over a data set, and the compiled pass that training and measuring share."""
+"""Owns loss and gradient over a data set, measured with the compiled pass that training uses."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from llmeraser_jax import losses, parallel, trees
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.training.batches import lay_out_mean
-from llmeraser_jax.types import ExampleStack, LoraParams
+from llmeraser_jax.types import LoraParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,20 +29,6 @@ class Measurement:
     gradient_norm: float
     data_gradient_norm: float
     num_examples: int
-
-
-@jax.jit
-def data_sums(objective: Objective, params: LoraParams, stack: ExampleStack) -> tuple[Float[Array, ""], LoraParams]:
-    """`sum_i weights_i * data loss_i` and its gradient, without the L2 term, one micro-batch at a time."""
-
-    def of_stack(stack, objective, params):
-        def chunk_sums(batch, weights):
-            return jax.value_and_grad(lambda p: jnp.sum(weights * objective.data_losses(p, batch)))(params)
-
-        zero_loss = jnp.zeros((), jnp.result_type(stack.weights[0], *jax.tree.leaves(params)))
-        return losses.scan_weighted_sum(chunk_sums, stack, (zero_loss, trees.tree_zeros_like(params)))
-
-    return parallel.sum_over_devices(of_stack, stack, objective, params)
 
 
 def _all_indices(dataset: TokenDataset, indices: np.ndarray | None) -> np.ndarray:
@@ -97,7 +80,8 @@ def measure(
             batch_size=batch_size,
             microbatch_size=microbatch_size or batch_size,
         )
-        batch_loss, batch_gradient = data_sums(objective, params, parallel.place_stack(stack, mesh))
+        stack = parallel.place_stack(stack, mesh)
+        batch_loss, batch_gradient = losses.loss_and_gradient_sums(objective, params, stack)
         loss += float(batch_loss)
         gradient = trees.tree_add(gradient, batch_gradient)
     whole = trees.tree_axpy(objective.l2, objective.from_prior(params), gradient)
