@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION)
     try:
         return command.run()
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("LLMERASER_DEBUG"):
             raise
         sys.stderr.write(f"llmeraser: error: {error}\n")

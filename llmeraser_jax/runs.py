@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.training.config import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 KINDS = ("finetune", "adopt", "erase", "retrain")
@@ -133,6 +136,29 @@ class Run:
                 f"{'; '.join(problems)}. Give the data as it was, or train on the data as it is."
             )
             raise RunError(msg)
+
+    def load_unseen(self, path: str | os.PathLike[str]) -> tuple[Example, ...]:
+        """Held-out examples, without those whose content this run was trained on: they are not unseen.
+
+        Raises:
+            RunError: all of them were trained on.
+        """
+        examples = data.load_examples(path)
+        known = frozenset(self.data_sha256)
+        unseen = tuple(example for example in examples if data.content_hash(example) not in known)
+        if not unseen:
+            msg = f"{path}: {self.path} was trained on all its {len(examples)} examples; give some that it was not."
+            raise RunError(msg)
+        if len(unseen) < len(examples):
+            dropped = [example.id for example in examples if data.content_hash(example) in known]
+            _log.warning(
+                "%s: %d of its %d examples were trained on (%s) and are left out.",
+                path,
+                len(dropped),
+                len(examples),
+                _listed(dropped),
+            )
+        return unseen
 
     def encode(
         self,

@@ -1,11 +1,16 @@
-"""Set-up shared by all tests: eight CPU devices, run-time shape checks, compiled programs dropped after a file."""
+"""Set-up shared by all tests: eight CPU devices, run-time shape checks, compiled programs kept on disk alone."""
 
 import gc
 import os
+from pathlib import Path
 
 # Read when jax is imported, here and in the processes that tests start. Most of the suite's time is compilation,
 # and XLA's expensive passes do not pay for programs that run a few times: 40 % less time on the curvature tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Programs are kept on disk for the other workers, the files that come after (see `_drop_compiled_programs`) and the
+# next run; `pytest --cache-clear` removes them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

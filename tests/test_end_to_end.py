@@ -224,7 +224,8 @@ def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout,
     assert "membership inference is not measured" in report["context"]["Held-out data"]
     assert report["models"]["before"]["task_metrics"] and report["models"]["before"]["heldout_loss"] > 0
 
-    other = tiny.write_rows(work / "partly.jsonl", [{**row, "id": "x" + row["id"]} for row in tiny.rows(13)[11:]])
+    rows = [tiny.rows(12)[11], {**tiny.rows(12)[11], "id": "r12", "input": "now"}]
+    other = tiny.write_rows(work / "partly.jsonl", [{**row, "id": "x" + row["id"]} for row in rows])
     assert main([*arguments, "--data", str(other), "--workdir", str(work / "eval_partly")]) == 0
     report = json.loads((work / "eval_partly" / "report.json").read_text())
     assert report["heldout"] == {"examples": 2, "nonmembers": 1, "response_positions": 0}
@@ -235,6 +236,25 @@ def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout,
     unknown = score_examples(model, lora, run.encode(load_examples(other)[1:], model.tokenizer)).losses
     auc = report["models"]["before"]["membership_auc"]["loss"]["value"]
     assert auc == pytest.approx(np.mean(inside < unknown))
+
+
+def test_rows_that_were_trained_on_are_not_held_out(run, erased, work, capsys):
+    """Their losses would tell removed rows to stay where they are, and members from members."""
+    train = str(work / "train.jsonl")
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
+    assert main([*arguments, "--heldout", train, "--workdir", str(work / "known")]) == 1
+    assert "was trained on all its 10 examples" in capsys.readouterr().err
+    arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path)]
+    assert main([*arguments, "--data", train, "--workdir", str(work / "eval_known")]) == 1
+    assert "was trained on all its 10 examples" in capsys.readouterr().err
+    assert not (work / "known").exists() and not (work / "eval_known").exists()
+
+
+def test_a_training_that_diverges_is_one_line_on_standard_error(run, work, capsys):
+    arguments = ["finetune", "--model", str(work / "model"), "--data", str(work / "train.jsonl")]
+    assert main([*arguments, "--workdir", str(work / "diverged"), "--learning-rate", "1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "llmeraser: error:" in error and "learning rate" in error and "Traceback" not in error
 
 
 def test_what_an_earlier_erasure_was_shown_stays_known(run, work):

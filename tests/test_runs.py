@@ -94,6 +94,19 @@ def test_data_in_another_order_comes_back_in_the_order_of_training(tmp_path, fin
     assert finished_run.load_examples(path) == examples
 
 
+def test_held_out_rows_that_were_trained_on_are_left_out_and_counted(tmp_path, finished_run, caplog):
+    outside = [{**row, "id": "new-" + row["id"]} for row in tiny.rows(12)[10:]]
+    known = [{**row, "id": "copy-" + row["id"]} for row in tiny.rows()[:3]]
+    path = tiny.write_rows(tmp_path / "mixed.jsonl", [*known, *outside])
+    assert [example.id for example in finished_run.load_unseen(path)] == [row["id"] for row in outside]
+    assert "3 of its 5 examples were trained on ('copy-r0', 'copy-r1', 'copy-r2')" in caplog.text
+    caplog.clear()
+    assert len(finished_run.load_unseen(tiny.write_rows(tmp_path / "outside.jsonl", outside))) == 2
+    assert not caplog.text
+    with pytest.raises(runs.RunError, match="was trained on all its 3 examples"):
+        finished_run.load_unseen(tiny.write_rows(tmp_path / "known.jsonl", known))
+
+
 def test_missing_data_is_named(tmp_path, finished_run):
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl: the training data of"):
         finished_run.load_examples(tmp_path / "gone.jsonl")

@@ -168,7 +168,7 @@ def _gradient_difference(setting: Setting, distance: float) -> ControlResult:
 
 
 def as_far_as(other: str, control: Control) -> Method:
-    """A control that is moved exactly as far as another method of the same cell."""
+    """A control that is given the distance which another method of the same cell moved."""
 
     def run(setting: Setting) -> Moved:
         distance = setting.distance_of(other)

@@ -30,7 +30,17 @@ from llmeraser_jax import files, trees
 from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
 from llmeraser_jax.baselines.descent import Descent
 from llmeraser_jax.baselines.erasing import Erasing
-from llmeraser_jax.data import Example, Recipe, Request, TokenDataset, load_requests, request_to_json, save_examples
+from llmeraser_jax.data import (
+    Example,
+    Recipe,
+    Request,
+    TokenDataset,
+    content_hash,
+    load_examples,
+    load_requests,
+    request_to_json,
+    save_examples,
+)
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation.model_tables import MetricMeaning
 from llmeraser_jax.evaluation.robustness import quantise_merged, relearn, retained_only
@@ -148,15 +158,34 @@ class Study:
         claim_settings(workdir, {**scenario.settings, **parts, "recipe": scenario.recipe.to_mapping()})
         self._refuse_other_references()
         self.data = workdir / "data"
+        self._keep_data()
+
+    def _keep_data(self) -> None:
+        """Writes the rows and the requests, or finds them as they were.
+
+        Raises:
+            ValueError: other ones are there.
+        """
+        rows = {"train": self.scenario.examples, "shown": self.scenario.shown, "heldout": self.scenario.heldout}
+        lines = "".join(request_to_json(request) + "\n" for request in self.scenario.requests)
+        requests = self.data / "requests.jsonl"
+        other = [
+            name
+            for name, examples in rows.items()
+            if (path := self.data / f"{name}.jsonl").exists()
+            and _contents(load_examples(path)) != _contents(examples)
+        ]
+        if requests.exists() and requests.read_text(encoding="utf-8") != lines:
+            other.append("requests")
+        if other:
+            msg = (
+                f"{self.data} holds other {', '.join(other)}. Give the data as they were, or name another workdir."
+            )
+            raise ValueError(msg)
         self.data.mkdir(parents=True, exist_ok=True)
-        for name, rows in (
-            ("train", scenario.examples),
-            ("shown", scenario.shown),
-            ("heldout", scenario.heldout),
-        ):
-            save_examples(self.data / f"{name}.jsonl", rows)
-        lines = "".join(request_to_json(request) + "\n" for request in scenario.requests)
-        files.atomic_write_text(self.data / "requests.jsonl", lines)
+        for name, examples in rows.items():
+            save_examples(self.data / f"{name}.jsonl", examples)
+        files.atomic_write_text(requests, lines)
 
     def _refuse_other_references(self) -> None:
         """Held-out KL, and the rates chosen for descents, are of the retrained models there were at that time."""
@@ -276,11 +305,13 @@ class Study:
         return None if size is None else min(size, batch_size)
 
     def probe(self, lora: Lora) -> dict[str, float]:
-        """Loss on S after 4-bit rounding of the merged model, and after training on retained rows for a while."""
+        """Loss on S after 4-bit rounding of the merged model, and after training on retained rows, if any."""
         problem, train = self.problem, self.scenario.train
         rounded, rest = quantise_merged(self.model, lora)
         rounded_loss = score_examples(rounded, rest, problem.examples, problem.named).losses.mean()
         unrelated = retained_only(self.dataset, problem.named)
+        if not len(unrelated):
+            return {"forget_loss_4_bit": float(rounded_loss)}
         num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
         size = min(train.batch_size, len(unrelated) // num_steps)
         rate = min(RELEARNING_RATE, train.learning_rate)
@@ -480,6 +511,10 @@ class Study:
                     return fitted.model, fitted.params
 
                 keep(name, seed, fit)
+
+
+def _contents(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(example.id, content_hash(example)) for example in examples]
 
 
 def _mean_losses(scores: Mapping[str, ExampleScores]) -> dict[str, float | None]:

@@ -1,8 +1,8 @@
 """Controls that a claim of unlearning must beat: ways to move that use no curvature.
 
 They move along the right-hand side `b = (1/n) sum_S (g - g')`, gradient difference less what retained examples
-object to, and are given the distance that the method under test moved, so that they differ from it in direction
-alone.
+object to, and are given the distance that the method under test moved. One step goes exactly as far; of several,
+whose directions turn, the path is as long and its end no further away.
 """
 
 from __future__ import annotations

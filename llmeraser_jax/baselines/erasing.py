@@ -5,7 +5,7 @@ in `unlearning` and in the README. Three configurations take the paper's single 
 exact Hessian over all rows and without a trust region, and differ in how they solve for it: `PAPER_STEP` by the
 package's damped conjugate gradients, which stop at negative curvature; `PAPER_DESCENT` as the paper does, by
 mini-batch descent on the quadratic (damped too; the paper's number of steps and rate are not published);
-`REFERENCE_COMPAT` by the constants of the public script.
+`REFERENCE_COMPAT` by the constants of the public script, undamped.
 """
 
 from __future__ import annotations

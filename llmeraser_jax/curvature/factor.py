@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from llmeraser_jax.losses import Objective, weight_sum
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
 
+# The inverse is a difference divided by `mu`: products of accelerators' default precision would be most of it.
+_EXACT = jax.lax.Precision.HIGHEST
+
 
 @flax.struct.dataclass
 class FactoredCurvature:
@@ -43,23 +46,29 @@ class FactoredCurvature:
 
 def rows_vdot(rows: LoraParams, v: LoraParams) -> Float[Array, " m"]:
     """`U v`: the inner product of every row with `v`."""
-    return sum(
-        jax.tree.leaves(jax.tree.map(lambda r, x: jnp.einsum("m...,...->m", r, x), rows, v)), start=jnp.zeros(())
-    )
+
+    def leaf(r, x):
+        return jnp.einsum("m...,...->m", r, x, precision=_EXACT)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, v)), start=jnp.zeros(()))
 
 
 def rows_gram(rows: LoraParams, others: LoraParams) -> Float[Array, "m k"]:
     """`U V'`: the inner products of two sets of rows."""
 
     def leaf(a, b):
-        return jnp.einsum("mx,kx->mk", a.reshape(len(a), -1), b.reshape(len(b), -1))
+        return jnp.einsum("mx,kx->mk", a.reshape(len(a), -1), b.reshape(len(b), -1), precision=_EXACT)
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, rows, others)), start=jnp.zeros(()))
 
 
 def combine(coefficients: Float[Array, " m"], rows: LoraParams) -> LoraParams:
     """`U' a`: the rows' linear combination."""
-    return jax.tree.map(lambda r: jnp.einsum("m,m...->...", coefficients.astype(r.dtype), r), rows)
+
+    def leaf(r):
+        return jnp.einsum("m,m...->...", coefficients.astype(r.dtype), r, precision=_EXACT)
+
+    return jax.tree.map(leaf, rows)
 
 
 def concatenate_rows(*parts: LoraParams) -> LoraParams:

@@ -11,6 +11,8 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from jinja2 import TemplateError
+
 from llmeraser_jax.data.examples import FORMATS, Example
 
 _ALPACA_WITH_INPUT = (
@@ -184,15 +186,24 @@ def make_prompt_renderer(recipe: Recipe, tokenizer: Any) -> Callable[[Example], 
         tokenizer: for "chat" only.
 
     Returns:
-        A function that raises ValueError, naming the example, where the template would lose part of it.
+        A function that raises ValueError, naming the example, where the template would lose part of it, or where a
+        chat template refuses it.
     """
     if recipe.template == "auto":
         msg = "template is 'auto'; resolve the recipe first."
         raise ValueError(msg)
     if recipe.template == "chat":
-        return lambda example: tokenizer.apply_chat_template(
-            _conversation(example), tokenize=False, add_generation_prompt=True
-        )
+
+        def render_chat(example: Example) -> str:
+            try:
+                return tokenizer.apply_chat_template(
+                    _conversation(example), tokenize=False, add_generation_prompt=True
+                )
+            except TemplateError as error:
+                msg = f"Example {example.id!r}: the tokenizer's chat template refuses it: {error}"
+                raise ValueError(msg) from error
+
+        return render_chat
     template = _TEMPLATES.get(recipe.template, _NamedTemplate(recipe.template, recipe.template, ""))
     shows_input = "input" in _fields_of(template.with_input)
 

@@ -53,7 +53,7 @@ class Column:
 def make_controls(
     model: Model, before: Lora, unlearned: Lora, problem: EditProblem, *, l2: float
 ) -> tuple[Column, ...]:
-    """The controls `c*b` and gradient ascent, moved exactly as far as the unlearned adapter was.
+    """The controls `c*b`, as far away as the unlearned adapter is, and gradient ascent along a path of that length.
 
     Args:
         model: the base.

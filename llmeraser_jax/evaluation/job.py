@@ -113,7 +113,7 @@ def evaluate_runs(
     else:
         before.verify_model(model)
     dataset = before.encode(examples, model.tokenizer)
-    heldout = None if heldout_path is None else before.encode(data.load_examples(heldout_path), model.tokenizer)
+    heldout = None if heldout_path is None else before.encode(before.load_unseen(heldout_path), model.tokenizer)
     trained = before.result
     comparison = compare(
         model,

@@ -402,8 +402,9 @@ def _rows_explained(rows: Sequence[ModelRow]) -> tuple[str, ...]:
     told = ["**before**: the model as trained, with the named examples in its training data."]
     if any(row.kind == "control" for row in rows):
         told.append(
-            "**control**: a simpler way that moved exactly as far as the method: along the difference of gradients "
-            "in one step (`c*b`), or in ten (gradient ascent). A method has to beat them."
+            "**control**: a simpler way, given the distance that the method moved: along the difference of "
+            "gradients in one step (`c*b`), or in ten of that length together (gradient ascent). A method has to "
+            "beat them."
         )
     if any(row.kind == "retrained" for row in rows):
         told.append("**retrained**: trained anew on the edited data with other seeds: the target.")

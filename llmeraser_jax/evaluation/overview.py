@@ -131,11 +131,19 @@ def _request(erasure: Erasure) -> str:
 
 
 def _groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """Evaluations that can be compared: of one run, one request and one held-out set."""
+    """Evaluations that can be compared: of one run and request, on the same held-out rows and retrained models."""
     groups: dict[Any, list[Evaluation]] = {}
     for place, evaluation in enumerate(evaluations):
         runs = evaluation.report.get("runs")
-        key = place if runs is None else (runs["before"]["sha256"], runs["requests_sha256"], runs["heldout_sha256"])
+        key: Any = place
+        if runs is not None:
+            key = (
+                runs["before"]["sha256"],
+                runs["requests_sha256"],
+                runs["heldout_sha256"],
+                evaluation.report["heldout"].get("nonmembers"),
+                tuple(sorted(run["sha256"] for run in runs["retrained"])),
+            )
         groups.setdefault(key, []).append(evaluation)
     return list(groups.values())
 

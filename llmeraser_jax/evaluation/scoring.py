@@ -33,10 +33,10 @@ class ExampleScores:
     """One model's view of some examples, in the order they were asked for.
 
     Attributes:
-        losses: response loss as the recipe averages it, in nats.
-        log_probs: log-probability of all tokens under the loss together, in nats.
-        min_k: min-k% score, k = 20.
-        min_k_plus_plus: min-k%++ score, k = 20.
+        losses: mean over the response's tokens, in nats, whatever the recipe averages the training loss over.
+        log_probs: log-probability of all the response's tokens together, in nats.
+        min_k: min-k% score of the response, k = 20.
+        min_k_plus_plus: min-k%++ score of the response, k = 20.
         extraction: extraction strength of the response, its end-of-sequence token left out.
     """
 
@@ -120,23 +120,26 @@ def score_examples(
             statistics = _token_statistics(model.apply, model.base, lora, batch)
             token_log_probs, means, deviations, hits = (np.asarray(x)[: len(rows)] for x in statistics)
             token_log_probs = token_log_probs.astype(np.float64)
-            weights = np.asarray(batch.target_weights, np.float64)[: len(rows)]
-            losses[rows] = -(token_log_probs * weights).sum(1)
-            log_probs[rows] = np.where(weights > 0, token_log_probs, 0).sum(1)
-            min_k[rows] = min_k_scores(token_log_probs, weights > 0)
-            min_k_plus_plus[rows] = min_k_plus_plus_scores(token_log_probs, means, deviations, weights > 0)
-            text = _response_text_mask(dataset, indices[rows], weights.shape[1])
+            width = token_log_probs.shape[1]
+            response = _response_mask(dataset, indices[rows], width)
+            log_probs[rows] = np.where(response, token_log_probs, 0).sum(1)
+            losses[rows] = -log_probs[rows] / response.sum(1)
+            min_k[rows] = min_k_scores(token_log_probs, response)
+            min_k_plus_plus[rows] = min_k_plus_plus_scores(token_log_probs, means, deviations, response)
+            text = _response_mask(dataset, indices[rows], width, with_eos=False)
             extraction[rows] = extraction_strengths(hits, text)
     return ExampleScores(
         losses=losses, log_probs=log_probs, min_k=min_k, min_k_plus_plus=min_k_plus_plus, extraction=extraction
     )
 
 
-def _response_text_mask(dataset: TokenDataset, indices: np.ndarray, width: int) -> np.ndarray:
-    """Which loss positions [examples, width] hold the response's text: not the prompt's, nor end-of-sequence."""
+def _response_mask(dataset: TokenDataset, indices: np.ndarray, width: int, *, with_eos: bool = True) -> np.ndarray:
+    """Which loss positions [examples, width] hold the response and not the prompt."""
     encoded = [dataset.encoded[i] for i in indices]
     starts = np.array([e.response_start - e.loss_start for e in encoded])
-    lengths = np.array([len(e.response) for e in encoded]) - bool(dataset.recipe.add_eos)
+    lengths = np.array([len(e.response) for e in encoded])
+    if not with_eos:
+        lengths -= bool(dataset.recipe.add_eos)
     place = np.arange(width)
     return (place >= starts[:, None]) & (place < (starts + lengths)[:, None])
 
@@ -179,6 +182,8 @@ def answer(
 ) -> list[str]:
     """Greedy answers to the examples' queries, special tokens removed.
 
+    They end where training ended responses, or where the base model does.
+
     Args:
         model: the base.
         lora: the adapter, or an ensemble; None is the base alone.
@@ -189,10 +194,14 @@ def answer(
     longest = max((len(dataset.encoded[i].response) for i in indices), default=0)
     prompts = [dataset.encoded[i].prompt.tolist() for i in indices]
     length = longest + _SPARE_TOKENS
+    trained_end = model.tokenizer.eos_token_id
+    stops = sorted({*model.config.eos_token_ids, *(() if trained_end is None else (trained_end,))})
     if isinstance(lora, Ensemble):
-        tokens = generate_ensemble(ensemble_model(model), lora, prompts, length, batch_size=_CHUNK_SIZE)
+        tokens = generate_ensemble(
+            ensemble_model(model), lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops
+        )
     else:
-        tokens = generate(model, lora, prompts, length, batch_size=_CHUNK_SIZE)
+        tokens = generate(model, lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops)
     return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 
@@ -241,9 +250,17 @@ class TaskMetrics:
     labels: np.ndarray | None
 
     def __call__(self, lora: LoraParams | None) -> tuple[Metric, ...]:
-        """Accuracy and AUC of a yes/no task; exact match of greedy answers otherwise."""
+        """Accuracy and AUC of a yes/no task; exact match of greedy answers otherwise.
+
+        Without an end-of-sequence token in the recipe nothing was taught to end: an answer that begins with the
+        whole response is a match then.
+        """
         if self.alternatives is not None and self.labels is not None:
             yes, no = (score_examples(self.model, lora, data).log_probs for data in self.alternatives)
             return (yes_no_accuracy(yes, no, self.labels), yes_no_auc(yes, no, self.labels))
         expected = [example.response for example in self.heldout.examples]
-        return (exact_match(answer(self.model, lora, self.heldout), expected),)
+        answers = answer(self.model, lora, self.heldout)
+        if not self.heldout.recipe.add_eos:
+            whole = score_examples(self.model, lora, self.heldout).extraction == 1
+            answers = [wanted if hit else got for got, wanted, hit in zip(answers, expected, whole, strict=True)]
+        return (exact_match(answers, expected),)

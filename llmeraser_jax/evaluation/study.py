@@ -371,7 +371,10 @@ def _read_scores(path: Path, *, method: bool = False) -> dict[str, Any]:
             wrong.append(side)
     own = value.get("own_before")
     if own is not None and not (
-        isinstance(own, dict) and all(_is_number(own.get(key)) for key in ("forget_loss", "retained_loss"))
+        isinstance(own, dict)
+        and all(
+            key in own and (own[key] is None or _is_number(own[key])) for key in ("forget_loss", "retained_loss")
+        )
     ):
         wrong.append("own_before")
     if "task" in value:

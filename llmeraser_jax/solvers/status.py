@@ -35,8 +35,8 @@ _WORDS = {
         "raise the damping or use gauss-newton"
     ),
     Status.RESIDUAL_DRIFT: (
-        "not converged: the recurrence's residual fell below the tolerance but the true residual did not, "
-        "which rounding or an asymmetric product causes"
+        "not converged: by the solver's own account the residual is below the tolerance, but the true residual is "
+        "not, which rounding or an asymmetric product causes"
     ),
     Status.ZERO_RHS: "failed: the right-hand side is zero, so there is nothing to solve",
     Status.NON_FINITE: "failed: a product or the right-hand side was not finite",

@@ -61,6 +61,7 @@ class EraseConfig:
         stream: copy the curvature's examples to the device one micro-batch at a time, and save the state of every
             solve as it goes, so that an erasure that was killed goes on where it was (step and path with `cg`).
         damping: rho, added to the curvature besides the L2 term's lambda; with another `damping_kind` a factor.
+            Solver `reference-compat` adds none, as the public script.
         damping_kind: `constant`; or `damping` times the curvature's mean eigenvalue (`mean-eigenvalue`), or
             times that of each LoRA matrix of each layer (`per-matrix`), both estimated with 4 products and never
             below 1e-5.

@@ -114,12 +114,12 @@ def unlearn(
     try:
         again = move(along_the_path, attempts=(f"matched: {moved.range_check.verdict}",), cost=cost)
     except UnlearningError as error:
-        return dataclasses.replace(moved, attempts=(f"path: {error}",))
+        return dataclasses.replace(moved, complete=False, attempts=(f"path: {error}",))
     if again.range_check is not None and again.range_check.passed:
         return again
     verdict = again.range_check.verdict if again.range_check is not None else again.stopped
     verdict += f"; {again.stopped}" if again.stopped else ""
-    return dataclasses.replace(moved, cost=again.cost, attempts=(f"path: {verdict}",))
+    return dataclasses.replace(moved, complete=False, cost=again.cost, attempts=(f"path: {verdict}",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Evaluator:
         self.asymmetry = math.nan  # of the first operator that was solved with
         self._kind = "hessian" if config.curvature == "auto" else config.curvature
         self._fell_back = ""
-        self._rhos: PyTree = None if config.damping_kind != "constant" else config.damping
+        self._rhos = self._stated_damping()
         self._num_solves = 0
         self._checkpoint_directory = checkpoint_directory
         self._factors_directory = factors_directory
@@ -243,8 +243,14 @@ class Evaluator:
             return f"gauss-newton: {self._fell_back}"
         return "hessian: no solve met non-positive curvature on the Krylov space that it explored"
 
+    def _stated_damping(self) -> PyTree:
+        """rho where no measurement enters it, else None; the public script adds none."""
+        if self.config.solver == "reference-compat":
+            return 0.0
+        return self.config.damping if self.config.damping_kind == "constant" else None
+
     def damping(self, operator: DatasetCurvature) -> PyTree:
-        """rho: one number, or one for each LoRA matrix; relative ones are measured once, at the first solve."""
+        """rho: one number, or one for each LoRA matrix; relative ones are measured at the first solve of a kind."""
         config = self.config
         if self._rhos is None:
             estimate = _mean_eigenvalue if config.damping_kind == "mean-eigenvalue" else _matrix_eigenvalues
@@ -277,6 +283,7 @@ class Evaluator:
             solution = self._solve_stochastic(params, weighted, rhs)
         if self.config.curvature == "auto" and self.kind == "hessian" and bool(solution.negative_curvature):
             self._kind = "gauss-newton"
+            self._rhos = self._stated_damping()
             self._fell_back = f"solve {self._num_solves} met non-positive curvature of the damped Hessian"
             logger.info("Gauss-Newton from here on: %s.", self._fell_back)
             return self.solve(params, weighted, rhs)
@@ -291,12 +298,19 @@ class Evaluator:
         if config.solver in ("cg", "minres"):
             cached = config.memory_budget_bytes > 0 and not config.stream
             return (config.cg_max_steps + 1) * product_cost(kind, cached=cached) * num_examples
+        if config.solver == "ekfac":
+            return (self._factors_cost + 2 * kind.gradient_equivalents) * num_examples
         return self._stochastic_cost(num_examples)
 
     def _stochastic_cost(self, num_examples: int) -> float:
         """Mini-batch products, and one with all examples for the residual."""
         num_drawn, chunk_size = self._draws
         return CURVATURES[self.kind].gradient_equivalents * (num_drawn * chunk_size + num_examples)
+
+    @property
+    def _factors_cost(self) -> float:
+        """Gradient equivalents per example of making Kronecker factors: one pass for bases, one for eigenvalues."""
+        return 2 * (FORWARD + self.config.draws * BACKWARD)
 
     @property
     def _draws(self) -> tuple[int, int]:
@@ -403,8 +417,7 @@ class Evaluator:
         else:
             keys = jax.random.split(jax.random.key(self.config.seed))
             factors = _make_ekfac(self.objective, params, stack, *keys, self.config.damping, self.config.draws)
-            # Two passes: the bases, and the eigenvalues in them.
-            self.cost.curvature += 2 * (FORWARD + self.config.draws * BACKWARD) * len(weighted.indices)
+            self.cost.curvature += self._factors_cost * len(weighted.indices)
             if path is not None:
                 save_ekfac(path, factors, params, stack)
         operator = _damped(DatasetCurvature(self.objective, params, stack, kind), self.config.damping)

@@ -77,7 +77,7 @@ def erase_run(
         run.verify_model(model)
     lora = run.load_adapter(model)
     dataset = run.encode(examples, model.tokenizer)
-    heldout = None if heldout_path is None else run.encode(data.load_examples(heldout_path), model.tokenizer)
+    heldout = None if heldout_path is None else run.encode(run.load_unseen(heldout_path), model.tokenizer)
     solves = Path(f"{os.fspath(workdir).rstrip('/')}.solves")
     result = erase(
         model,

@@ -45,6 +45,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature.dual import DualInverse, factorise
 from llmeraser_jax.curvature.factor import (
     ExampleRows,
+    combine,
     concatenate_rows,
     example_rows,
     factored_curvature,
@@ -129,7 +130,7 @@ def _scaled(rows: LoraParams, keep: jax.Array, factors: jax.Array) -> LoraParams
 
 @jax.jit
 def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
-    return jax.tree.map(lambda x: jnp.einsum("m,m...->...", coefficients.astype(x.dtype), x), rows)
+    return combine(coefficients, rows)
 
 
 def _curvature_cost(evaluator: Evaluator) -> float:
@@ -149,6 +150,9 @@ def retained_curvature(
         rng: of the sample and its roots.
         earlier: of the steps before, whose rows stay: at another adapter, but of other examples, they keep the
             step from harming more of the retained ones than one sample could.
+
+    Raises:
+        NoStepError: the damping is too small for float32.
     """
     config = evaluator.config
     sample = evaluator.problem.trained_mean(
@@ -171,7 +175,11 @@ def retained_curvature(
             rows=concatenate_rows(before.rows, operator.rows),
             weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
         )
-    return factorise(operator)
+    try:
+        return factorise(operator)
+    except np.linalg.LinAlgError as error:
+        msg = f"Rounding made the damped curvature indefinite ({error}); raise damping."
+        raise NoStepError(msg) from error
 
 
 def _ends(rows: _Rows, targets: TargetLosses, here: np.ndarray) -> np.ndarray:
@@ -332,7 +340,11 @@ def _solve(
     if guards is not None:
         own = metric[count:, count:]
         ridge[count:] = _GUARD_RIDGE * float(np.trace(own)) / len(own)
-    coefficients = np.linalg.solve(metric + np.diag(ridge), demand)
+    try:
+        coefficients = np.linalg.solve(metric + np.diag(ridge), demand)
+    except np.linalg.LinAlgError as error:
+        msg = f"The rows' gradients depend on each other ({error}); give them a row_ridge above 0."
+        raise NoStepError(msg) from error
     return _Step(
         delta=curvature.combination(coefficients, normals, solved),
         rhs=_combined(jnp.asarray(coefficients), normals),
@@ -411,7 +423,7 @@ def unlearn_matched(
             break
         evaluator.measure_asymmetry(curvature.operator, params, 0.0)
         params = trees.tree_axpy(scale, solved.delta, params)
-        record = _record(matching, curvature, solved, point, after, scale, guards)
+        record = _record(matching, curvature, solved, point, after, scale, guards, config.cg_rtol)
         records.append(record)
         on_step(record)
         point = after
@@ -485,6 +497,7 @@ def _record(
     after: _Point,
     scale: float,
     guards: _Guards | None,
+    rtol: float,
 ) -> StepRecord:
     rhs_norm = float(trees.tree_norm(solved.rhs))
     residual = float(trees.tree_norm(trees.tree_sub(curvature.operator.mv(solved.delta), solved.rhs)))
@@ -496,7 +509,7 @@ def _record(
         scale=scale,
         rhs_norm=rhs_norm,
         delta_norm=scale * solved_norm,
-        status=Status.CONVERGED,
+        status=Status.CONVERGED if residual <= rtol * rhs_norm else Status.RESIDUAL_DRIFT,
         iterations=0,
         relative_residual=residual / rhs_norm,
         negative_curvature=False,

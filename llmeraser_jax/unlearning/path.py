@@ -16,7 +16,7 @@ import numpy as np
 from llmeraser_jax import trees
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import GRADIENT
+from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT, GRADIENT
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.steps import (
     NEGLIGIBLE_WEIGHT,
@@ -69,6 +69,33 @@ def _probe_scale(evaluator: Evaluator, check: Check | None) -> float:
     return len(evaluator.problem.retained) / num_probed
 
 
+def _require_step(evaluator: Evaluator, check: Check | None, num_in_rhs: int) -> None:
+    """Sees that a step whose solve takes all of its iterations can be paid.
+
+    Args:
+        evaluator: holds the budget.
+        check: the trust region; None is none.
+        num_in_rhs: examples behind the right-hand side.
+
+    Raises:
+        UnlearningError: it cannot.
+    """
+    problem = evaluator.problem
+    num_in_curvature = len(problem.named) + len(problem.wanted) + evaluator.num_sampled
+    cost = GRADIENT * num_in_rhs + evaluator.largest_solve_cost(num_in_curvature)
+    if check is not None:
+        cost += (FORWARD_WITH_TANGENT + FORWARD) * len(check.order)
+    try:
+        evaluator.require(cost)
+    except BudgetSpent as error:
+        raise UnlearningError(str(error)) from error
+
+
+def _named_in_check(evaluator: Evaluator) -> float:
+    """1 where named rows and their replacements are in the objective that a step minimises, as in its curvature."""
+    return 0.0 if evaluator.config.curvature_data == "retained" else 1.0
+
+
 def single_step(
     evaluator: Evaluator,
     check: Check | None,
@@ -78,17 +105,20 @@ def single_step(
     """One solve: the paper's step, or Newton's on the edited objective."""
     problem, config = evaluator.problem, evaluator.config
     rng = np.random.default_rng([config.seed, 1])
+    num_edited = len(problem.named) + len(problem.wanted)
     without_named = config.curvature_data == "retained"
     probe_scale = _probe_scale(evaluator, check)
     if config.rhs == "influence":
+        _require_step(evaluator, check, num_edited)
         rhs = evaluator.gradient(params, problem.influence_rhs())
-        evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
+        evaluator.cost.rhs += GRADIENT * num_edited
         curvature = problem.trained_mean(
             evaluator.curvature_sample, rng, without_named=without_named, similar_share=config.similar_share
         )
         unit, named, wanted = 1 / problem.num_trained, 1.0, 0.0
     else:
         everything = problem.edited_mean(None, rng)
+        _require_step(evaluator, check, len(everything.indices))
         rhs = trees.tree_scale(-1.0, evaluator.gradient(params, everything))
         evaluator.cost.rhs += GRADIENT * len(everything.indices)
         curvature = problem.edited_mean(evaluator.curvature_sample, rng, without_named=without_named)
@@ -99,8 +129,8 @@ def single_step(
         rhs=rhs,
         curvature=curvature,
         check_retained=probe_scale * unit,
-        check_named=named * unit,
-        check_wanted=wanted * unit,
+        check_named=_named_in_check(evaluator) * named * unit,
+        check_wanted=_named_in_check(evaluator) * wanted * unit,
     )
     params, record = take(evaluator, check, params, move)
     on_step(record)
@@ -112,13 +142,6 @@ def single_step(
         method="step",
         cost=evaluator.cost,
     )
-
-
-def _first_step_cost(evaluator: Evaluator) -> float:
-    """Gradient equivalents of a step whose solve takes all of its iterations."""
-    problem = evaluator.problem
-    num_edited = len(problem.named) + len(problem.wanted)
-    return GRADIENT * num_edited + evaluator.largest_solve_cost(num_edited + evaluator.num_sampled)
 
 
 def influence_path(
@@ -133,21 +156,21 @@ def influence_path(
     schedule = log_odds_weights(evaluator.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records, stopped = 1.0, [], ""
+    num_edited = len(problem.named) + len(problem.wanted)
     spent = evaluator.cost.total
     # A step cut short advances the weight in proportion, and the next aims as far ahead from there.
     for attempt in range(3 * evaluator.num_steps):
         target = next_weight(schedule, weight)
-        expected = evaluator.cost.total - spent if records else _first_step_cost(evaluator)
-        spent = evaluator.cost.total
+        last_cost, spent = evaluator.cost.total - spent, evaluator.cost.total
+        if not records:
+            _require_step(evaluator, check, num_edited)
         try:
-            evaluator.require(expected)
+            evaluator.require(last_cost)
         except BudgetSpent as error:
-            if not records:
-                raise UnlearningError(str(error)) from error
             stopped = str(error)
             break
         rhs = gradient_sum(evaluator.objective, params, direction)
-        evaluator.cost.rhs += GRADIENT * (len(problem.named) + len(problem.wanted))
+        evaluator.cost.rhs += GRADIENT * num_edited
         rng = np.random.default_rng([config.seed, 1 + attempt])
         curvature = problem.path_mean(
             target,
@@ -162,8 +185,8 @@ def influence_path(
             rhs=trees.tree_scale(weight - target, rhs),
             curvature=curvature,
             check_retained=probe_scale / n,
-            check_named=target / n,
-            check_wanted=(1 - target) / n,
+            check_named=_named_in_check(evaluator) * target / n,
+            check_wanted=_named_in_check(evaluator) * (1 - target) / n,
         )
         try:
             params, record = take(evaluator, check, params, move)

@@ -109,7 +109,10 @@ def _trust_region(
     config, objective = check.evaluator.config, check.evaluator.objective
     slope = float(trees.tree_vdot(move.rhs, delta))
     delta_norm = float(trees.tree_norm(delta))
-    # The residual of conjugate gradients is orthogonal to its iterate, so delta'(C + rho I)delta = b'delta.
+    if slope <= 0:
+        return None  # against the right-hand side, as a solve with an indefinite matrix may point: no length helps
+    # The residual of conjugate gradients is orthogonal to its iterate, so delta'(C + rho I)delta = b'delta; with
+    # other solvers that holds as far as they converged.
     limit = config.max_step_ratio * float(trees.tree_norm(params))
     scale = min(1.0, limit / delta_norm) if limit > 0 else 1.0
     start, slopes = check.losses_and_slopes(params, delta)

@@ -13,9 +13,11 @@ from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, materi
 from llmeraser_jax.curvature.dual import factorise
 from llmeraser_jax.curvature.factor import (
     FactoredCurvature,
+    combine,
     concatenate_rows,
     example_rows,
     factored_curvature,
+    rows_gram,
     rows_vdot,
     stacked_weights,
 )
@@ -167,3 +169,12 @@ def test_rows_concatenate_in_order():
     np.testing.assert_array_equal(
         dense_rows(concatenate_rows(*parts)), np.concatenate([dense_rows(part) for part in parts])
     )
+
+
+def test_products_of_rows_ask_for_all_digits():
+    # Accelerators' default would round to 8 or 11 bits what the inverse divides by a small mu.
+    v = split_params(np.ones(5))
+    rows = jax.tree.map(lambda x: jnp.ones((3, *x.shape)), v)
+    for fn, args in ((rows_vdot, (rows, v)), (rows_gram, (rows, rows)), (combine, (jnp.ones(3), rows))):
+        products = [e for e in jax.make_jaxpr(fn)(*args).eqns if "dot_general" in str(e)]
+        assert products and all("HIGHEST" in str(e) for e in products)

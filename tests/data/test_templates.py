@@ -1,5 +1,8 @@
 """The recipe: prompts letter by letter, resolution, and every refusal."""
 
+import copy
+import dataclasses
+
 import pytest
 
 from llmeraser_jax.data import Example, Recipe
@@ -147,3 +150,15 @@ def test_a_template_that_would_lose_text_is_refused(word_tokenizer, template, ex
     recipe = Recipe(template=template).resolve(example.format, word_tokenizer)
     with pytest.raises(ValueError, match=message):
         make_prompt_renderer(recipe, word_tokenizer)(example)
+
+
+def test_a_chat_template_that_refuses_an_example_is_told_with_its_id(word_tokenizer):
+    word_tokenizer = copy.deepcopy(word_tokenizer)
+    word_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('Only user and assistant roles.') }}"
+        "{% endif %}{{ m.content }} {% endfor %}"
+    )
+    render = make_prompt_renderer(Recipe(template="chat").resolve("messages", word_tokenizer), word_tokenizer)
+    assert render(dataclasses.replace(CHAT, messages=(("user", "hello"),))) == "hello "
+    with pytest.raises(ValueError, match=r"Example 'c': the tokenizer's chat template refuses it: Only user"):
+        render(dataclasses.replace(CHAT, messages=(("system", "be brief"), ("user", "hello"))))

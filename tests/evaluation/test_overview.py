@@ -38,7 +38,9 @@ def reference(name):
     return {"path": f"/somewhere/{name}", "sha256": name * 3}
 
 
-def write_evaluation(directory, origin, *, unlearned=(0.5, 1.5, 0.5, 3.5), heldout="h", **changes):
+def write_evaluation(
+    directory, origin, *, unlearned=(0.5, 1.5, 0.5, 3.5), heldout="h", retrained=("seed",), nonmembers=2, **changes
+):
     """A directory of `evaluate` on the comparison of the report's tests, the unlearned model with these losses."""
     comparison = _comparison(**changes)
     aucs = (auc_metric("loss", np.array([1.0, 2.0]), np.array([0.0, 1.0])),)
@@ -48,13 +50,13 @@ def write_evaluation(directory, origin, *, unlearned=(0.5, 1.5, 0.5, 3.5), heldo
         extraction_strengths=np.array([0.0, 0.5, 1.0, 0.5]),
         membership_aucs=aucs,
     )
-    report = build_report(dataclasses.replace(comparison, unlearned=model))
+    report = build_report(dataclasses.replace(comparison, unlearned=model, num_nonmembers=nonmembers))
     report["method"] = "path"
     report["context"]["Outcome"] = f"what {origin} reached"
     report["runs"] = {
         "before": reference("before"),
         "unlearned": reference(origin),
-        "retrained": [reference("seed")],
+        "retrained": [reference(seed) for seed in retrained],
         "heldout_sha256": heldout,
         "requests_sha256": "r",
     }
@@ -186,6 +188,13 @@ def test_what_is_no_result_is_refused_by_name_and_nothing_is_written(results, tm
     assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match="No directory"):
         gather([])
+
+
+def test_other_non_members_and_other_retrained_models_are_another_comparison(results, tmp_path):
+    write_evaluation(tmp_path / "shown", "run_b", nonmembers=1)
+    write_evaluation(tmp_path / "seeds", "run_b", retrained=("seed", "other"))
+    found = gather([results / "eval_a", results / "eval_b", tmp_path / "shown", tmp_path / "seeds"])
+    assert len(tables(build_overview(found), ("model", "loss on S"))) == 3
 
 
 def test_only_one_request_on_one_held_out_set_is_put_side_by_side(page):

@@ -238,6 +238,8 @@ def test_what_an_ensemble_was_before_the_request_is_told(directory):
     own = {"forget_loss": 0.125, "wanted_loss": None, "retained_loss": 0.25}
     write(path, {**json.loads(path.read_text()), "own_before": own})
     assert "a loss of 0.125 on S and 0.25 on retained rows" in text_of(directory)
+    write(path, {**json.loads(path.read_text()), "own_before": {**own, "retained_loss": None}})
+    assert "a loss of 0.125 on S and – on retained rows" in text_of(directory)
     write(path, {**json.loads(path.read_text()), "own_before": {}})
     with pytest.raises(RunError, match="own_before"):
         read_study(directory)

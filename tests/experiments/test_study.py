@@ -146,6 +146,20 @@ def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
         study.Study(other, workdir)
 
 
+def test_other_data_in_the_same_directory_are_refused_and_those_there_kept(done):
+    scenario, workdir, _ = done
+    before = {path.name: path.read_bytes() for path in (workdir / "data").iterdir()}
+    changed = dataclasses.replace(scenario.heldout[0], response="grey blue")
+    for name, other in (
+        ("heldout", dataclasses.replace(scenario, heldout=(changed, *scenario.heldout[1:]))),
+        ("train", dataclasses.replace(scenario, examples=scenario.examples[::-1])),
+        ("requests", dataclasses.replace(scenario, requests=scenario.requests[:1])),
+    ):
+        with pytest.raises(ValueError, match=f"holds other {name}"):
+            study.Study(other, workdir, retrain_seeds=2)
+    assert {path.name: path.read_bytes() for path in (workdir / "data").iterdir()} == before
+
+
 def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
     scenario, workdir, results = done
     own = results.methods["sisa"][0]["own_before"]

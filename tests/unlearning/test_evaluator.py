@@ -79,6 +79,8 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
         ({"cg_max_steps": 7, "memory_budget_bytes": 0}, 8 * 1.5 * N),
         ({"solver": "lissa", "solver_steps": 30, "chunk_size": 4}, 1.5 * (30 * 4 + N)),
         ({"solver": "reference-compat"}, 1.5 * (20 + N)),
+        # Two passes of one root (a forward third and two backward thirds), a step's product and the residual's.
+        ({"solver": "ekfac", "damping": 0.1}, (2 * 1.0 + 2 * 1.5) * N),
     ],
 )
 def test_the_cost_of_a_whole_solve_is_known_before_it(changes, expected):
