@@ -35,7 +35,6 @@ from llmeraser_jax.data import (
     Recipe,
     Request,
     TokenDataset,
-    content_hash,
     load_examples,
     load_requests,
     request_to_json,
@@ -172,8 +171,7 @@ class Study:
         other = [
             name
             for name, examples in rows.items()
-            if (path := self.data / f"{name}.jsonl").exists()
-            and _contents(load_examples(path)) != _contents(examples)
+            if (path := self.data / f"{name}.jsonl").exists() and load_examples(path) != tuple(examples)
         ]
         if requests.exists() and requests.read_text(encoding="utf-8") != lines:
             other.append("requests")
@@ -304,10 +302,10 @@ class Study:
         size = self.scenario.train.microbatch_size
         return None if size is None else min(size, batch_size)
 
-    def probe(self, lora: Lora) -> dict[str, float]:
+    def probe(self, model: Model, params: LoraParams) -> dict[str, float]:
         """Loss on S after 4-bit rounding of the merged model, and after training on retained rows, if any."""
         problem, train = self.problem, self.scenario.train
-        rounded, rest = quantise_merged(self.model, lora)
+        rounded, rest = quantise_merged(model, params)
         rounded_loss = score_examples(rounded, rest, problem.examples, problem.named).losses.mean()
         unrelated = retained_only(self.dataset, problem.named)
         if not len(unrelated):
@@ -318,8 +316,8 @@ class Study:
         config = dataclasses.replace(
             train, batch_size=size, microbatch_size=self._microbatch_size(size), learning_rate=rate
         )
-        again = relearn(self.model, lora, unrelated, config, num_steps=num_steps)
-        relearned = score_examples(self.model, again, problem.examples, problem.named).losses.mean()
+        again = relearn(model, params, unrelated, config, num_steps=num_steps)
+        relearned = score_examples(model, again, problem.examples, problem.named).losses.mean()
         return {"forget_loss_4_bit": float(rounded_loss), "forget_loss_relearned": float(relearned)}
 
     def _kept(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -337,7 +335,7 @@ class Study:
 
         def of(run: Run, lora: Lora) -> dict[str, Any]:
             cost = {name: run.result[name] for name in ("gradient_equivalents", "seconds", "loss")}
-            return {**self.score(self.model, lora), **self.probe(lora), **cost}
+            return {**self.score(self.model, lora), **self.probe(self.model, lora), **cost}
 
         scores = self.workdir / "scores"
         before = self._kept(scores / "before.json", lambda: of(self.before, self.lora))
@@ -447,7 +445,7 @@ class Study:
                 "heldout_kl": judged.heldout_kl("after"),
                 "kl_over_floor": judged.heldout_kl("after") / float(np.mean(kl["seed_floors"])),
                 **self.score(fitted.model, fitted.params, with_task=with_task),
-                **(self.probe(fitted.params) if single and seed == 0 else {}),
+                **(self.probe(fitted.model, fitted.params) if seed == 0 else {}),
                 **({} if single else {"own_before": self.losses(fitted.model, fitted.before)}),
                 **{
                     key: getattr(fitted, key)
@@ -511,10 +509,6 @@ class Study:
                     return fitted.model, fitted.params
 
                 keep(name, seed, fit)
-
-
-def _contents(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(example.id, content_hash(example)) for example in examples]
 
 
 def _mean_losses(scores: Mapping[str, ExampleScores]) -> dict[str, float | None]:

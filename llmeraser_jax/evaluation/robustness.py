@@ -15,12 +15,14 @@ the retrained one was hidden.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, make_ensemble
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_min_k_auc
 from llmeraser_jax.evaluation.scoring import score_examples
@@ -29,6 +31,8 @@ from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import LINEAR_NAMES, Model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
+
+Adapter = TypeVar("Adapter", Lora, Ensemble)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +79,7 @@ class Robustness:
 
 def measure_forget_side(
     model: Model,
-    lora: Lora | None,
+    lora: Lora | Ensemble | None,
     named: TokenDataset,
     heldout: TokenDataset,
     *,
@@ -84,8 +88,8 @@ def measure_forget_side(
     """Losses and membership inference on the named examples.
 
     Args:
-        model: the base.
-        lora: the adapter; None is the base alone.
+        model: the base; an `EnsembleModel` of it for an ensemble.
+        lora: the adapter or ensemble; None is the base alone.
         named: a set with the named examples as trained.
         heldout: examples that were not trained on.
         indices: where in `named` they are; None is all.
@@ -139,45 +143,96 @@ def round_to_nearest(
     return rounded[..., :inputs, :].astype(weights.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class ApplyRounded:
+    """`apply` of a merged and rounded adapter, which is merged and rounded in the program; hashable.
+
+    Attributes:
+        apply: of the model.
+        bits, group_size: see `round_to_nearest`.
+    """
+
+    apply: Callable[..., Array]
+    bits: int
+    group_size: int
+
+    def __call__(self, base: BaseParams, lora: Lora | None, *inputs: Any) -> Array:
+        """As `apply` with the rounded base, and what of the adapter did not merge."""
+        rounded = _merged_and_rounded(base, lora, bits=self.bits, group_size=self.group_size)
+        return self.apply(rounded, _unmerged(lora), *inputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RoundedMembers(EnsembleModel):
+    """A base that reads ensembles, each member merged and rounded by itself; memory is one member's.
+
+    Attributes:
+        bits, group_size: see `round_to_nearest`.
+    """
+
+    bits: int
+    group_size: int
+
+    @property
+    def apply(self) -> ApplyEnsemble:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes an ensemble. What weighs its members reads the base as it is."""
+        return ApplyEnsemble(ApplyRounded(self.member.apply, self.bits, self.group_size))
+
+
 def quantise_merged(
-    model: Model, lora: Lora | None, *, bits: int = 4, group_size: int = 64
-) -> tuple[Model, Lora | None]:
+    model: Model, lora: Lora | Ensemble | None, *, bits: int = 4, group_size: int = 64
+) -> tuple[Model, Lora | Ensemble | None]:
     """The base with the adapter merged in and its linear layers rounded, and what of the adapter did not merge.
 
     The seven linear layers are rounded; embedding, norms and the output head stay as they are, as is usual, and so
     does what an adapter holds besides low-rank updates (`Model.adapter_extras`: a projector that makes input
-    embeddings, say). The merge is in the base's own dtype, as serving it would be.
+    embeddings, say). The merge is in the base's own dtype, as serving it would be. Of an ensemble every member is
+    merged with a base of its own and rounded, whenever it is applied.
 
     Args:
-        model: the base.
-        lora: the adapter; None rounds the base alone.
+        model: the base; an `EnsembleModel` of it for an ensemble.
+        lora: the adapter or ensemble; None rounds the base alone.
         bits, group_size: see `round_to_nearest`.
 
     Returns:
-        The rounded model, and the adapter to use it with: the extras without any low-rank update, or None where
-        there are none.
+        The rounded model, and what to use it with: the extras without any low-rank update, or None where there are
+        none; for an ensemble itself.
 
     Raises:
         ValueError: the adapter has parts that neither are updates of a layer nor the model's extras, which a merge
             would lose.
     """
-    extras: dict[str, Any] = {} if lora is None else {k: v for k, v in lora.params.items() if k != "layers"}
-    if stray := sorted(set(extras) - set(model.adapter_extras)):
-        msg = f"The adapter holds {', '.join(stray)} besides its low-rank updates; those cannot be merged."
+    adapter = lora.member(0) if isinstance(lora, Ensemble) else lora
+    stray = set() if adapter is None else set(adapter.params) - {"layers", *model.adapter_extras}
+    if stray:
+        msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
-    merged: BaseParams = model.base if lora is None else merge_lora(model.base, lora)
+    if isinstance(lora, Ensemble):
+        fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(EnsembleModel)}
+        return RoundedMembers(**fields, bits=bits, group_size=group_size), lora
+    rounded = _merged_and_rounded(model.base, lora, bits=bits, group_size=group_size)
+    return dataclasses.replace(model, base=rounded), _unmerged(lora)
+
+
+def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group_size: int) -> BaseParams:
+    merged: BaseParams = base if lora is None else merge_lora(base, lora)
     layers: dict[str, Any] = dict(merged["layers"])
     for name in LINEAR_NAMES:
         kernel = round_to_nearest(layers[name]["kernel"], bits=bits, group_size=group_size)
         layers[name] = dict(layers[name], kernel=kernel)
-    rounded = dataclasses.replace(model, base=dict(merged, layers=layers))
-    rest = None if lora is None or not extras else dataclasses.replace(lora, params={**extras, "layers": {}})
-    return rounded, rest
+    return dict(merged, layers=layers)
+
+
+def _unmerged(lora: Lora | None) -> Lora | None:
+    """The extras of an adapter, without any low-rank update; None where there are none."""
+    if lora is None or set(lora.params) == {"layers"}:
+        return None
+    return dataclasses.replace(lora, params={**lora.params, "layers": {}})
 
 
 def robustness_to_rounding(
     model: Model,
-    lora: Lora,
+    lora: Lora | Ensemble,
     named: TokenDataset,
     heldout: TokenDataset,
     *,
@@ -188,8 +243,8 @@ def robustness_to_rounding(
     """The forget side before and after the merged model was rounded.
 
     Args:
-        model: the base.
-        lora: the adapter after unlearning (or after retraining, for the comparison).
+        model: the base; an `EnsembleModel` of it for an ensemble.
+        lora: the adapter or ensemble after unlearning (or after retraining, for the comparison).
         named, heldout, indices: see `measure_forget_side`.
         bits, group_size: see `round_to_nearest`.
     """
@@ -201,11 +256,15 @@ def robustness_to_rounding(
     )
 
 
-def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:
+def relearn(
+    model: Model, lora: Adapter, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int
+) -> Adapter:
     """The adapter after a short training on unrelated examples.
 
+    Of an ensemble every member is trained so, each on the same rows; what weighs them stays as it is.
+
     Args:
-        model: the base.
+        model: the base; an `EnsembleModel` of it for an ensemble.
         lora: where training starts.
         unrelated: retained examples that say nothing of what was forgotten; `num_steps` batches are drawn of them
             by the configuration's seed.
@@ -218,6 +277,13 @@ def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConf
     if num_steps < 1 or not len(unrelated):
         msg = f"num_steps is {num_steps} and there are {len(unrelated)} unrelated examples; both must be 1 or more."
         raise ValueError(msg)
+    if isinstance(lora, Ensemble):
+        member_model = cast(EnsembleModel, model).member
+        again = [
+            relearn(member_model, cast(Lora, lora.member(k)), unrelated, config, num_steps=num_steps)
+            for k in range(lora.num_members)
+        ]
+        return make_ensemble(again, gate=lora.gate, aggregation=lora.aggregation)
     rng = np.random.default_rng(config.seed)
     size = min(len(unrelated), num_steps * config.batch_size)
     chosen = rng.permutation(len(unrelated))[:size]
@@ -240,7 +306,7 @@ def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConf
 
 def robustness_to_relearning(
     model: Model,
-    lora: Lora,
+    lora: Adapter,
     named: TokenDataset,
     heldout: TokenDataset,
     unrelated: TokenDataset,
@@ -252,8 +318,8 @@ def robustness_to_relearning(
     """The forget side before and after a short training on unrelated examples.
 
     Args:
-        model: the base.
-        lora: the adapter after unlearning (or after retraining, for the comparison).
+        model: the base; an `EnsembleModel` of it for an ensemble.
+        lora: the adapter or ensemble after unlearning (or after retraining, for the comparison).
         named, heldout, indices: see `measure_forget_side`.
         unrelated, config, num_steps: see `relearn`.
 

@@ -121,27 +121,26 @@ def score_examples(
             token_log_probs, means, deviations, hits = (np.asarray(x)[: len(rows)] for x in statistics)
             token_log_probs = token_log_probs.astype(np.float64)
             width = token_log_probs.shape[1]
-            response = _response_mask(dataset, indices[rows], width)
+            response, text = _response_masks(dataset, indices[rows], width)
             log_probs[rows] = np.where(response, token_log_probs, 0).sum(1)
             losses[rows] = -log_probs[rows] / response.sum(1)
             min_k[rows] = min_k_scores(token_log_probs, response)
             min_k_plus_plus[rows] = min_k_plus_plus_scores(token_log_probs, means, deviations, response)
-            text = _response_mask(dataset, indices[rows], width, with_eos=False)
             extraction[rows] = extraction_strengths(hits, text)
     return ExampleScores(
         losses=losses, log_probs=log_probs, min_k=min_k, min_k_plus_plus=min_k_plus_plus, extraction=extraction
     )
 
 
-def _response_mask(dataset: TokenDataset, indices: np.ndarray, width: int, *, with_eos: bool = True) -> np.ndarray:
-    """Which loss positions [examples, width] hold the response and not the prompt."""
+def _response_masks(dataset: TokenDataset, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which loss positions [examples, width] hold the response, with its end token and without it."""
     encoded = [dataset.encoded[i] for i in indices]
     starts = np.array([e.response_start - e.loss_start for e in encoded])
     lengths = np.array([len(e.response) for e in encoded])
-    if not with_eos:
-        lengths -= bool(dataset.recipe.add_eos)
     place = np.arange(width)
-    return (place >= starts[:, None]) & (place < (starts + lengths)[:, None])
+    after_prompt = place >= starts[:, None]
+    ends = (starts + lengths)[:, None]
+    return after_prompt & (place < ends), after_prompt & (place < ends - bool(dataset.recipe.add_eos))
 
 
 def heldout_kl_of(
@@ -259,8 +258,10 @@ class TaskMetrics:
             yes, no = (score_examples(self.model, lora, data).log_probs for data in self.alternatives)
             return (yes_no_accuracy(yes, no, self.labels), yes_no_auc(yes, no, self.labels))
         expected = [example.response for example in self.heldout.examples]
-        answers = answer(self.model, lora, self.heldout)
+        open_ended = np.arange(len(expected))
         if not self.heldout.recipe.add_eos:
-            whole = score_examples(self.model, lora, self.heldout).extraction == 1
-            answers = [wanted if hit else got for got, wanted, hit in zip(answers, expected, whole, strict=True)]
+            open_ended = np.flatnonzero(score_examples(self.model, lora, self.heldout).extraction < 1)
+        answers = list(expected)
+        for place, text in zip(open_ended, answer(self.model, lora, self.heldout, open_ended), strict=True):
+            answers[place] = text
         return (exact_match(answers, expected),)

@@ -95,8 +95,7 @@ def attribute(
         parts.append(evaluator.gradient(params, Weighted(indices, signs / problem.num_trained)))
     rhs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     rng = np.random.default_rng([config.seed, 1])
-    without_named = config.curvature_data == "retained"
-    weighted = problem.trained_mean(evaluator.curvature_sample, rng, without_named=without_named)
+    weighted = problem.trained_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
     plain = DatasetCurvature(objective, params, evaluator.stack(weighted), CURVATURES[config.curvature])
     operator = Damped(choose_linearisation(plain, config.memory_budget_bytes), config.damping)
     solver = BlockConjugateGradients(rtol=config.cg_rtol, max_steps=config.cg_max_steps)

@@ -185,6 +185,11 @@ class Evaluator:
         return self.sample_size if self.config.curvature_data == "sample" else None
 
     @property
+    def without_named(self) -> bool:
+        """Whether steps look at the retained rows alone, in their curvature and in the trust region."""
+        return self.config.curvature_data == "retained"
+
+    @property
     def num_sampled(self) -> int:
         """Retained examples behind the curvature."""
         retained = len(self.problem.retained)

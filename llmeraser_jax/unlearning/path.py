@@ -91,11 +91,6 @@ def _require_step(evaluator: Evaluator, check: Check | None, num_in_rhs: int) ->
         raise UnlearningError(str(error)) from error
 
 
-def _named_in_check(evaluator: Evaluator) -> float:
-    """1 where named rows and their replacements are in the objective that a step minimises, as in its curvature."""
-    return 0.0 if evaluator.config.curvature_data == "retained" else 1.0
-
-
 def single_step(
     evaluator: Evaluator,
     check: Check | None,
@@ -106,14 +101,16 @@ def single_step(
     problem, config = evaluator.problem, evaluator.config
     rng = np.random.default_rng([config.seed, 1])
     num_edited = len(problem.named) + len(problem.wanted)
-    without_named = config.curvature_data == "retained"
     probe_scale = _probe_scale(evaluator, check)
     if config.rhs == "influence":
         _require_step(evaluator, check, num_edited)
         rhs = evaluator.gradient(params, problem.influence_rhs())
         evaluator.cost.rhs += GRADIENT * num_edited
         curvature = problem.trained_mean(
-            evaluator.curvature_sample, rng, without_named=without_named, similar_share=config.similar_share
+            evaluator.curvature_sample,
+            rng,
+            without_named=evaluator.without_named,
+            similar_share=config.similar_share,
         )
         unit, named, wanted = 1 / problem.num_trained, 1.0, 0.0
     else:
@@ -121,16 +118,18 @@ def single_step(
         _require_step(evaluator, check, len(everything.indices))
         rhs = trees.tree_scale(-1.0, evaluator.gradient(params, everything))
         evaluator.cost.rhs += GRADIENT * len(everything.indices)
-        curvature = problem.edited_mean(evaluator.curvature_sample, rng, without_named=without_named)
+        curvature = problem.edited_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
         unit, named, wanted = 1 / problem.num_edited_total, 0.0, 1.0
+    if evaluator.without_named:
+        named = wanted = 0.0
     move = Move(
         weight_before=1.0,
         weight_target=0.0,
         rhs=rhs,
         curvature=curvature,
         check_retained=probe_scale * unit,
-        check_named=_named_in_check(evaluator) * named * unit,
-        check_wanted=_named_in_check(evaluator) * wanted * unit,
+        check_named=named * unit,
+        check_wanted=wanted * unit,
     )
     params, record = take(evaluator, check, params, move)
     on_step(record)
@@ -176,17 +175,18 @@ def influence_path(
             target,
             evaluator.curvature_sample,
             rng,
-            without_named=config.curvature_data == "retained",
+            without_named=evaluator.without_named,
             similar_share=config.similar_share,
         )
+        named, wanted = (0.0, 0.0) if evaluator.without_named else (target, 1 - target)
         move = Move(
             weight_before=weight,
             weight_target=target,
             rhs=trees.tree_scale(weight - target, rhs),
             curvature=curvature,
             check_retained=probe_scale / n,
-            check_named=_named_in_check(evaluator) * target / n,
-            check_wanted=_named_in_check(evaluator) * (1 - target) / n,
+            check_named=named / n,
+            check_wanted=wanted / n,
         )
         try:
             params, record = take(evaluator, check, params, move)

@@ -24,6 +24,7 @@ from llmeraser_jax.baselines.ensemble import AttentionGate, MeanHiddenState
 from llmeraser_jax.baselines.receraser import fit_gate
 from llmeraser_jax.models import generate, layers
 from llmeraser_jax.training import finetune
+from tests.baselines.gates import drawn_gate
 
 SHARDED = SISA(num_shards=3, num_slices=2, seed=1)
 GATED = RecEraser(num_shards=3, attention_steps=60)
@@ -111,21 +112,12 @@ def test_a_single_member_and_a_plain_adapter_predict_as_without_an_ensemble(sett
     model, batch = ensemble_model(setting.model), one_batch(setting)
     assert ensemble_model(model) is model
     np.testing.assert_array_equal(log_probs(model, members[1], batch), separate[1])
-    gated = make_ensemble(members[1:2], gate=drawn_gate(setting, 1))
+    gated = make_ensemble(members[1:2], gate=drawn_gate(setting.model.config, 1))
     np.testing.assert_allclose(log_probs(model, gated, batch), separate[1], rtol=1e-5, atol=1e-6)
 
 
-def drawn_gate(setting, count):
-    rng = np.random.default_rng(3)
-    width, hidden = setting.model.config.width, 5
-    shapes = {"centre": (width,), "centroids": (count, width), "query": (hidden, width), "key": (hidden, width)}
-    shapes |= {"bias": (hidden,), "out": (hidden,)}
-    leaves = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-    return AttentionGate(scale=jnp.float32(0.7), embed=MeanHiddenState(setting.model.config), **leaves)
-
-
 def test_a_gate_weighs_by_the_prompt_and_its_weights_sum_to_one(setting, members, separate):
-    model, batch, gate = ensemble_model(setting.model), one_batch(setting), drawn_gate(setting, 3)
+    model, batch, gate = ensemble_model(setting.model), one_batch(setting), drawn_gate(setting.model.config, 3)
     embeddings = gate.embed(model.base, batch.tokens, batch.attention_mask, batch.positions[:, 0])
     weights = np.exp(gate.log_weights(embeddings))
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
@@ -177,7 +169,7 @@ def test_an_ensemble_of_copies_generates_what_each_of_them_does(setting, members
     prompts = [row.prompt.tolist() for row in setting.dataset.encoded]
     expected = generate(setting.model, members[0], prompts, 4)
     model = ensemble_model(setting.model)
-    gated = make_ensemble([members[0]] * 3, gate=drawn_gate(setting, 3))
+    gated = make_ensemble([members[0]] * 3, gate=drawn_gate(setting.model.config, 3))
     assert generate_ensemble(model, gated, prompts, 4) == expected
     assert len({tuple(row) for row in expected}) > 1
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
@@ -190,7 +182,7 @@ def test_every_new_token_is_the_best_of_a_fresh_forward_pass_of_all_members(sett
     # Members far apart, so that they do not agree on the next token.
     drawn = [trees.tree_random_normal(jax.random.key(k), setting.lora) for k in range(3)]
     members = [trees.tree_axpy(0.6, noise, setting.lora) for noise in drawn]
-    gate = drawn_gate(setting, 3) if gated else None
+    gate = drawn_gate(setting.model.config, 3) if gated else None
     ensemble = make_ensemble(members, gate=gate, aggregation=aggregation)
     prompts = [row.prompt.tolist() for row in setting.dataset.encoded[:4]]
     prompts[1] = prompts[1][:2]

@@ -76,6 +76,8 @@ def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(don
         "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
     }  # fmt: skip
     assert ["task" in scores for scores in results.methods["npo"]] == [True, False]
+    probed = {name: ["forget_loss_4_bit" in scores for scores in seeds] for name, seeds in results.methods.items()}
+    assert probed == {name: [True] + [False] * (len(seeds) - 1) for name, seeds in results.methods.items()}
     assert len(results.retrained) == 2
     assert not any("failed" in scores for seeds in results.methods.values() for scores in seeds)
 
