@@ -1,5 +1,6 @@
 """Scores of responses, against sums by hand, whatever the recipe trains on; and where greedy answers end."""
 
+import copy
 import dataclasses
 
 import jax
@@ -54,7 +55,12 @@ def test_without_a_taught_end_an_answer_that_begins_with_the_response_matches(fi
     lora = finished_run.load_adapter(model)
     first = generate(model, lora, [e.prompt.tolist() for e in dataset.encoded], 1, stop_ids=[])
     begins = [token == e.response.tolist() for token, e in zip(first, dataset.encoded, strict=True)]
-    (match,) = make_task_metrics(model, dataset)(lora)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.eos_token = None
+    endless = dataclasses.replace(
+        model, tokenizer=tokenizer, config=dataclasses.replace(model.config, eos_token_ids=())
+    )
+    said = answer(endless, lora, dataset)
+    assert sum(text == example.response for text, example in zip(said, dataset.examples, strict=True)) < sum(begins)
+    (match,) = make_task_metrics(endless, dataset)(lora)
     assert match.correct == sum(begins) > 0
-    without_end = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
-    assert [text for text in answer(without_end, lora, dataset) if len(text.split()) > 1], "some go on"
