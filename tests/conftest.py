@@ -2,11 +2,16 @@
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Read when jax is imported, here and in the processes that tests start. Most of the suite's time is compilation,
 # and XLA's expensive passes do not pay for programs that run a few times: 40 % less time on the curvature tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The newer emitters of fused loops take more than half of what compiling then still takes; from jaxlib 0.12 on they
+# are the only ones, and an unknown flag ends the process. A file of Hessian products: 137 s of CPU, now 68.
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Programs are kept on disk for the other workers, the files that come after (see `_drop_compiled_programs`) and the
 # next run; `pytest --cache-clear` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"))
