@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -342,9 +343,9 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
         if solver.error_bound is not None:
             words = "certified" if solver.certified else "which certifies nothing"
             _say(f"  error bound     {solver.error_bound:.2g} of each step, for its sampled curvature; {words}")
-        _say(
-            f"  matrix          {receipt.curvature_reason}; asymmetry of a product {receipt.product_asymmetry:.1g}"
-        )
+        asymmetry = receipt.product_asymmetry
+        measured = "" if math.isnan(asymmetry) else f"; asymmetry of a product {asymmetry:.1g}"
+        _say(f"  matrix          {receipt.curvature_reason}{measured}")
     if receipt.corrected:
         _say(f"  correctors      {receipt.num_correctors}: {receipt.corrected}")
     if solver.negative_curvature:

@@ -62,6 +62,12 @@ def _per_product(cell: Cell, *keys: str) -> float | None:
 _TORCH_HESSIAN = ("torch: hessian reverse-over-reverse", "torch: hessian forward-over-reverse")
 
 
+def _torch_hessian(cell: Cell) -> float | None:
+    """Seconds of PyTorch's fastest Hessian product beside the solves, by itself or inside of one."""
+    found = (_seconds(cell, "cg", *_TORCH_HESSIAN), _per_product(cell, "torch: cg hessian reverse-over-reverse"))
+    return min((seconds for seconds in found if seconds is not None), default=None)
+
+
 def targets(cell: Cell) -> list[Target]:
     """The ratios that the benchmark is for. The two sides of each were timed in turn, in one group."""
     gradient = _seconds(cell, "products", "jax: gradient")
@@ -76,13 +82,13 @@ def targets(cell: Cell) -> list[Target]:
             bound=0.6,
             value=_ratio(
                 _per_product(cell, "jax: cg hessian cached", "jax: cg hessian recomputed"),
-                _seconds(cell, "cg", *_TORCH_HESSIAN),
+                _torch_hessian(cell),
             ),
         ),
         Target(
             name="one CG iteration (Gauss-Newton, the default) / PyTorch's best Hessian product",
             bound=0.6,
-            value=_ratio(_per_product(cell, "jax: cg gauss-newton cached"), _seconds(cell, "cg", *_TORCH_HESSIAN)),
+            value=_ratio(_per_product(cell, "jax: cg gauss-newton cached"), _torch_hessian(cell)),
         ),
         Target(name="Hessian product recomputed / gradient", bound=2.2, value=_ratio(recomputed, gradient)),
         Target(

@@ -74,6 +74,7 @@ def erase_run(
         FileExistsError: `workdir` holds something.
     """
     files.require_empty(workdir)
+    torch.manual_seed(config.seed)  # dropout's, where the released script has it on
     if config.l2 != run.train_config.l2:
         msg = f"l2 is {config.l2}, but {run.path} was trained with {run.train_config.l2}; use that."
         raise RunError(msg)

@@ -202,7 +202,7 @@ def _judge(forget: LossChange, wanted: LossChange | None, probe: LossChange | No
     """Whether the named rows moved and the retained ones stayed, by the package's thresholds."""
     if not all(math.isfinite(group.after) for group in (forget, wanted, probe) if group is not None):
         return False, "failed: a loss is not finite after the change"
-    moved = max(abs(forget.after - forget.before), wanted.before - wanted.after if wanted else 0.0)
+    moved = max(forget.after - forget.before, wanted.before - wanted.after if wanted else -math.inf)
     if moved < LEAST_CHANGE:
         return False, f"failed: nothing was forgotten; the mean loss of the named rows moved by {moved:.2g} nats"
     if probe is None:

@@ -234,7 +234,11 @@ def load_ekfac(
     """
 
     def square(axis):
-        return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], x.shape[axis], x.shape[axis]), x.dtype), params)
+        return jax.tree.map(
+            # Where the adapter is: on every device of a mesh, if there is one.
+            lambda x: jnp.zeros((*x.shape[:-2], x.shape[axis], x.shape[axis]), x.dtype, device=x.sharding),
+            params,
+        )
 
     wanted = fingerprint(params, stack)
     like = EkFac(square(-2), square(-1), trees.tree_zeros_like(params), 0.0)

@@ -50,6 +50,8 @@ class EraseConfig:
         preconditioner: of `cg` with Gauss-Newton: `factored` inverts 8 random rows per example exactly, and takes a
             third to a half of the products (measured: `experiments/preconditioners`).
         solver_steps: mini-batch products of `descent` and `lissa` (`reference-compat` takes its own 20).
+        solver_batch_size: examples in each of these mini-batches, taken in one pass, so that memory grows with it
+            (`reference-compat` draws single ones).
         learning_rate: of `descent`, in units of 1 / (largest eigenvalue + rho), which a few products estimate;
             below 2. `lissa` scales by the same estimate.
         memory_budget_bytes: how much a solve may keep to save the primal pass of every product after the first;
@@ -103,6 +105,7 @@ class EraseConfig:
     solver: Literal["cg", "minres", "descent", "lissa", "ekfac", "reference-compat"] = "cg"
     preconditioner: Literal["none", "factored"] = "none"
     solver_steps: int = 100
+    solver_batch_size: int = 16
     learning_rate: float = 0.5
     memory_budget_bytes: int = 2**30
     operands: Literal["float32", "bfloat16"] = "float32"
@@ -190,6 +193,7 @@ class EraseConfig:
             "repair_size",
             "cg_max_steps",
             "solver_steps",
+            "solver_batch_size",
             "chunk_size",
         )
         for name in (*counts, "diagnostic_sample"):

@@ -305,12 +305,13 @@ class Evaluator:
             return (config.cg_max_steps + 1) * product_cost(kind, cached=cached) * num_examples
         if config.solver == "ekfac":
             return (self._factors_cost + 2 * kind.gradient_equivalents) * num_examples
-        return self._stochastic_cost(num_examples)
+        return self._stochastic_cost
 
-    def _stochastic_cost(self, num_examples: int) -> float:
-        """Mini-batch products, and one with all examples for the residual."""
-        num_drawn, chunk_size = self._draws
-        return CURVATURES[self.kind].gradient_equivalents * (num_drawn * chunk_size + num_examples)
+    @property
+    def _stochastic_cost(self) -> float:
+        """Mini-batch products. The residual, which the methods they are of do not look at, is a diagnostic."""
+        num_drawn, batch_size = self._draws
+        return CURVATURES[self.kind].gradient_equivalents * num_drawn * batch_size
 
     @property
     def _factors_cost(self) -> float:
@@ -322,7 +323,7 @@ class Evaluator:
         """Products of a stochastic solve, and the examples in each: the public script draws single ones."""
         if self.config.solver == "reference-compat":
             return ReferenceCompat().num_steps, 1
-        return self.config.solver_steps, self.config.chunk_size
+        return self.config.solver_steps, self.config.solver_batch_size
 
     def _solve_krylov(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]
@@ -436,17 +437,16 @@ class Evaluator:
     def _solve_stochastic(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         config, kind = self.config, CURVATURES[self.kind]
         self._num_solves += 1
-        _, chunk_size = self._draws
-        stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=chunk_size)
+        _, batch_size = self._draws
+        stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=batch_size)
         plain = DatasetCurvature(self.objective, params, place_stack(stack, self.mesh), kind)
         operator = _damped(plain, self.damping(plain))
-        self.measure_asymmetry(operator, rhs, kind.gradient_equivalents * len(weighted.indices))
         if config.solver == "reference-compat":
             solver: Solver = ReferenceCompat(seed=config.seed)
         else:
             key = jax.random.key(config.seed)
             largest = float(_largest_term_eigenvalue(operator, key, rhs, num_terms=_TERMS, num_products=_PRODUCTS))
-            self.cost.curvature += _TERMS * _PRODUCTS * kind.gradient_equivalents * chunk_size
+            self.cost.curvature += _TERMS * _PRODUCTS * kind.gradient_equivalents * batch_size
             if config.solver == "descent":
                 solver = QuadraticDescent(
                     learning_rate=config.learning_rate / largest,
@@ -462,7 +462,8 @@ class Evaluator:
                     rtol=config.cg_rtol,
                 )
         solution = _solve(solver, operator, rhs)
-        self.cost.curvature += self._stochastic_cost(len(weighted.indices))
+        self.cost.curvature += self._stochastic_cost
+        self.cost.diagnostics += kind.gradient_equivalents * len(weighted.indices)
         return solution
 
 

@@ -15,6 +15,7 @@ from llmeraser_jax.curvature.factor import example_rows, stacked_weights
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, fingerprint, load_ekfac, save_ekfac
 from llmeraser_jax.curvature.taps import _outputs_and_inputs, token_factors
 from llmeraser_jax.losses import Objective, half_squared_error, half_squared_error_root
+from llmeraser_jax.parallel import make_mesh, replicate
 from llmeraser_jax.solvers import ConjugateGradients, Status
 from tests.curvature.problem import decoder_problem
 from tests.problems import ArrayExamples, ridge_objective, split_params
@@ -211,6 +212,19 @@ def test_factors_are_kept_and_stale_ones_refused(tmp_path, linear):
     with pytest.raises(ValueError, match="expected"):
         load_ekfac(path, {"w": jnp.zeros((2, 3, 5))}, stack, mu=0.1)
     assert not np.array_equal(fingerprint(params, stack), fingerprint(moved, stack))
+
+
+def test_factors_are_read_to_where_the_adapter_is(linear, tmp_path):
+    """On a mesh: the next solve multiplies them with what lies there."""
+    _, params, stack = linear
+    found, mesh = make_linear(linear), make_mesh(data=2)
+    placed = replicate(params, mesh)
+    save_ekfac(tmp_path / "factors", found, params, stack)
+    again = load_ekfac(tmp_path / "factors", placed, stack, mu=found.mu)
+    assert all(leaf.sharding == jax.tree.leaves(placed)[0].sharding for leaf in (again.left["w"], again.right["w"]))
+    expected = jax.tree.leaves(found.solve(params))
+    for got, alone in zip(jax.tree.leaves(jax.jit(again.solve)(placed)), expected, strict=True):
+        np.testing.assert_allclose(got, alone, rtol=1e-12)
 
 
 def test_what_has_no_factors_is_refused(linear, decoder):

@@ -229,6 +229,10 @@ def test_targets_are_the_stated_ratios():
     assert hessian_share(cell, "bfloat16") == pytest.approx(8e9 / 0.1 / 400e9)
     del cell["operands"]
     assert hessian_share(cell, "bfloat16") is None
+    # PyTorch's product inside of its solve, where that is the faster: 12 s / 6 products.
+    inside = _entry(12.0, facts={"iterations": 5, "products": 6})
+    cell["cg"]["entries"]["torch: cg hessian reverse-over-reverse"] = inside
+    assert [target.value for target in targets(cell)[:2]] == pytest.approx([0.75, 0.6])
 
 
 def test_table_and_plot_show_every_entry(tmp_path):

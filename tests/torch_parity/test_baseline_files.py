@@ -13,6 +13,7 @@ from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import EraseConfig, UnlearningError, erase_run
+from llmeraser_jax.unlearning.range_check import LossChange
 from tests.golden.cases import CASES
 from tests.training import tiny
 
@@ -234,13 +235,27 @@ def test_dropout_acts_in_the_published_mode_alone_and_can_be_turned_off(work, tm
     import torch
 
     def rhs_norm(directory, *flags):
-        torch.manual_seed(len(flags))
+        torch.rand(len(directory.name))  # what was drawn before must not matter
         assert run_main(work, directory, "--mode", "published", "--descent-steps", "2", *flags) == 0
         return receipt_of(runs.load_run(directory))["steps"][0]["rhs_norm"]
 
     quiet = rhs_norm(tmp_path / "off", "--no-dropout")
     assert quiet == pytest.approx(receipt_of(runs.load_run(work / "theirs"))["rhs_norm"], rel=1e-5)
-    assert abs(rhs_norm(tmp_path / "on") / quiet - 1) > 1e-3
+    loud = rhs_norm(tmp_path / "on")
+    assert abs(loud / quiet - 1) > 1e-3
+    assert rhs_norm(tmp_path / "again") == pytest.approx(loud, rel=1e-6), "the seed is of every sample drawn"
+
+
+def test_rows_that_are_known_better_than_before_are_not_forgotten():
+    from experiments.torch_baseline.receipt import _judge
+
+    def change(before, after):
+        return LossChange(before=before, after=after, predicted=after)
+
+    for wanted in (None, change(1.0, 1.1)):
+        passed, verdict = _judge(change(1.0, 0.2), wanted, change(0.5, 0.5))
+        assert not passed and "nothing was forgotten" in verdict
+    assert _judge(change(0.2, 1.0), None, change(0.5, 0.5))[0]
 
 
 def test_failures_are_one_clear_error_and_leave_nothing(work, tmp_path, capsys):

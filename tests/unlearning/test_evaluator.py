@@ -51,8 +51,8 @@ def dense_step(problem, damping=0.0):
     ("changes", "rtol"),
     [
         ({"solver": "minres"}, 1e-8),
-        ({"solver": "descent", "solver_steps": 4000, "learning_rate": 0.05, "chunk_size": 40}, 1e-4),
-        ({"solver": "lissa", "solver_steps": 2000, "chunk_size": 40}, 1e-4),
+        ({"solver": "descent", "solver_steps": 4000, "learning_rate": 0.05, "solver_batch_size": 40}, 1e-4),
+        ({"solver": "lissa", "solver_steps": 2000, "solver_batch_size": 40}, 1e-4),
         ({"memory_budget_bytes": 0}, 1e-8),
         ({"curvature": "auto"}, 1e-8),
     ],
@@ -68,8 +68,9 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
     result = step(problem, before, solver="reference-compat")
     assert np.all(np.abs(moved(result, before)) < 3e-4)
     assert result.steps[0].status is not Status.CONVERGED
-    # 20 products of single examples, and one with all for the residual.
-    assert result.cost.curvature == pytest.approx(1.5 * (20 + N))
+    # 20 products of single examples; one with all, for the residual, is no work of the script's.
+    assert result.cost.curvature == pytest.approx(1.5 * 20)
+    assert result.cost.diagnostics >= 1.5 * N
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,8 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
     [
         ({"cg_max_steps": 7}, 8 * 1.0 * N),
         ({"cg_max_steps": 7, "memory_budget_bytes": 0}, 8 * 1.5 * N),
-        ({"solver": "lissa", "solver_steps": 30, "chunk_size": 4}, 1.5 * (30 * 4 + N)),
-        ({"solver": "reference-compat"}, 1.5 * (20 + N)),
+        ({"solver": "lissa", "solver_steps": 30, "solver_batch_size": 4}, 1.5 * 30 * 4),
+        ({"solver": "reference-compat"}, 1.5 * 20),
         # Two passes of one root (a forward third and two backward thirds), a step's product and the residual's.
         ({"solver": "ekfac", "damping": 0.1}, (2 * 1.0 + 2 * 1.5) * N),
     ],
