@@ -236,14 +236,14 @@ FORGETTING = (
     Column(
         "loss on S, 4 bits",
         "the loss on S after the weights, adapter merged in, were rounded to 4 bits: what was only hidden comes "
-        "back. Every member of an ensemble is rounded for itself. Of one seed.",
+        "back. Every member of an ensemble is rounded for itself; one that never saw S hides nothing. Of one seed.",
         "retrained",
         _scalar("forget_loss_4_bit"),
     ),
     Column(
         "loss on S, relearned",
         "the loss on S after a few steps of training on examples that stay: what was only hidden comes back. "
-        "Every member of an ensemble is trained so. Of one seed.",
+        "Every member of an ensemble is trained so; one that never saw S hides nothing. Of one seed.",
         "retrained",
         _scalar("forget_loss_relearned"),
     ),

@@ -9,7 +9,8 @@ A model may hide what it still knows. Two cheap probes are known to uncover it:
 
 Each function measures the forget side before and after. The number to compare with is the same probe on a
 retrained model: rounding harms it too, and relearning moves it too. Only what the unlearned model regains beyond
-the retrained one was hidden.
+the retrained one was hidden. Of an ensemble whose members never saw the named examples nothing can come back:
+what relearning changes is what rows of the other shards teach each member.
 """
 
 from __future__ import annotations
