@@ -39,10 +39,11 @@ def make_mesh(*, data: int = 1, model: int = 1, devices: Sequence[Any] | None = 
 
 
 def parse_mesh(text: str) -> Mesh | None:
-    """Reads `data=4,model=2`; the empty string means no mesh (one device).
+    """Reads the `data=4,model=2` of a command; the empty string means no mesh (one device).
 
     Raises:
-        ValueError: unknown axis, a size that is no whole number, or too few devices.
+        ValueError: unknown axis, a size that is no whole number, too few devices, or devices of other processes:
+            commands read and write as if they were the only one.
     """
     if not text:
         return None
@@ -53,4 +54,10 @@ def parse_mesh(text: str) -> Mesh | None:
             msg = f"Mesh {text!r} is not understood at {part!r}; write for example data=4,model=2."
             raise ValueError(msg)
         sizes[axis] = int(size)
-    return make_mesh(data=sizes.get("data", 1), model=sizes.get("model", 1))
+    mesh = make_mesh(data=sizes.get("data", 1), model=sizes.get("model", 1))
+    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+        msg = (
+            f"Mesh {text!r} holds devices of other processes; a command runs in one process, over its own devices."
+        )
+        raise ValueError(msg)
+    return mesh

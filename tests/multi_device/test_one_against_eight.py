@@ -196,3 +196,10 @@ def test_a_mesh_is_read_from_text():
     mesh = parse_mesh("data=4,model=2")
     assert mesh is not None and dict(mesh.shape) == {"data": 4, "model": 2}
     assert parse_mesh("") is None
+
+
+def test_a_commands_mesh_holds_no_devices_of_other_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # the devices here are those of process 0
+    with pytest.raises(ValueError, match="devices of other processes"):
+        parse_mesh("data=2")
+    assert make_mesh(data=2).shape["data"] == 2, "the library's sums are for several processes too"
