@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,7 @@ class TorchSide:
             name: torch.randn(tensor.shape, generator=generator).to(self.device)
             for name, tensor in self.params.items()
         }
+        self._kept: curvature.KeptHessian | None = None
         indices, weights = workload.measured_rows(self.dataset)
         self.batches = make_batches(
             self.dataset, indices, weights, chunk_size=workload.torch_chunk_size, device=self.device
@@ -99,7 +101,14 @@ class TorchSide:
         return run
 
     def _product(self, kind: str, mode: str, v: Params) -> Params:
+        if mode == "kept":
+            if self._kept is None:
+                self._kept = self._keep()
+            return self._kept(v)
         return curvature.PRODUCTS[kind](self.model, self.params, self.batches, v, l2=L2, mode=mode)
+
+    def _keep(self) -> curvature.KeptHessian:
+        return curvature.KeptHessian(self.model, self.params, self.batches, l2=L2)
 
     def _compiled(self, kind: str, mode: str) -> Callable[[], dict[str, Any]]:
         """torch.compile of one micro-batch's function, its derivatives included; shapes are symbolic."""
@@ -136,8 +145,10 @@ class TorchSide:
 
     def _cg(self, kind: str, mode: str) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
+            # From nothing, as the package's: where graphs are kept, making them is in the time.
+            product = self._keep() if mode == "kept" else functools.partial(self._product, kind, mode)
             solution = conjugate_gradients(
-                lambda v: axpy(CG_DAMPING[kind], v, self._product(kind, mode, v)),
+                lambda v: axpy(CG_DAMPING[kind], v, product(v)),
                 self.v,
                 rtol=0.0,
                 max_steps=self.workload.cg_steps,
@@ -178,7 +189,8 @@ class TorchSide:
         }
 
     def forget(self) -> None:
-        """Nothing is shared between entries but the model."""
+        """Lets go of graphs."""
+        self._kept = None
 
     def device_peak(self) -> Callable[[], int | None] | None:
         """The CUDA allocator's peak over what it holds now; None on a CPU."""

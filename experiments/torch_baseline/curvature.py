@@ -77,8 +77,7 @@ def batch_hessian_product(
         inputs = tuple(leaves.values())
         loss = batch_loss(model, leaves, batch, logits_at_response=logits_at_response)
         gradient = torch.autograd.grad(loss, inputs, create_graph=True)
-        slope = torch.stack([(g * v[name]).sum() for name, g in zip(leaves, gradient, strict=True)]).sum()
-        return dict(zip(leaves, torch.autograd.grad(slope, inputs), strict=True))
+        return dict(zip(leaves, torch.autograd.grad(_slope(leaves, gradient, v), inputs), strict=True))
     if mode == "forward-over-reverse":
 
         def gradient_of(p: Params) -> Params:
@@ -131,6 +130,11 @@ def batch_gauss_newton_product(
         cotangent = _output_hessian_product(logits, tangent, batch)
     products = torch.autograd.grad(logits, tuple(leaves.values()), grad_outputs=cotangent)
     return dict(zip(leaves, products, strict=True))
+
+
+def _slope(leaves: Params, gradient: Sequence[torch.Tensor], v: Params) -> torch.Tensor:
+    """`<gradient, v>`, to be differentiated once more."""
+    return torch.stack([(g * v[name]).sum() for name, g in zip(leaves, gradient, strict=True)]).sum()
 
 
 def _leaves(params: Params) -> Params:
@@ -198,6 +202,50 @@ def hessian_product(
         part = batch_hessian_product(model, params, batch, v, mode=mode, logits_at_response=logits_at_response)
         total = axpy(1.0, part, total)
     return axpy(l2 * weight_sum(batches), v, total)
+
+
+class KeptHessian:
+    """Hessian products, reverse over reverse, of gradients whose graphs are kept: the primal passes are made once.
+
+    Memory grows with the examples: every value that the forward and the first backward pass leave is held. The
+    baseline's own solves recompute; this is what a benchmark compares with.
+
+    Args:
+        model: base and adapter.
+        params: where the Hessian is taken.
+        batches: examples with coefficients.
+        l2: as in `hessian_product`.
+        logits_at_response: see `AdaptedModel.logits`.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        params: Params,
+        batches: Sequence[Batch],
+        *,
+        l2: float = 0.0,
+        logits_at_response: bool = True,
+    ):
+        self._leaves = _leaves(params)
+        self._shift = l2 * weight_sum(batches)
+        self._gradients = [
+            torch.autograd.grad(
+                batch_loss(model, self._leaves, batch, logits_at_response=logits_at_response),
+                tuple(self._leaves.values()),
+                create_graph=True,
+            )
+            for batch in batches
+        ]
+
+    def __call__(self, v: Params) -> Params:
+        """`sum_i weights_i * hess l(z_i) v`."""
+        total = zeros_like(self._leaves)
+        for gradient in self._gradients:
+            slope = _slope(self._leaves, gradient, v)
+            part = torch.autograd.grad(slope, tuple(self._leaves.values()), retain_graph=True)
+            total = axpy(1.0, dict(zip(self._leaves, part, strict=True)), total)
+        return axpy(self._shift, v, total)
 
 
 def gauss_newton_product(
