@@ -35,17 +35,17 @@ class DualInverse:
     Attributes:
         operator: the curvature.
         root_weights: `sqrt(w)` [m].
-        cholesky: of `S G S + mu I` [m, m].
+        cholesky: the lower factor of `S G S + mu I` [m, m].
     """
 
     operator: FactoredCurvature
     root_weights: np.ndarray
-    cholesky: tuple[np.ndarray, bool]
+    cholesky: np.ndarray
 
     def _small_solve(self, inner: np.ndarray) -> np.ndarray:
         """`S (S G S + mu I)^-1 S inner` for `inner = U v`, [m] or [m, k]."""
         root = self.root_weights if inner.ndim == 1 else self.root_weights[:, None]
-        return root * scipy.linalg.cho_solve(self.cholesky, root * inner)
+        return root * scipy.linalg.cho_solve((self.cholesky, True), root * inner)
 
     def solve(self, v: LoraParams) -> LoraParams:
         """The inverse times one vector."""
@@ -99,4 +99,5 @@ def factorise(operator: FactoredCurvature) -> DualInverse:
     gram = np.asarray(_gram(operator.rows, operator.rows), np.float64)
     small = root[:, None] * gram * root
     small[np.diag_indices_from(small)] += mu
-    return DualInverse(operator, root, scipy.linalg.cho_factor(small, lower=True))
+    factor, _ = scipy.linalg.cho_factor(small, lower=True)
+    return DualInverse(operator, root, factor)
