@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, make_ensemble
+from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, ensemble_model, make_ensemble
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_min_k_auc
 from llmeraser_jax.evaluation.scoring import score_examples
@@ -209,7 +209,8 @@ def quantise_merged(
         msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
     if isinstance(lora, Ensemble):
-        fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(EnsembleModel)}
+        both = ensemble_model(model)
+        fields = {field.name: getattr(both, field.name) for field in dataclasses.fields(EnsembleModel)}
         return RoundedMembers(**fields, bits=bits, group_size=group_size), lora
     rounded = _merged_and_rounded(model.base, lora, bits=bits, group_size=group_size)
     return dataclasses.replace(model, base=rounded), _unmerged(lora)
@@ -279,11 +280,9 @@ def relearn(
         msg = f"num_steps is {num_steps} and there are {len(unrelated)} unrelated examples; both must be 1 or more."
         raise ValueError(msg)
     if isinstance(lora, Ensemble):
-        member_model = cast(EnsembleModel, model).member
-        again = [
-            relearn(member_model, cast(Lora, lora.member(k)), unrelated, config, num_steps=num_steps)
-            for k in range(lora.num_members)
-        ]
+        alone = ensemble_model(model).member
+        members = [cast(Lora, lora.member(k)) for k in range(lora.num_members)]
+        again = [relearn(alone, member, unrelated, config, num_steps=num_steps) for member in members]
         return make_ensemble(again, gate=lora.gate, aggregation=lora.aggregation)
     rng = np.random.default_rng(config.seed)
     size = min(len(unrelated), num_steps * config.batch_size)

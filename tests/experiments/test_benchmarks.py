@@ -114,7 +114,7 @@ def test_two_devices_measure_the_same_product(workload, side):
 def test_both_libraries_measure_the_same_rows_and_the_same_product(workload, side):
     from experiments.benchmarks.torch_side import TorchSide
     from experiments.torch_baseline.curvature import gradient_sum
-    from experiments.torch_baseline.model import norm
+    from experiments.torch_baseline.model import axpy, norm
     from llmeraser_jax import trees
     from llmeraser_jax.losses import gradient_sum as our_gradient_sum
 
@@ -122,6 +122,8 @@ def test_both_libraries_measure_the_same_rows_and_the_same_product(workload, sid
     assert theirs.describe()["tokens"] == side.describe()["tokens"]
     ours = float(trees.tree_norm(our_gradient_sum(side.objective, side.lora, side.stack)))
     assert norm(gradient_sum(theirs.model, theirs.params, theirs.batches, l2=1e-3)) == pytest.approx(ours, rel=1e-4)
+    anew, kept = (theirs._product("hessian", mode, theirs.v) for mode in ("reverse-over-reverse", "kept"))
+    assert norm(axpy(-1.0, anew, kept)) < 1e-5 * norm(anew)
 
 
 def test_a_solve_that_ends_early_is_no_measurement():
@@ -233,6 +235,9 @@ def test_targets_are_the_stated_ratios():
     inside = _entry(12.0, facts={"iterations": 5, "products": 6})
     cell["cg"]["entries"]["torch: cg hessian reverse-over-reverse"] = inside
     assert [target.value for target in targets(cell)[:2]] == pytest.approx([0.75, 0.6])
+    # And with graphs that it keeps: 6 s / 6 products.
+    cell["cg"]["entries"]["torch: cg hessian kept"] = _entry(6.0, facts={"iterations": 5, "products": 6})
+    assert [target.value for target in targets(cell)[:2]] == pytest.approx([1.5, 1.2])
 
 
 def test_table_and_plot_show_every_entry(tmp_path):

@@ -71,6 +71,7 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
     # 20 products of single examples; one with all, for the residual, is no work of the script's.
     assert result.cost.curvature == pytest.approx(1.5 * 20)
     assert result.cost.diagnostics >= 1.5 * N
+    assert np.isnan(result.asymmetry), "no conjugate gradients, no two products with all rows to look at symmetry"
 
 
 @pytest.mark.parametrize(
