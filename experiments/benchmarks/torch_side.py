@@ -43,7 +43,7 @@ class TorchSide:
             name: torch.randn(tensor.shape, generator=generator).to(self.device)
             for name, tensor in self.params.items()
         }
-        self._kept: curvature.KeptHessian | None = None
+        self._kept: dict[str, Callable[[Params], Params]] = {}
         indices, weights = workload.measured_rows(self.dataset)
         self.batches = make_batches(
             self.dataset, indices, weights, chunk_size=workload.torch_chunk_size, device=self.device
@@ -69,8 +69,8 @@ class TorchSide:
     def prepare(self, name: str) -> tuple[Prepared, Callable[[], dict[str, Any]]]:
         """See `sides.Side`."""
         kind, _, mode = name.removeprefix("compile ").removeprefix("cg ").partition(" ")
-        if name == "erase":
-            run = self._erase
+        if kind == "erase":
+            run = functools.partial(self._erase, keep_graphs=mode == "kept")
         elif kind == "matmul":
             run = self._matmul(mode)
         elif name.startswith("compile"):
@@ -102,13 +102,13 @@ class TorchSide:
 
     def _product(self, kind: str, mode: str, v: Params) -> Params:
         if mode == "kept":
-            if self._kept is None:
-                self._kept = self._keep()
-            return self._kept(v)
+            if kind not in self._kept:
+                self._kept[kind] = self._keep(kind)
+            return self._kept[kind](v)
         return curvature.PRODUCTS[kind](self.model, self.params, self.batches, v, l2=L2, mode=mode)
 
-    def _keep(self) -> curvature.KeptHessian:
-        return curvature.KeptHessian(self.model, self.params, self.batches, l2=L2)
+    def _keep(self, kind: str) -> Callable[[Params], Params]:
+        return curvature.KEPT[kind](self.model, self.params, self.batches, l2=L2)
 
     def _compiled(self, kind: str, mode: str) -> Callable[[], dict[str, Any]]:
         """torch.compile of one micro-batch's function, its derivatives included; shapes are symbolic."""
@@ -146,7 +146,7 @@ class TorchSide:
     def _cg(self, kind: str, mode: str) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             # From nothing, as the package's: where graphs are kept, making them is in the time.
-            product = self._keep() if mode == "kept" else functools.partial(self._product, kind, mode)
+            product = self._keep(kind) if mode == "kept" else functools.partial(self._product, kind, mode)
             solution = conjugate_gradients(
                 lambda v: axpy(CG_DAMPING[kind], v, product(v)),
                 self.v,
@@ -159,7 +159,7 @@ class TorchSide:
 
         return run
 
-    def _erase(self) -> dict[str, Any]:
+    def _erase(self, *, keep_graphs: bool) -> dict[str, Any]:
         workload = self.workload
         config = BaselineConfig(
             mode="cg",
@@ -172,6 +172,7 @@ class TorchSide:
             l2=L2,
             chunk_size=workload.torch_chunk_size,
             diagnostic_sample=workload.diagnostic_sample,
+            keep_graphs=keep_graphs,
         )
         started = time.perf_counter()
         requests = load_requests(workload.requests, self.examples)
@@ -190,7 +191,7 @@ class TorchSide:
 
     def forget(self) -> None:
         """Lets go of graphs."""
-        self._kept = None
+        self._kept.clear()
 
     def device_peak(self) -> Callable[[], int | None] | None:
         """The CUDA allocator's peak over what it holds now; None on a CPU."""

@@ -35,7 +35,9 @@ class BaselineConfig:
         order: the training examples that Adam takes: `in-order` from the first, or `shuffled` by the seed.
         dropout: `published` and `paper`: leave the adapter's dropout on, as the released script does. Off in the
             other modes, and in every reported loss.
-        hessian_mode: how Hessian products are computed.
+        keep_graphs: `cg` and `path`: make the graphs behind a solve's products once and hold them. Faster, for
+            memory that grows with the examples of the curvature.
+        hessian_mode: how Hessian products are computed where graphs are not kept.
         logits_at_response: apply the head at response positions only.
         l2: lambda that the adapter was trained with; a run directory supplies its own.
         chunk_size: examples per micro-batch.
@@ -59,6 +61,7 @@ class BaselineConfig:
     weight_decay: float = 1e-5
     order: Literal["in-order", "shuffled"] = "in-order"
     dropout: bool = True
+    keep_graphs: bool = False
     hessian_mode: Literal["reverse-over-reverse", "forward-over-reverse"] = "reverse-over-reverse"
     logits_at_response: bool = True
     l2: Annotated[float, tyro.conf.Suppress] = 0.0  # no flag: a run directory states it
@@ -69,6 +72,9 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         if self.uses_descent and self.curvature == "gauss-newton":
             msg = f"curvature is 'gauss-newton', but mode {self.mode!r} descends with the Hessian; leave it out."
+            raise ValueError(msg)
+        if self.uses_descent and self.keep_graphs:
+            msg = f"keep_graphs is set, but mode {self.mode!r} takes each product at another example; leave it out."
             raise ValueError(msg)
         for name in (
             "sample_size",

@@ -23,6 +23,8 @@ Kind = Literal["hessian", "gauss-newton"]
 # Cost of one product with one example, in gradient equivalents (`method.md`: on a frozen base a matrix product, its
 # tangent and its transpose cost the same).
 GRADIENT_EQUIVALENTS = {"hessian": 2.0, "gauss-newton": 1.5}
+# With kept graphs: making those of either kind is a forward and a backward pass, and so is each product.
+KEPT_GRADIENT_EQUIVALENTS = 1.0
 
 
 def data_losses(
@@ -207,8 +209,7 @@ def hessian_product(
 class KeptHessian:
     """Hessian products, reverse over reverse, of gradients whose graphs are kept: the primal passes are made once.
 
-    Memory grows with the examples: every value that the forward and the first backward pass leave is held. The
-    baseline's own solves recompute; this is what a benchmark compares with.
+    Memory grows with the examples: every value that the forward and the first backward pass leave is held.
 
     Args:
         model: base and adapter.
@@ -248,6 +249,54 @@ class KeptHessian:
         return axpy(self._shift, v, total)
 
 
+class KeptGaussNewton:
+    """Gauss-Newton products on kept graphs: of the logits, and of their pullback `u -> J' u`.
+
+    The pullback is linear, so that its own derivative along `u`, pulled back, is `J v`: a product is one backward
+    pass through the pullback's graph and one through the logits'. Memory grows with the examples, as for
+    `KeptHessian`.
+
+    Args:
+        model: base and adapter.
+        params: where the matrix is taken.
+        batches: examples with coefficients.
+        l2: as in `gauss_newton_product`.
+        logits_at_response: see `AdaptedModel.logits`.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        params: Params,
+        batches: Sequence[Batch],
+        *,
+        l2: float = 0.0,
+        logits_at_response: bool = True,
+    ):
+        self._leaves = _leaves(params)
+        self._shift = l2 * weight_sum(batches)
+        self._parts = []
+        for batch in batches:
+            logits = model.logits(self._leaves, batch, at_response=logits_at_response)
+            cotangent = torch.zeros_like(logits, requires_grad=True)
+            pullback = torch.autograd.grad(
+                logits, tuple(self._leaves.values()), grad_outputs=cotangent, create_graph=True
+            )
+            self._parts.append((batch, logits, cotangent, pullback))
+
+    def __call__(self, v: Params) -> Params:
+        """`sum_i weights_i * G(z_i) v`."""
+        total = zeros_like(self._leaves)
+        for batch, logits, cotangent, pullback in self._parts:
+            slope = _slope(self._leaves, pullback, v)
+            tangent = torch.autograd.grad(slope, cotangent, retain_graph=True)[0]
+            with torch.no_grad():
+                curved = _output_hessian_product(logits, tangent, batch)
+            part = torch.autograd.grad(logits, tuple(self._leaves.values()), grad_outputs=curved, retain_graph=True)
+            total = axpy(1.0, dict(zip(self._leaves, part, strict=True)), total)
+        return axpy(self._shift, v, total)
+
+
 def gauss_newton_product(
     model: AdaptedModel,
     params: Params,
@@ -267,3 +316,7 @@ def gauss_newton_product(
 
 
 PRODUCTS: dict[str, Callable[..., Params]] = {"hessian": hessian_product, "gauss-newton": gauss_newton_product}
+KEPT: dict[str, Callable[..., Callable[[Params], Params]]] = {
+    "hessian": KeptHessian,
+    "gauss-newton": KeptGaussNewton,
+}

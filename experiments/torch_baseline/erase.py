@@ -10,6 +10,7 @@ and for the path, from weight w to w' at each step, with the end-of-step weight 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +20,13 @@ import numpy as np
 
 from experiments.torch_baseline.batches import Batch, make_batches, num_examples
 from experiments.torch_baseline.config import BaselineConfig
-from experiments.torch_baseline.curvature import GRADIENT_EQUIVALENTS, PRODUCTS, gradient_sum
+from experiments.torch_baseline.curvature import (
+    GRADIENT_EQUIVALENTS,
+    KEPT,
+    KEPT_GRADIENT_EQUIVALENTS,
+    PRODUCTS,
+    gradient_sum,
+)
 from experiments.torch_baseline.model import AdaptedModel, Params, axpy, norm, scaled
 from experiments.torch_baseline.solvers import Solution, adam_on_quadratic, conjugate_gradients
 from llmeraser_jax.data import Request, TokenDataset, edited_example, encode_examples
@@ -137,10 +144,21 @@ class Eraser:
     def product(self, params: Params, batches: Sequence[Batch], v: Params) -> Params:
         """`(sum_i c_i C(z_i) + rho I) v`; the caller counts it."""
         config = self.config
-        options: dict[str, Any] = {"l2": config.l2, "logits_at_response": config.logits_at_response}
+        options = self._curvature_options()
         if config.kind == "hessian":
             options["mode"] = config.hessian_mode
         return axpy(config.rho, v, PRODUCTS[config.kind](self.model, params, batches, v, **options))
+
+    def operator(self, params: Params, batches: Sequence[Batch]) -> Callable[[Params], Params]:
+        """`product` as a function of the vector, its graphs kept where the configuration says so."""
+        config = self.config
+        if not config.keep_graphs:
+            return functools.partial(self.product, params, batches)
+        kept = KEPT[config.kind](self.model, params, batches, **self._curvature_options())
+        return lambda v: axpy(config.rho, v, kept(v))
+
+    def _curvature_options(self) -> dict[str, Any]:
+        return {"l2": self.config.l2, "logits_at_response": self.config.logits_at_response}
 
     def curvature_batches(self, weight: float) -> list[Batch]:
         """The examples of `C` with their coefficients; for the path, `weight` is that at the step's end."""
@@ -170,14 +188,18 @@ class Eraser:
     def solve_cg(self, params: Params, batches: Sequence[Batch], rhs: Params) -> Solution:
         """Conjugate gradients on a fixed sum over examples."""
         solution = conjugate_gradients(
-            lambda v: self.product(params, batches, v),
+            self.operator(params, batches),
             rhs,
             rtol=self.config.cg_rtol,
             max_steps=self.config.cg_max_steps,
         )
         # One more product for the true residual, and the one that met negative curvature.
         products = solution.num_steps + 1 + int(solution.negative_curvature)
-        self.cost.curvature += products * GRADIENT_EQUIVALENTS[self.config.kind] * num_examples(batches)
+        if self.config.keep_graphs:
+            each = (1 + products) * KEPT_GRADIENT_EQUIVALENTS
+        else:
+            each = products * GRADIENT_EQUIVALENTS[self.config.kind]
+        self.cost.curvature += each * num_examples(batches)
         return solution
 
     def solve_adam(

@@ -122,8 +122,12 @@ def test_both_libraries_measure_the_same_rows_and_the_same_product(workload, sid
     assert theirs.describe()["tokens"] == side.describe()["tokens"]
     ours = float(trees.tree_norm(our_gradient_sum(side.objective, side.lora, side.stack)))
     assert norm(gradient_sum(theirs.model, theirs.params, theirs.batches, l2=1e-3)) == pytest.approx(ours, rel=1e-4)
-    anew, kept = (theirs._product("hessian", mode, theirs.v) for mode in ("reverse-over-reverse", "kept"))
-    assert norm(axpy(-1.0, anew, kept)) < 1e-5 * norm(anew)
+    products = {}
+    for kind, mode in (("hessian", "reverse-over-reverse"), ("gauss-newton", "shared")):
+        anew, kept = (theirs._product(kind, each, theirs.v) for each in (mode, "kept"))
+        assert norm(axpy(-1.0, anew, kept)) < 1e-5 * norm(anew)
+        products[kind] = kept
+    assert norm(axpy(-1.0, products["hessian"], products["gauss-newton"])) > 1e-2 * norm(products["hessian"])
 
 
 def test_a_solve_that_ends_early_is_no_measurement():
@@ -238,6 +242,12 @@ def test_targets_are_the_stated_ratios():
     # And with graphs that it keeps: 6 s / 6 products.
     cell["cg"]["entries"]["torch: cg hessian kept"] = _entry(6.0, facts={"iterations": 5, "products": 6})
     assert [target.value for target in targets(cell)[:2]] == pytest.approx([1.5, 1.2])
+    # Of two erasures PyTorch's faster one.
+    entries = {"jax: erase": _entry(1.0), "torch: erase": _entry(4.0)}
+    cell["erase"] = {**cell["cg"], "entries": entries}
+    assert targets(cell)[-1].value == pytest.approx(0.25)
+    entries["torch: erase kept"] = _entry(2.5)
+    assert targets(cell)[-1].value == pytest.approx(0.4)
 
 
 def test_table_and_plot_show_every_entry(tmp_path):

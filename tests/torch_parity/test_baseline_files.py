@@ -287,6 +287,7 @@ def test_a_solve_without_a_step_writes_nothing(work, tmp_path, monkeypatch):
     ("changes", "name"),
     [
         ({"mode": "published", "curvature": "gauss-newton"}, "curvature"),
+        ({"mode": "paper", "keep_graphs": True}, "keep_graphs"),
         ({"damping": -1.0}, "rho"),
         ({"cg_rtol": 1.0}, "cg_rtol"),
         ({"mode": "path", "path_weights": (1.0, 0.5)}, "path_weights"),

@@ -134,6 +134,16 @@ def test_the_single_step_agrees_and_is_that_of_a_dense_solve(problem, kind):
     assert step.rhs_norm == pytest.approx(float(trees.tree_norm(b)), rel=1e-10)
     assert theirs.cost.rhs == 5
     assert theirs.cost.curvature == {"hessian": 2, "gauss-newton": 1.5}[kind] * 7 * (step.iterations + 1)
+    # The same with graphs that are kept, for a pass to make them and one for each product.
+    kept = erase(
+        problem.eraser(
+            chunk_size=CHUNK, mode="cg", curvature=kind, curvature_data="all", damping=rho, keep_graphs=True, **CG
+        ),
+        problem.params,
+    )
+    assert relative_difference(trees.tree_sub(problem.as_lora(kept.params), problem.lora), expected) < 1e-8
+    assert abs(kept.steps[0].iterations - step.iterations) <= 1
+    assert kept.cost.curvature == 7 * (1 + kept.steps[0].iterations + 1)
 
 
 def test_the_path_agrees_step_by_step(problem, monkeypatch):
