@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llmeraser_jax import files
@@ -56,20 +57,23 @@ def _abstract(named: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes the arrays of a tree to the new directory `path`, whole or not at all.
 
+    Of several processes the one that calls it writes; see `parallel.on_leader`.
+
     Args:
         path: must not exist, or be an empty directory.
-        tree: a pytree of arrays.
+        tree: a pytree of arrays, whole in this process.
 
     Raises:
         FileExistsError: `path` already holds something.
     """
     path = Path(path).absolute()
-    named = _flatten(tree)
-    if jax.process_count() > 1:  # every process takes part, and Orbax itself renames at the end
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, named)
-        return
-    with files.atomic_directory(path) as temporary, ocp.StandardCheckpointer() as checkpointer:
+    named = {name: np.asarray(leaf) for name, leaf in _flatten(tree).items()}
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    with (
+        files.atomic_directory(path) as temporary,
+        ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer,
+    ):
         checkpointer.save(temporary, named, force=True)
         checkpointer.wait_until_finished()
 

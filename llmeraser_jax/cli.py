@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from jax.sharding import Mesh
 
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.parallel import parse_mesh
+from llmeraser_jax.parallel import leads, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.unlearning import EraseConfig
 
@@ -29,9 +30,32 @@ _log = logging.getLogger("llmeraser_jax")
 
 
 def _say(text: str = "") -> None:
-    """Results go to standard output; progress and warnings to standard error."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Results go to standard output, once; progress and warnings to standard error."""
+    if leads():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What to compute on.
+
+    Attributes:
+        mesh: devices, e.g. data=4,model=2; empty is one device.
+        processes: where the devices are those of several processes, each started with this same command: auto on a
+            cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
+            All of them must see the same files. Empty is one process.
+    """
+
+    mesh: str = ""
+    processes: str = ""
+
+    def open(self) -> Mesh | None:
+        """Connects the processes and lays out their devices; before anything is computed."""
+        start_processes(self.processes)
+        if not leads():
+            _log.setLevel(logging.WARNING)
+        return parse_mesh(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +71,7 @@ class Finetune:
             instruction/input/output, question/answer, prompt/response, or messages; optional id.
         workdir: the run directory to make, or to go on in.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        devices: what to compute on.
         tensorboard: also write TensorBoard events (extra tensorboard).
         recipe: how examples become tokens and a loss.
         lora: the adapter.
@@ -58,7 +82,7 @@ class Finetune:
     data: Path
     workdir: Path
     dtype: str = "float32"
-    mesh: str = ""
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     tensorboard: bool = False
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
     lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
@@ -68,7 +92,7 @@ class Finetune:
         from llmeraser_jax.models import load_model
         from llmeraser_jax.training.job import finetune_run
 
-        model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
+        model = load_model(self.model, dtype=self.dtype, mesh=self.devices.open())
         run = finetune_run(
             model,
             self.data,
@@ -100,7 +124,7 @@ class Adopt:
             epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
         workdir: the run directory to make.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        devices: what to compute on.
         force: adopt it although it does not lower the loss on the data.
     """
 
@@ -110,14 +134,14 @@ class Adopt:
     recipe: Path
     workdir: Path
     dtype: str = "float32"
-    mesh: str = ""
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     force: bool = False
 
     def run(self) -> int:
         from llmeraser_jax.models import load_model
         from llmeraser_jax.training.adopt import adopt
 
-        model = load_model(self.model, dtype=self.dtype, mesh=parse_mesh(self.mesh))
+        model = load_model(self.model, dtype=self.dtype, mesh=self.devices.open())
         run = adopt(model, self.adapter, self.data, self.recipe, self.workdir, force=self.force)
         result = run.result
         _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
@@ -149,7 +173,7 @@ class Erase:
         factors: where --solver ekfac keeps the adapter's Kronecker factors: made by the first request with this
             curvature sample, read by every later one.
         data: where the training data is now; default: where it was.
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        devices: what to compute on.
         config: how to move.
     """
 
@@ -159,11 +183,12 @@ class Erase:
     heldout: Path | None = None
     factors: Path | None = None
     data: Path | None = None
-    mesh: str = ""
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
 
     def run(self) -> int:
-        run, mesh = _load_run(self.run_directory), parse_mesh(self.mesh)
+        mesh = self.devices.open()
+        run = _load_run(self.run_directory)
         erase_and_tell(
             run,
             self.requests,
@@ -187,7 +212,7 @@ class Retrain:
         workdir: gets one run directory per seed; started again, it goes on where it was.
         seeds: how many retrainings; their seeds differ from the run's own.
         data: where the training data is now; default: where it was.
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        devices: what to compute on.
     """
 
     run_directory: Annotated[Path, tyro.conf.arg(name="run")]
@@ -195,15 +220,16 @@ class Retrain:
     workdir: Path
     seeds: int = 3
     data: Path | None = None
-    mesh: str = ""
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
         from llmeraser_jax.baselines import retrain
         from llmeraser_jax.data import load_requests
 
+        mesh = self.devices.open()
         run = _load_run(self.run_directory)
         requests = load_requests(self.requests, run.load_examples(self.data))
-        model = run.load_model(mesh=parse_mesh(self.mesh))
+        model = run.load_model(mesh=mesh)
         runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
         for retrained in runs:
             result = retrained.result
@@ -226,7 +252,7 @@ class Evaluate:
         data: held-out examples, which no model was trained on; those that `erase` was shown (--heldout) are left
             out of membership inference.
         train_data: where the training data of --before is now; default: where it was.
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        devices: what to compute on.
     """
 
     before: Path
@@ -235,7 +261,7 @@ class Evaluate:
     retrained: Path | None = None
     data: Path | None = None
     train_data: Path | None = None
-    mesh: str = ""
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
         from llmeraser_jax.evaluation.job import evaluate_runs, retrained_runs
@@ -247,7 +273,7 @@ class Evaluate:
             retrained=() if self.retrained is None else retrained_runs(self.retrained),
             heldout_path=self.data,
             data_path=self.train_data,
-            mesh=parse_mesh(self.mesh),
+            mesh=self.devices.open(),
         )
         for name, closure in report["gap_closure"].items():
             if name in ("forget_loss", "wanted_loss", "heldout_kl"):
@@ -393,7 +419,13 @@ _DESCRIPTION = (
 
 def console() -> None:
     """The console script."""
-    sys.exit(main())
+    status = main()
+    if status and jax.distributed.is_initialized():
+        # An orderly exit would wait for the others, and they may be waiting for this process's share of a sum.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

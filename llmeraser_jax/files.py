@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from llmeraser_jax.parallel import on_leader
+
 LOCK_FILE = ".lock"
 
 
@@ -149,14 +151,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def exclusive_use(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds `directory` for this process, so that two trainings never write to one directory.
+    """Holds `directory` for this program, so that two trainings never write to one directory.
 
-    The lock belongs to the process and goes with it, however it ends.
+    The lock belongs to the process and goes with it, however it ends. Of several processes the leader has it for
+    all.
 
     Raises:
-        RuntimeError: another process holds the directory.
+        RuntimeError: another program holds the directory.
     """
-    directory = Path(directory)
+    with contextlib.ExitStack() as held:
+        on_leader(lambda: held.enter_context(_locked(Path(directory))))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_FILE
     with open(path, "w") as file:

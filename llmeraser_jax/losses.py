@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.parallel import sum_over_devices
+from llmeraser_jax.parallel import sum_over_devices, to_host
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
@@ -232,5 +232,5 @@ def _losses_per_chunk(objective: Objective, params: LoraParams, stack: ExampleSt
 
 def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> np.ndarray:
     """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
-    losses = _losses_per_chunk(objective, params, stack)
-    return np.concatenate([np.asarray(l)[np.asarray(w) != 0] for l, w in zip(losses, stack.weights, strict=True)])
+    losses, weights = to_host((_losses_per_chunk(objective, params, stack), stack.weights))
+    return np.concatenate([l[w != 0] for l, w in zip(losses, weights, strict=True)])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import PyTree
 
 
@@ -69,13 +70,13 @@ def tree_size(a: PyTree) -> int:
 
 
 def tree_sha256(a: PyTree) -> bytes:
-    """SHA-256 over place, dtype, shape and bytes of every leaf; computed on the host.
+    """SHA-256 over place, dtype, shape and bytes of every leaf; computed on the host, of several on each.
 
     Not over the structure as jax prints it, which differs between versions and shows what is no number.
     """
     digest = hashlib.sha256()
     for place, leaf in jax.tree_util.tree_leaves_with_path(a):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(to_host(leaf))
         digest.update(f"{jax.tree_util.keystr(place)} {array.dtype} {np.shape(leaf)}".encode())
         digest.update(array.tobytes())
     return digest.digest()

@@ -41,7 +41,7 @@ from llmeraser_jax.baselines.setting import Fitted, Setting, take
 from llmeraser_jax.baselines.shards import ShardedTraining, ShardTrainer
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import place_batch
+from llmeraser_jax.parallel import place_batch, to_host
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
 from llmeraser_jax.unlearning.cost import FORWARD
 
@@ -280,9 +280,9 @@ def _embeddings_and_log_probs(
     embeddings, log_probs = [], []
     for chunk in range(stack.weights[0].shape[0]):
         batch = place_batch(jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk], stack.batches[0]), model.mesh)
-        embeddings.append(np.asarray(_embed_batch(embed, model.base, batch), np.float32))
+        embeddings.append(to_host(_embed_batch(embed, model.base, batch)).astype(np.float32))
         log_probs.append(
-            np.stack([_target_log_probs(model.apply, model.base, member, batch) for member in members])
+            np.stack(to_host([_target_log_probs(model.apply, model.base, member, batch) for member in members]))
             if members
             else np.zeros((0, len(embeddings[-1]), width), np.float32)
         )

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg
 
 from llmeraser_jax.curvature.factor import FactoredCurvature, combine, rows_gram, rows_vdot
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import LoraParams
 
 _gram = jax.jit(rows_gram)
@@ -49,7 +50,7 @@ class DualInverse:
 
     def solve(self, v: LoraParams) -> LoraParams:
         """The inverse times one vector."""
-        coefficients = self._small_solve(np.asarray(_vdot(self.operator.rows, v), np.float64))
+        coefficients = self._small_solve(to_host(_vdot(self.operator.rows, v)).astype(np.float64))
         one = jax.tree.map(lambda x: x[None], v)
         dtype = jax.tree.leaves(v)[0].dtype
         return _difference(
@@ -66,9 +67,9 @@ class DualInverse:
         Returns:
             The matrix [k, k], and [m, k] what `combination` needs again.
         """
-        inner = np.asarray(_gram(self.operator.rows, others), np.float64)
+        inner = to_host(_gram(self.operator.rows, others)).astype(np.float64)
         solved = self._small_solve(inner)
-        plain = np.asarray(_gram(others, others), np.float64)
+        plain = to_host(_gram(others, others)).astype(np.float64)
         matrix = (plain - inner.T @ solved) / float(self.operator.mu)
         return 0.5 * (matrix + matrix.T), solved
 
@@ -90,13 +91,13 @@ def factorise(operator: FactoredCurvature) -> DualInverse:
     Raises:
         ValueError: `mu` is not above 0, or some weight is negative.
     """
-    weights = np.asarray(operator.weights, np.float64)
+    weights = to_host(operator.weights).astype(np.float64)
     mu = float(operator.mu)
     if not mu > 0 or np.any(weights < 0):
         msg = f"mu is {mu} and the least weight {weights.min()}; mu must be above 0 and weights at least 0."
         raise ValueError(msg)
     root = np.sqrt(weights)
-    gram = np.asarray(_gram(operator.rows, operator.rows), np.float64)
+    gram = to_host(_gram(operator.rows, operator.rows)).astype(np.float64)
     small = root[:, None] * gram * root
     small[np.diag_indices_from(small)] += mu
     factor, _ = scipy.linalg.cho_factor(small, lower=True)

@@ -16,6 +16,7 @@ from llmeraser_jax.environment import describe_devices
 from llmeraser_jax.evaluation.compare import Column, compare
 from llmeraser_jax.evaluation.report import Cost, SolverTrace, build_report, write_report
 from llmeraser_jax.models import Model
+from llmeraser_jax.parallel import on_leader
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE, SHOWN_KEY
 
@@ -166,7 +167,7 @@ def evaluate_runs(
         "heldout_sha256": None if heldout is None else _digest(heldout),
         "requests_sha256": hashlib.sha256((after.path / REQUESTS_FILE).read_bytes()).hexdigest(),
     }
-    write_report(workdir, report)
+    on_leader(lambda: write_report(workdir, report))
     return report
 
 

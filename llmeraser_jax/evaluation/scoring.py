@@ -21,7 +21,7 @@ from llmeraser_jax.evaluation.membership import min_k_plus_plus_scores, min_k_sc
 from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy, yes_no_auc
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, generate
-from llmeraser_jax.parallel import place_batch
+from llmeraser_jax.parallel import place_batch, to_host
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
 
 _CHUNK_SIZE = 16
@@ -118,7 +118,7 @@ def score_examples(
     if len(indices):
         for rows, batch in _batches(model, dataset, indices):
             statistics = _token_statistics(model.apply, model.base, lora, batch)
-            token_log_probs, means, deviations, hits = (np.asarray(x)[: len(rows)] for x in statistics)
+            token_log_probs, means, deviations, hits = (x[: len(rows)] for x in to_host(statistics))
             token_log_probs = token_log_probs.astype(np.float64)
             width = token_log_probs.shape[1]
             response, text = _response_masks(dataset, indices[rows], width)
@@ -162,11 +162,11 @@ def heldout_kl_of(
     """
     accumulator = HeldOutKL()
     for rows, batch in _batches(model, heldout, np.arange(len(heldout))):
-        mask = np.asarray(batch.target_weights) > 0
+        mask = to_host(batch.target_weights) > 0
         mask[len(rows) :] = False
 
         def log_probs(lora, batch=batch):
-            return np.asarray(_log_probs(model.apply, model.base, lora, batch))
+            return to_host(_log_probs(model.apply, model.base, lora, batch))
 
         accumulator.update(
             {name: log_probs(lora) for name, lora in candidates.items()},

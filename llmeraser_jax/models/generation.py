@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
 from llmeraser_jax.models.loading import Model
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import BaseParams, LoraParams
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def generate_batches(
         rows = [list(prompts[index]) for index in indices]
         rows += [rows[-1]] * (batch_size - len(rows))  # one shape for all batches
         tokens, mask = pad_left(rows)
-        new, lengths = jax.device_get(decode(tokens, mask, stops))
+        new, lengths = to_host(decode(tokens, mask, stops))
         for row, index in enumerate(indices):
             out[index] = new[row, : lengths[row]].tolist()
     return out

@@ -1,6 +1,7 @@
-"""Meshes and sharding: the base sharded by rules, batches over the data axis, the adapter replicated."""
+"""Devices and processes: the base sharded by rules, batches over the data axis, the adapter replicated."""
 
 from llmeraser_jax.parallel.mesh import make_mesh, parse_mesh
+from llmeraser_jax.parallel.processes import leads, on_leader, start_processes, to_host
 from llmeraser_jax.parallel.sharding import (
     DEFAULT_RULES,
     place_batch,
@@ -15,12 +16,16 @@ __all__ = [
     "DEFAULT_RULES",
     "Kept",
     "keep_on_devices",
+    "leads",
     "make_mesh",
+    "on_leader",
     "parse_mesh",
     "place_batch",
     "place_stack",
     "replicate",
     "shard_base",
     "spec_for",
+    "start_processes",
     "sum_over_devices",
+    "to_host",
 ]

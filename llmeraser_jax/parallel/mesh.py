@@ -42,10 +42,12 @@ def parse_mesh(text: str) -> Mesh | None:
     """Reads the `data=4,model=2` of a command; the empty string means no mesh (one device).
 
     Raises:
-        ValueError: unknown axis, a size that is no whole number, too few devices, or devices of other processes:
-            commands read and write as if they were the only one.
+        ValueError: unknown axis, a size that is no whole number, too few devices, or a process without any.
     """
     if not text:
+        if jax.process_count() > 1:
+            msg = f"There are {jax.process_count()} processes; name a mesh over their {jax.device_count()} devices."
+            raise ValueError(msg)
         return None
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -55,9 +57,11 @@ def parse_mesh(text: str) -> Mesh | None:
             raise ValueError(msg)
         sizes[axis] = int(size)
     mesh = make_mesh(data=sizes.get("data", 1), model=sizes.get("model", 1))
-    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
         msg = (
-            f"Mesh {text!r} holds devices of other processes; a command runs in one process, over its own devices."
+            f"Mesh {text!r} leaves processes {', '.join(map(str, sorted(idle)))} without a device; "
+            f"there are {jax.device_count()} devices in {jax.process_count()} processes."
         )
         raise ValueError(msg)
     return mesh

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,14 +67,14 @@ def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Ba
         name = _path_name(path)
         spec = spec_for(name, rules)
         _check_divisible(f"Parameter {name!r}", leaf.shape, spec, mesh)
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return _put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, base)
 
 
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """A copy of the tree on every device of the mesh; unchanged where `mesh` is None."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, P()))
+    return tree if mesh is None else _put_tree(tree, NamedSharding(mesh, P()))
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
@@ -98,4 +100,19 @@ def _place(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
         return tree
     for leaf in jax.tree.leaves(tree):
         _check_divisible("A micro-batch", leaf.shape, spec, mesh)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return _put_tree(tree, NamedSharding(mesh, spec))
+
+
+def _put_tree(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """A leaf that every process has whole, or that is where it should be already, on the devices of all of them."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    # `device_put` would compare what the processes have, number by number.
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
+from llmeraser_jax.parallel import on_leader
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
 from llmeraser_jax.types import Batch, LoraParams, Operator, Preconditioner, Solution
@@ -83,8 +84,7 @@ def _claim(directory: Path, fingerprint: dict[str, Any]) -> None:
                 f"solve. Name a new directory or empty this one."
             )
             raise ValueError(msg)
-        if jax.process_index() == 0:
-            files.atomic_write_json(path, fingerprint)
+        files.atomic_write_json(path, fingerprint)
         return
     stored = files.read_json(path)
     problems = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in fingerprint.items() if stored.get(k) != v]
@@ -143,9 +143,9 @@ def solve_streamed(
     directory = Path(checkpoint_directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if jax.process_count() == 1:
-            stack.enter_context(files.exclusive_use(directory))
-        _claim(directory, _fingerprint(solver, rhs, preconditioner, description))
+        stack.enter_context(files.exclusive_use(directory))
+        fingerprint = _fingerprint(solver, rhs, preconditioner, description)
+        on_leader(lambda: _claim(directory, fingerprint))
         checkpoints = stack.enter_context(StepCheckpoints(directory / "states"))
         saved = checkpoints.latest_step()
         if saved is not None:

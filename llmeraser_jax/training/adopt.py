@@ -213,26 +213,30 @@ def adopt(
         measured.gradient_norm,
         measured.data_gradient_norm,
     )
-    with files.atomic_directory(workdir) as directory:
-        write_run(
-            directory,
-            kind="adopt",
-            model=model,
-            recipe=dataset.recipe,
-            normalizer=dataset.normalizer,
-            train_config=stated.train_config,
-            examples=examples,
-            data_path=data_path,
-            lora=lora,
-            initial_lora=None,
-            result={
-                "loss": loss,
-                "base_loss": base_loss,
-                "gradient_norm": measured.gradient_norm,
-                "data_gradient_norm": measured.data_gradient_norm,
-                "num_sampled": measured.num_examples,
-                "num_truncated": dataset.num_truncated,
-            },
-            unstated=stated.unstated,
-        )
+
+    def write() -> None:
+        with files.atomic_directory(workdir) as directory:
+            write_run(
+                directory,
+                kind="adopt",
+                model=model,
+                recipe=dataset.recipe,
+                normalizer=dataset.normalizer,
+                train_config=stated.train_config,
+                examples=examples,
+                data_path=data_path,
+                lora=lora,
+                initial_lora=None,
+                result={
+                    "loss": loss,
+                    "base_loss": base_loss,
+                    "gradient_norm": measured.gradient_norm,
+                    "data_gradient_norm": measured.data_gradient_norm,
+                    "num_sampled": measured.num_examples,
+                    "num_truncated": dataset.num_truncated,
+                },
+                unstated=stated.unstated,
+            )
+
+    parallel.on_leader(write)
     return load_run(workdir)

@@ -209,14 +209,8 @@ def finetune(
     if tensorboard and workdir is None:
         msg = "TensorBoard output was asked for without a workdir to write it to; give a workdir."
         raise ValueError(msg)
-    with _held(workdir):
+    with contextlib.nullcontext() if workdir is None else files.exclusive_use(workdir):
         return finetune_held(model, dataset, config, lora=lora, workdir=workdir, tensorboard=tensorboard)
-
-
-def _held(workdir: str | os.PathLike[str] | None) -> contextlib.AbstractContextManager[None]:
-    if workdir is None or jax.process_index() != 0:
-        return contextlib.nullcontext()
-    return files.exclusive_use(workdir)
 
 
 def finetune_held(
@@ -234,9 +228,8 @@ def finetune_held(
     with contextlib.ExitStack() as stack:
         checkpoints = metrics = None
         if workdir is not None:
-            workdir = Path(workdir)
-            if jax.process_index() == 0:
-                _claim(workdir, _identity(dataset, config, lora))
+            workdir, identity = Path(workdir), _identity(dataset, config, lora)
+            parallel.on_leader(partial(_claim, workdir, identity))
             checkpoints = stack.enter_context(StepCheckpoints(workdir / CHECKPOINT_DIRECTORY))
             metrics = stack.enter_context(
                 MetricsLogger(

@@ -14,6 +14,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import Example, Recipe, TokenDataset
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
+from llmeraser_jax.parallel import on_leader
 from llmeraser_jax.runs import (
     RUN_FILE,
     Run,
@@ -133,25 +134,32 @@ def train_run(
             result = finetune_held(
                 model, dataset, config, lora=initial_lora, workdir=workdir, tensorboard=tensorboard
             )
-            run = write_run(
-                workdir,
-                kind=kind,
-                model=model,
-                recipe=dataset.recipe,
-                normalizer=dataset.normalizer,
-                train_config=config,
-                examples=examples,
-                data_path=data_path,
-                lora=result.lora,
-                initial_lora=initial_lora,
-                result={
-                    **result.summary(),
-                    "num_truncated": dataset.num_truncated,
-                    "gradient_equivalents": float(config.epochs * len(dataset)),
-                },
-                parent=parent,
+            on_leader(
+                lambda: write_run(
+                    workdir,
+                    kind=kind,
+                    model=model,
+                    recipe=dataset.recipe,
+                    normalizer=dataset.normalizer,
+                    train_config=config,
+                    examples=examples,
+                    data_path=data_path,
+                    lora=result.lora,
+                    initial_lora=initial_lora,
+                    result={
+                        **result.summary(),
+                        "num_truncated": dataset.num_truncated,
+                        "gradient_equivalents": float(config.epochs * len(dataset)),
+                    },
+                    parent=parent,
+                )
             )
-        # Only now: until run.json is there, a restart needs them.
-        shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
-        (workdir / IDENTITY_FILE).unlink(missing_ok=True)
+            run = load_run(workdir)
+        on_leader(lambda: _tidy(workdir))
     return run
+
+
+def _tidy(workdir: Path) -> None:
+    """Removes what only a restart needs; until run.json is there, one does."""
+    shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
+    (workdir / IDENTITY_FILE).unlink(missing_ok=True)

@@ -29,7 +29,8 @@ class EraseConfig:
             (the named ones left out), or `sample` (`sample_size` of them, redrawn at every step of the path).
         sample_size: examples in a sample of the retained ones. Where not given: 64 for path and step; for
             matched as many as are named, but 96 at least and 256 at most.
-        draws: rows per sampled example in the factored curvature (matched only).
+        draws: random rows per sampled example, of the factored curvature (matched) and of Kronecker factors
+            (ekfac).
         refresh_every: steps between fresh curvature samples (matched only).
         repairs: at most so many steps after the K, in which freshly drawn retained rows are brought back to the
             loss they had; they end early where a fresh sample has lost less than 0.02 nats per token and the named

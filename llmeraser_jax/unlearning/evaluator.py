@@ -34,7 +34,7 @@ from llmeraser_jax.curvature import (
 from llmeraser_jax.curvature.factor import factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.losses import Objective, gradient_sum
-from llmeraser_jax.parallel import place_stack
+from llmeraser_jax.parallel import place_stack, to_host
 from llmeraser_jax.solvers import (
     ConjugateGradients,
     Lissa,
@@ -215,9 +215,9 @@ class Evaluator:
 
     def example_losses(self, params: LoraParams, stack: ExampleStack) -> np.ndarray:
         """Data loss of every row of a stack, padding included, in stacking order; counted as a check."""
-        losses = losses_by_bucket(self.objective, params, stack)
-        self.cost.trust_region += FORWARD * sum(int(np.count_nonzero(np.asarray(w))) for w in stack.weights)
-        return np.concatenate([np.asarray(l, np.float64).reshape(-1) for l in losses])
+        losses = to_host(losses_by_bucket(self.objective, params, stack))
+        self.cost.trust_region += FORWARD * _rows(stack)
+        return np.concatenate([l.astype(np.float64).reshape(-1) for l in losses])
 
     def stack(self, weighted: Weighted) -> ExampleStack:
         """The problem's examples on the device(s), in micro-batches."""
@@ -261,7 +261,9 @@ class Evaluator:
             estimate = _mean_eigenvalue if config.damping_kind == "mean-eigenvalue" else _matrix_eigenvalues
             key = jax.random.key(config.seed)
             means = estimate(operator, key, operator.params, _EIGENVALUE_PROBES)
-            self.cost.curvature += _EIGENVALUE_PROBES * CURVATURES[self.kind].gradient_equivalents * _rows(operator)
+            self.cost.curvature += (
+                _EIGENVALUE_PROBES * CURVATURES[self.kind].gradient_equivalents * _rows(operator.stack)
+            )
             self._rhos = relative_damping(means, config.damping, floor=_LEAST_DAMPING)
         return self._rhos
 
@@ -472,5 +474,5 @@ def _damped(operator: Operator, rhos: PyTree) -> Damped | BlockDamped:
     return Damped(operator, rhos) if one_number else BlockDamped(operator, rhos)
 
 
-def _rows(operator: DatasetCurvature) -> int:
-    return sum(int(np.count_nonzero(np.asarray(w))) for w in operator.stack.weights)
+def _rows(stack: ExampleStack) -> int:
+    return sum(int(np.count_nonzero(w)) for w in to_host(stack.weights))

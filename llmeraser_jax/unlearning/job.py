@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llmeraser_jax import checkpoint, data, files
 from llmeraser_jax.models import Model
+from llmeraser_jax.parallel import on_leader
 from llmeraser_jax.runs import Run, RunError, load_run, write_run
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.erase import EraseResult, erase
@@ -92,39 +93,43 @@ def erase_run(
         on_step=on_step,
     )
     receipt = result.receipt.to_mapping()
-    with files.atomic_directory(workdir) as directory:
-        earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
-        now = () if heldout is None else map(data.content_hash, heldout.examples)
-        shown = list(dict.fromkeys((*earlier, *now)))
-        written = {**receipt, SHOWN_KEY: shown, "parent": run.reference()}
-        files.atomic_write_json(directory / RECEIPT_FILE, written)
-        request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
-        files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
-        checkpoint.save_pytree(directory / DELTA_DIRECTORY, result.delta)
-        digest = hashlib.sha256((directory / RECEIPT_FILE).read_bytes()).hexdigest()
-        write_run(
-            directory,
-            kind="erase",
-            model=model,
-            recipe=run.recipe,
-            normalizer=run.normalizer,
-            train_config=run.train_config,
-            examples=edited,
-            data_path=None,
-            lora=result.lora,
-            initial_lora=run.load_initial_adapter(model),
-            result={
-                "seconds": receipt["seconds"],
-                "gradient_equivalents": receipt["gradient_equivalents"]["total"],
-                "gradient_norm": receipt["edited_gradient_norm_after"],
-            },
-            unstated=run.unstated,
-            parent=run.reference(),
-            receipts=[
-                *run.receipts,
-                {"sha256": digest, "counts": receipt["counts"], "outcome": receipt["outcome"]},
-            ],
-        )
-    shutil.rmtree(solves, ignore_errors=True)
+
+    def write() -> None:
+        with files.atomic_directory(workdir) as directory:
+            earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+            now = () if heldout is None else map(data.content_hash, heldout.examples)
+            shown = list(dict.fromkeys((*earlier, *now)))
+            written = {**receipt, SHOWN_KEY: shown, "parent": run.reference()}
+            files.atomic_write_json(directory / RECEIPT_FILE, written)
+            request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
+            files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
+            checkpoint.save_pytree(directory / DELTA_DIRECTORY, result.delta)
+            digest = hashlib.sha256((directory / RECEIPT_FILE).read_bytes()).hexdigest()
+            write_run(
+                directory,
+                kind="erase",
+                model=model,
+                recipe=run.recipe,
+                normalizer=run.normalizer,
+                train_config=run.train_config,
+                examples=edited,
+                data_path=None,
+                lora=result.lora,
+                initial_lora=run.load_initial_adapter(model),
+                result={
+                    "seconds": receipt["seconds"],
+                    "gradient_equivalents": receipt["gradient_equivalents"]["total"],
+                    "gradient_norm": receipt["edited_gradient_norm_after"],
+                },
+                unstated=run.unstated,
+                parent=run.reference(),
+                receipts=[
+                    *run.receipts,
+                    {"sha256": digest, "counts": receipt["counts"], "outcome": receipt["outcome"]},
+                ],
+            )
+        shutil.rmtree(solves, ignore_errors=True)
+
+    on_leader(write)
     _log.info("%s: %s.", Path(workdir), result.receipt.outcome)
     return load_run(workdir), result

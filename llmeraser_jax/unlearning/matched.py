@@ -45,12 +45,14 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature.dual import DualInverse, factorise
 from llmeraser_jax.curvature.factor import (
     ExampleRows,
+    FactoredCurvature,
     combine,
     concatenate_rows,
     example_rows,
     factored_curvature,
     stacked_weights,
 )
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, GRADIENT
@@ -284,7 +286,7 @@ class _Matching:
             return _Point(log_odds(losses), None)
         found = _gradient_rows(self.evaluator.objective, params, self.stack)
         cost.rhs += GRADIENT * len(self.rows.indices)
-        losses = np.asarray(found.losses, np.float64)[np.asarray(self.keep)]
+        losses = to_host(found.losses).astype(np.float64)[np.asarray(self.keep)]
         # d log(exp(l) - 1) = dl / (1 - exp(-l))
         factors = jnp.asarray(1 / -np.expm1(-np.maximum(losses, _LEAST_LOSS)))
         return _Point(log_odds(losses), _scaled(found.gradients, self.keep, factors))
@@ -307,12 +309,12 @@ class _Matching:
         trained = evaluator.example_losses(self.trained, stack)[np.asarray(keep)]
         found = _gradient_rows(evaluator.objective, params, stack)
         evaluator.cost.trust_region += GRADIENT * len(chosen)
-        losses = np.asarray(found.losses, np.float64)[np.asarray(keep)]
+        losses = to_host(found.losses).astype(np.float64)[np.asarray(keep)]
         return _Guards(stack, keep, trained, losses, _scaled(found.gradients, keep, jnp.ones(len(chosen))))
 
 
 def _kept(stack: ExampleStack) -> jax.Array:
-    return jnp.asarray(np.flatnonzero(np.asarray(stacked_weights(stack))))
+    return jnp.asarray(np.flatnonzero(to_host(stacked_weights(stack))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,9 +501,7 @@ def _record(
     guards: _Guards | None,
     rtol: float,
 ) -> StepRecord:
-    rhs_norm = float(trees.tree_norm(solved.rhs))
-    residual = float(trees.tree_norm(trees.tree_sub(curvature.operator.mv(solved.delta), solved.rhs)))
-    solved_norm = float(trees.tree_norm(solved.delta))
+    rhs_norm, residual, solved_norm = map(float, _norms(curvature.operator, solved.delta, solved.rhs))
     losses, goes = np.log1p(np.exp(after.here)), matching.rows.goes
     return StepRecord(
         weight_before=matching.left(before),
@@ -521,6 +521,13 @@ def _record(
         probe_loss=math.nan if guards is None else float(guards.losses.mean()),
         error_bound=residual / float(curvature.operator.mu) / solved_norm,
     )
+
+
+@jax.jit
+def _norms(operator: FactoredCurvature, delta: LoraParams, rhs: LoraParams) -> tuple[jax.Array, ...]:
+    """Of `b`, `C delta - b` and `delta`."""
+    residual = trees.tree_sub(operator.mv(delta), rhs)
+    return tuple(trees.tree_norm(tree) for tree in (rhs, residual, delta))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
 from llmeraser_jax.unlearning.evaluator import Evaluator, losses_by_bucket
@@ -103,10 +104,10 @@ def check_range(
     stack = evaluator.stack(Weighted(indices, np.ones(len(indices))))
     buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
     order = indices[np.argsort(buckets, kind="stable")]
-    keep = np.concatenate([np.asarray(w).reshape(-1) != 0 for w in stack.weights])
+    keep = np.concatenate([w.reshape(-1) != 0 for w in to_host(stack.weights)])
 
     def flat(parts) -> np.ndarray:
-        return np.concatenate([np.asarray(part, np.float64).reshape(-1) for part in parts])[keep]
+        return np.concatenate([part.astype(np.float64).reshape(-1) for part in to_host(parts)])[keep]
 
     modelled = _quadratic(evaluator.objective, params, stack, trees.tree_sub(moved, params))
     before, predicted = flat([m[0] for m in modelled]), flat([m[1] for m in modelled])

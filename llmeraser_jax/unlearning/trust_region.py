@@ -11,6 +11,7 @@ import numpy as np
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES
 from llmeraser_jax.losses import Objective
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status, describe, is_failure
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
@@ -47,8 +48,8 @@ class Check:
         self.is_probe = ~self.is_forget & ~self.is_wanted
 
     def _flat(self, losses) -> np.ndarray:
-        parts = zip(losses, self.stack.weights, strict=True)
-        return np.concatenate([np.asarray(l, np.float64)[np.asarray(w) != 0] for l, w in parts])
+        parts = zip(*to_host((losses, self.stack.weights)), strict=True)
+        return np.concatenate([l.astype(np.float64)[w != 0] for l, w in parts])
 
     def losses_and_slopes(self, params: LoraParams, direction: LoraParams) -> tuple[np.ndarray, np.ndarray]:
         """Each example's data loss, and its derivative along `direction`."""

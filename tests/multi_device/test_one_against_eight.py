@@ -12,7 +12,18 @@ import pytest
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, make_linearised
 from llmeraser_jax.losses import gradient_sum, loss_sum
-from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base, spec_for
+from llmeraser_jax.parallel import (
+    leads,
+    make_mesh,
+    on_leader,
+    parse_mesh,
+    place_stack,
+    replicate,
+    shard_base,
+    spec_for,
+    start_processes,
+    to_host,
+)
 from llmeraser_jax.solvers import ConjugateGradients, Status
 from tests.small_lm import random_stack, small_config, small_lora, small_objective
 
@@ -198,8 +209,25 @@ def test_a_mesh_is_read_from_text():
     assert parse_mesh("") is None
 
 
-def test_a_commands_mesh_holds_no_devices_of_other_processes(monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)  # the devices here are those of process 0
-    with pytest.raises(ValueError, match="devices of other processes"):
+def test_a_mesh_of_several_processes_has_a_device_of_each(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # the devices here are those of process 0
+    with pytest.raises(ValueError, match="leaves processes 1 without a device"):
         parse_mesh("data=2")
-    assert make_mesh(data=2).shape["data"] == 2, "the library's sums are for several processes too"
+    with pytest.raises(ValueError, match="2 processes; name a mesh"):
+        parse_mesh("")
+
+
+@pytest.mark.parametrize("text", ["automatic", "host,2,0", "host:1,2", "host:1,2,2", "host:1,0,0", "host:1,2,-1"])
+def test_processes_that_cannot_be_are_refused(text):
+    with pytest.raises(ValueError, match="are not understood"):
+        start_processes(text)
+
+
+def test_of_one_process_the_leader_does_it_all():
+    seen = []
+    on_leader(lambda: seen.append(1))
+    assert seen == [1] and leads()
+    with pytest.raises(ZeroDivisionError):
+        on_leader(lambda: 1 / 0)
+    spread = place_stack(random_stack(1, 8, "float32"), make_mesh(data=4)).weights[0]
+    assert isinstance(to_host(spread), np.ndarray) and np.array_equal(to_host((spread,))[0], spread)
