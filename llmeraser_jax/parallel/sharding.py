@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llmeraser_jax.parallel.processes import to_host
 from llmeraser_jax.types import BaseParams, Batch, ExampleStack, PyTree
 
 Rules = Sequence[tuple[str, P]]
@@ -114,5 +114,5 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
     # `device_put` would compare what the processes have, number by number.
-    whole = np.asarray(leaf)
+    whole = to_host(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

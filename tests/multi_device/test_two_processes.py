@@ -43,6 +43,8 @@ ERASURES = {
     "streamed": ["--stream", "--method", "step", "--no-trust-region", *QUICK],
     # With few draws the factors have null spaces, and the eigenvectors in those are rounding's.
     "ekfac": ["--solver", "ekfac", "--draws", "64", "--method", "step", "--factors", "factors", *QUICK],
+    # With the factors that the one before has kept.
+    "ekfac again": ["--solver", "ekfac", "--draws", "64", "--method", "step", "--factors", "factors", *QUICK],
 }
 
 
@@ -201,6 +203,15 @@ def test_erasures_move_the_adapter_alike(both, name):
     receipts = [json.loads((directory / name / "receipt.json").read_text()) for directory in both]
     assert receipts[0]["gradient_equivalents"] == receipts[1]["gradient_equivalents"]
     assert receipts[0]["counts"] == receipts[1]["counts"]
+
+
+def test_factors_are_kept_for_the_next_request(both):
+    for directory in both:
+        made, read = (
+            json.loads((directory / name / "receipt.json").read_text())["gradient_equivalents"]["curvature"]
+            for name in ("ekfac", "ekfac again")
+        )
+        assert read < made
 
 
 def test_reports_agree(both):
