@@ -8,7 +8,7 @@ one micro-batch and leave the L2 term out; they are what a benchmark compiles.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.autograd import forward_ad
@@ -206,14 +206,14 @@ def hessian_product(
     return axpy(l2 * weight_sum(batches), v, total)
 
 
-class KeptHessian:
-    """Hessian products, reverse over reverse, of gradients whose graphs are kept: the primal passes are made once.
+class _Kept:
+    """Products of a sum over micro-batches whose graphs are made once and held.
 
-    Memory grows with the examples: every value that the forward and the first backward pass leave is held.
+    Memory grows with the examples: every value that the passes behind a graph leave is held.
 
     Args:
         model: base and adapter.
-        params: where the Hessian is taken.
+        params: where the matrix is taken.
         batches: examples with coefficients.
         l2: as in `hessian_product`.
         logits_at_response: see `AdaptedModel.logits`.
@@ -229,72 +229,58 @@ class KeptHessian:
         logits_at_response: bool = True,
     ):
         self._leaves = _leaves(params)
+        self._inputs = tuple(self._leaves.values())
         self._shift = l2 * weight_sum(batches)
-        self._gradients = [
-            torch.autograd.grad(
-                batch_loss(model, self._leaves, batch, logits_at_response=logits_at_response),
-                tuple(self._leaves.values()),
-                create_graph=True,
-            )
-            for batch in batches
-        ]
+        self._graphs = [self._make(model, batch, logits_at_response) for batch in batches]
 
     def __call__(self, v: Params) -> Params:
-        """`sum_i weights_i * hess l(z_i) v`."""
+        """`sum_i weights_i * C(z_i) v`, the L2 term included."""
         total = zeros_like(self._leaves)
-        for gradient in self._gradients:
-            slope = _slope(self._leaves, gradient, v)
-            part = torch.autograd.grad(slope, tuple(self._leaves.values()), retain_graph=True)
+        for graph in self._graphs:
+            part = self._product(graph, v)
             total = axpy(1.0, dict(zip(self._leaves, part, strict=True)), total)
         return axpy(self._shift, v, total)
 
+    def _make(self, model: AdaptedModel, batch: Batch, logits_at_response: bool) -> Any:
+        """The graphs of one micro-batch."""
+        raise NotImplementedError
 
-class KeptGaussNewton:
+    def _product(self, graph: Any, v: Params) -> Sequence[torch.Tensor]:
+        """The product with `v` on them."""
+        raise NotImplementedError
+
+
+class KeptHessian(_Kept):
+    """Hessian products, reverse over reverse, of gradients whose graphs are kept."""
+
+    def _make(self, model: AdaptedModel, batch: Batch, logits_at_response: bool) -> Sequence[torch.Tensor]:
+        loss = batch_loss(model, self._leaves, batch, logits_at_response=logits_at_response)
+        return torch.autograd.grad(loss, self._inputs, create_graph=True)
+
+    def _product(self, graph: Sequence[torch.Tensor], v: Params) -> Sequence[torch.Tensor]:
+        return torch.autograd.grad(_slope(self._leaves, graph, v), self._inputs, retain_graph=True)
+
+
+class KeptGaussNewton(_Kept):
     """Gauss-Newton products on kept graphs: of the logits, and of their pullback `u -> J' u`.
 
     The pullback is linear, so that its own derivative along `u`, pulled back, is `J v`: a product is one backward
-    pass through the pullback's graph and one through the logits'. Memory grows with the examples, as for
-    `KeptHessian`.
-
-    Args:
-        model: base and adapter.
-        params: where the matrix is taken.
-        batches: examples with coefficients.
-        l2: as in `gauss_newton_product`.
-        logits_at_response: see `AdaptedModel.logits`.
+    pass through the pullback's graph and one through the logits'.
     """
 
-    def __init__(
-        self,
-        model: AdaptedModel,
-        params: Params,
-        batches: Sequence[Batch],
-        *,
-        l2: float = 0.0,
-        logits_at_response: bool = True,
-    ):
-        self._leaves = _leaves(params)
-        self._shift = l2 * weight_sum(batches)
-        self._parts = []
-        for batch in batches:
-            logits = model.logits(self._leaves, batch, at_response=logits_at_response)
-            cotangent = torch.zeros_like(logits, requires_grad=True)
-            pullback = torch.autograd.grad(
-                logits, tuple(self._leaves.values()), grad_outputs=cotangent, create_graph=True
-            )
-            self._parts.append((batch, logits, cotangent, pullback))
+    def _make(self, model: AdaptedModel, batch: Batch, logits_at_response: bool) -> Any:
+        logits = model.logits(self._leaves, batch, at_response=logits_at_response)
+        cotangent = torch.zeros_like(logits, requires_grad=True)
+        pullback = torch.autograd.grad(logits, self._inputs, grad_outputs=cotangent, create_graph=True)
+        return batch, logits, cotangent, pullback
 
-    def __call__(self, v: Params) -> Params:
-        """`sum_i weights_i * G(z_i) v`."""
-        total = zeros_like(self._leaves)
-        for batch, logits, cotangent, pullback in self._parts:
-            slope = _slope(self._leaves, pullback, v)
-            tangent = torch.autograd.grad(slope, cotangent, retain_graph=True)[0]
-            with torch.no_grad():
-                curved = _output_hessian_product(logits, tangent, batch)
-            part = torch.autograd.grad(logits, tuple(self._leaves.values()), grad_outputs=curved, retain_graph=True)
-            total = axpy(1.0, dict(zip(self._leaves, part, strict=True)), total)
-        return axpy(self._shift, v, total)
+    def _product(self, graph: Any, v: Params) -> Sequence[torch.Tensor]:
+        batch, logits, cotangent, pullback = graph
+        slope = _slope(self._leaves, pullback, v)
+        tangent = torch.autograd.grad(slope, cotangent, retain_graph=True)[0]
+        with torch.no_grad():
+            curved = _output_hessian_product(logits, tangent, batch)
+        return torch.autograd.grad(logits, self._inputs, grad_outputs=curved, retain_graph=True)
 
 
 def gauss_newton_product(
