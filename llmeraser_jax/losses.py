@@ -232,5 +232,10 @@ def _losses_per_chunk(objective: Objective, params: LoraParams, stack: ExampleSt
 
 def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> np.ndarray:
     """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
-    losses, weights = to_host((_losses_per_chunk(objective, params, stack), stack.weights))
-    return np.concatenate([l[w != 0] for l, w in zip(losses, weights, strict=True)])
+    losses = to_host(_losses_per_chunk(objective, params, stack))
+    return np.concatenate([l.reshape(-1) for l in losses])[real_rows(stack)]
+
+
+def real_rows(stack: ExampleStack) -> np.ndarray:
+    """Which rows are examples and no padding [all rows], bucket by bucket in stacking order; on the host."""
+    return np.concatenate([w.reshape(-1) != 0 for w in to_host(stack.weights)])

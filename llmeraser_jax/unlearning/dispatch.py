@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from llmeraser_jax.losses import Objective
-from llmeraser_jax.parallel import to_host
+from llmeraser_jax.losses import Objective, real_rows
 from llmeraser_jax.types import ExampleSet, LoraParams
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.correctors import correct
@@ -208,5 +207,4 @@ def _target_losses(evaluator: Evaluator, params: LoraParams, heldout: ExampleSet
 def _mean_loss(evaluator: Evaluator, params: LoraParams, examples: ExampleSet, indices: np.ndarray) -> float:
     stack = evaluator.place(examples, Weighted(indices, np.ones(len(indices))))
     losses = evaluator.example_losses(params, stack)
-    weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)])
-    return float(losses[weights != 0].mean())
+    return float(losses[real_rows(stack)].mean())

@@ -33,7 +33,7 @@ from llmeraser_jax.curvature import (
 )
 from llmeraser_jax.curvature.factor import factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
-from llmeraser_jax.losses import Objective, gradient_sum
+from llmeraser_jax.losses import Objective, gradient_sum, real_rows
 from llmeraser_jax.parallel import place_stack, to_host
 from llmeraser_jax.solvers import (
     ConjugateGradients,
@@ -475,4 +475,4 @@ def _damped(operator: Operator, rhos: PyTree) -> Damped | BlockDamped:
 
 
 def _rows(stack: ExampleStack) -> int:
-    return sum(int(np.count_nonzero(w)) for w in to_host(stack.weights))
+    return int(np.count_nonzero(real_rows(stack)))

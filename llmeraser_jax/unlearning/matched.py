@@ -50,8 +50,8 @@ from llmeraser_jax.curvature.factor import (
     concatenate_rows,
     example_rows,
     factored_curvature,
-    stacked_weights,
 )
+from llmeraser_jax.losses import real_rows
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status
 from llmeraser_jax.types import ExampleStack, LoraParams
@@ -314,7 +314,7 @@ class _Matching:
 
 
 def _kept(stack: ExampleStack) -> jax.Array:
-    return jnp.asarray(np.flatnonzero(to_host(stacked_weights(stack))))
+    return jnp.asarray(np.flatnonzero(real_rows(stack)))
 
 
 @dataclasses.dataclass(frozen=True)

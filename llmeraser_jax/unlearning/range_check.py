@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.losses import Objective
+from llmeraser_jax.losses import Objective, real_rows
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
@@ -104,7 +104,7 @@ def check_range(
     stack = evaluator.stack(Weighted(indices, np.ones(len(indices))))
     buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
     order = indices[np.argsort(buckets, kind="stable")]
-    keep = np.concatenate([w.reshape(-1) != 0 for w in to_host(stack.weights)])
+    keep = real_rows(stack)
 
     def flat(parts) -> np.ndarray:
         return np.concatenate([part.astype(np.float64).reshape(-1) for part in to_host(parts)])[keep]

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES
-from llmeraser_jax.losses import Objective
+from llmeraser_jax.losses import Objective, real_rows
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status, describe, is_failure
 from llmeraser_jax.types import ExampleStack, LoraParams
@@ -42,14 +42,14 @@ class Check:
         indices = np.concatenate([probe, problem.named, problem.wanted])
         buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
         self.stack = evaluator.stack(Weighted(indices, np.ones(len(indices))))
+        self.keep = real_rows(self.stack)
         self.order = indices[np.argsort(buckets, kind="stable")]
         self.is_forget = np.isin(self.order, problem.named)
         self.is_wanted = np.isin(self.order, problem.wanted)
         self.is_probe = ~self.is_forget & ~self.is_wanted
 
     def _flat(self, losses) -> np.ndarray:
-        parts = zip(*to_host((losses, self.stack.weights)), strict=True)
-        return np.concatenate([l.astype(np.float64)[w != 0] for l, w in parts])
+        return np.concatenate([l.astype(np.float64).reshape(-1) for l in to_host(losses)])[self.keep]
 
     def losses_and_slopes(self, params: LoraParams, direction: LoraParams) -> tuple[np.ndarray, np.ndarray]:
         """Each example's data loss, and its derivative along `direction`."""
