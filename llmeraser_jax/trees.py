@@ -60,8 +60,8 @@ def tree_norm(a: PyTree) -> Float[Array, ""]:
 
 
 def tree_max_abs(a: PyTree) -> Float[Array, ""]:
-    """The largest absolute entry."""
-    return reduce(jnp.maximum, (jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(a)))
+    """The largest absolute entry; 0 where there is none."""
+    return reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(a)))
 
 
 def tree_size(a: PyTree) -> int:

@@ -138,9 +138,12 @@ class BlockConjugateGradients:
         true_residual = trees.tree_sub(unit_columns, products(state.x))
         relative = jnp.where(active, jax.vmap(common.relative_to)(true_residual, jnp.ones_like(norms)), 0)
         in_rhs_units = jax.vmap(trees.tree_scale)(norms, state.x)
+        value, status = jax.vmap(common.from_units)(
+            in_rhs_units, units, _status(state, broken, active, relative, tolerance)
+        )
         return BlockSolution(
-            value=jax.vmap(trees.tree_scale)(units, in_rhs_units),
-            status=_status(state, broken, active, relative, tolerance),
+            value=value,
+            status=status,
             num_steps=jnp.where(active, state.num_steps, 0),
             relative_residual=relative,
             negative_curvature=state.negative_curvature & active,

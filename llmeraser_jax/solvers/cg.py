@@ -232,9 +232,11 @@ class ConjugateGradients:
     ) -> Solution:
         """The solution that a stopped loop stands for, at one more product."""
         relative = common.true_relative_residual(operator, unit_rhs, state.x)
+        status = _status(state, rhs_sq, relative, self._tolerance(rhs_sq.dtype))
+        value, status = common.from_units(state.x, unit, status)
         return Solution(
-            value=trees.tree_scale(unit, state.x),
-            status=_status(state, rhs_sq, relative, self._tolerance(rhs_sq.dtype)),
+            value=value,
+            status=status,
             num_steps=state.num_steps,
             relative_residual=relative,
             negative_curvature=state.negative_curvature,

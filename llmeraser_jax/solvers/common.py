@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.solvers.status import Status
 from llmeraser_jax.types import LoraParams, Operator
 
 
@@ -33,14 +34,25 @@ def check_hyper_parameters(
 
 
 def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:
-    """The right-hand side in units of its largest entry, and that unit.
+    """The right-hand side in units of its largest entry (nearly, where that is at the end of the range), and that unit.
 
     Squares of a huge or a tiny right-hand side leave the range of float32; those of one in its own units do not.
     The unit of a zero or non-finite right-hand side is 1.
     """
     unit = trees.tree_max_abs(rhs)
-    unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1)
+    # The reciprocal of a larger unit is subnormal, and devices flush it to zero.
+    bound = 0.5 / float(jnp.finfo(unit.dtype).tiny)
+    unit = jnp.where(jnp.isfinite(unit) & (unit > 0), jnp.minimum(unit, bound), 1)
     return trees.tree_scale(1 / unit, rhs), unit
+
+
+def from_units(
+    x: LoraParams, unit: Float[Array, ""], status: Int[Array, ""]
+) -> tuple[LoraParams, Int[Array, ""]]:
+    """`unit * x`, and the status: `NON_FINITE` where the solution leaves the range of its dtype."""
+    value = trees.tree_scale(unit, x)
+    overflows = trees.tree_all_finite(x) & ~trees.tree_all_finite(value)
+    return value, jnp.where(overflows, Status.NON_FINITE, status).astype(jnp.int32)
 
 
 def relative_to(residual: LoraParams, rhs_norm: Float[Array, ""]) -> Float[Array, ""]:

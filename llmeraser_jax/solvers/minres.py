@@ -112,9 +112,10 @@ class Minres:
         relative = common.true_relative_residual(operator, unit_rhs, x)
         ritz = common.tridiagonal_extremes(state.alphas, state.betas, ~jnp.isnan(state.alphas))
         rounding = self.max_steps * jnp.finfo(norm.dtype).eps * jnp.max(jnp.abs(ritz))
+        value, status = common.from_units(x, unit, _status(state, norm, relative, tolerance))
         return Solution(
-            value=trees.tree_scale(unit, x),
-            status=_status(state, norm, relative, tolerance),
+            value=value,
+            status=status,
             num_steps=state.num_steps,
             relative_residual=relative,
             negative_curvature=ritz[0] < -rounding,

@@ -104,7 +104,7 @@ def solve_refined(
     solution = state.solution
     reached = jnp.where(solution.relative_residual <= tolerance, Status.CONVERGED, Status.RESIDUAL_DRIFT)
     status = jnp.where(_met_its_tolerance(solution.status), reached, solution.status).astype(jnp.int32)
-    value = trees.tree_scale(unit, solution.value)
+    value, status = common.from_units(solution.value, unit, status)
     return dataclasses.replace(solution, value=value, status=status), state.num_solves
 
 

@@ -39,7 +39,7 @@ _WORDS = {
         "not, which rounding or an asymmetric product causes"
     ),
     Status.ZERO_RHS: "failed: the right-hand side is zero, so there is nothing to solve",
-    Status.NON_FINITE: "failed: a product or the right-hand side was not finite",
+    Status.NON_FINITE: "failed: a product, the right-hand side or the solution was not finite",
     Status.TRUST_RADIUS: "stopped on the boundary of the trust region: the solution is longer than the radius",
     Status.DIVERGED: (
         "failed: the iteration diverged; lower the learning rate, raise the scale or the damping, "
