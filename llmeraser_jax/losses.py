@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
 from llmeraser_jax.parallel import sum_over_devices, to_host
@@ -34,6 +34,11 @@ class Objective:
         l2: lambda of the method, at least 0.
         output_root_fn: `(outputs, batch, key) -> c` with `E[c c'] = H_out` of each example, the Hessian of
             `output_loss_fn` with respect to its outputs; None where no sketch of the curvature is offered.
+        log_odds_fn: `(outputs, batch) -> [batch]`, `log(exp(l) - 1)` of each example's data loss `l`, computed so
+            that it is exact where `l` is below rounding; None where the loss is no negative log-likelihood, or
+            where its rounded value has to do.
+        token_losses_fn: `(outputs, batch) -> [batch, tokens]`, the loss of each token before it is averaged; None
+            where examples have no tokens.
     """
 
     frozen: PyTree
@@ -44,6 +49,12 @@ class Objective:
     output_root_fn: Callable[[Outputs, Batch, Key], Outputs] | None = flax.struct.field(
         pytree_node=False, default=None
     )
+    log_odds_fn: Callable[[Outputs, Batch], Float[Array, " batch"]] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
+    token_losses_fn: Callable[[Outputs, Batch], Float[Array, "batch tokens"]] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     def outputs(self, params: LoraParams, batch: Batch) -> Outputs:
         """Network outputs, e.g. logits at the response positions."""
@@ -52,6 +63,12 @@ class Objective:
     def data_losses(self, params: LoraParams, batch: Batch) -> Float[Array, " batch"]:
         """Each example's loss without the L2 term: what is reported."""
         return self.output_loss_fn(self.outputs(params, batch), batch)
+
+    def output_log_odds(self, outputs: Outputs, batch: Batch) -> Float[Array, " batch"]:
+        """`log(exp(l) - 1)` of each example's data loss `l`, in nats: the log-odds against it."""
+        if self.log_odds_fn is not None:
+            return self.log_odds_fn(outputs, batch)
+        return loss_log_odds(self.output_loss_fn(outputs, batch))
 
     def from_prior(self, params: LoraParams) -> LoraParams:
         """`theta - prior`, the gradient of the L2 term at `l2 = 1`."""
@@ -70,6 +87,58 @@ def response_cross_entropy(
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(picked * batch.target_weights.astype(logits.dtype), axis=-1)
+
+
+def loss_log_odds(losses: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """`log(exp(l) - 1)` of losses that were rounded already: none below the rounding of a probability near 1."""
+    floor = float(jnp.finfo(losses.dtype).eps)
+    return jnp.log(jnp.expm1(jnp.maximum(losses, floor)))
+
+
+def odds_against(logits: Float[Array, "*lead vocab"], targets: Int[Array, "*lead"]) -> Float[Array, "*lead"]:
+    """The log-odds against each target: `logsumexp over v != y of (z_v - z_y)`, exact however well it is known."""
+    at_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    others = jnp.where(at_target, -jnp.inf, logits)
+    return jax.nn.logsumexp(others, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def log_softplus(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
+    """`log(log(1 + exp(x)))`, exact where `exp(x)` is below rounding: `x - exp(x) / 2` there."""
+    small = x < -10
+    return jnp.where(
+        small, x - 0.5 * jnp.exp(jnp.where(small, x, -10.0)), jnp.log(jax.nn.softplus(jnp.where(small, 0.0, x)))
+    )
+
+
+def cross_entropy_log_odds(
+    logits: Float[Array, "batch response vocab"],
+    targets: Int[Array, "batch response"],
+    weights: Float[Array, "batch response"],
+) -> Float[Array, " batch"]:
+    """`log(exp(l) - 1)` of `l = sum_t w_t l_t`, the weighted mean of cross entropies, through log-odds of tokens.
+
+    A loss of 1e-14 nats is rounding noise in `log_softmax`; the log-odds it comes from, -32, are not.
+    """
+    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+    log_loss = jax.nn.logsumexp(log_weights + log_softplus(odds_against(logits, targets)), axis=-1)
+    # log(exp(l) - 1) = log l + log((exp(l) - 1) / l), whose second term vanishes with l.
+    small = log_loss < -10
+    loss = jnp.exp(jnp.where(small, -1.0, log_loss))
+    exact = loss + jnp.log(-jnp.expm1(-loss))
+    return jnp.where(small, log_loss + 0.5 * jnp.exp(jnp.where(small, log_loss, -10.0)), exact)
+
+
+def response_log_odds(logits: Float[Array, "batch response vocab"], batch: TokenBatch) -> Float[Array, " batch"]:
+    """The log-odds against each example's response: `log(exp(l) - 1)` of `response_cross_entropy`."""
+    return cross_entropy_log_odds(logits, batch.targets, batch.target_weights.astype(logits.dtype))
+
+
+def response_token_losses(
+    logits: Float[Array, "batch response vocab"], batch: TokenBatch
+) -> Float[Array, "batch response"]:
+    """Cross entropy of each response token; nan where there is none."""
+    losses = jax.nn.softplus(odds_against(logits, batch.targets))
+    return jnp.where(batch.target_weights > 0, losses, jnp.nan)
 
 
 def response_cross_entropy_root(
@@ -131,6 +200,8 @@ def lm_objective(
         output_loss_fn=response_cross_entropy,
         l2=float(l2),
         output_root_fn=response_cross_entropy_root,
+        log_odds_fn=response_log_odds,
+        token_losses_fn=response_token_losses,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmeraser_jax.unlearning.range_check import HARM_SHARE, LEAST_CHANGE, LossChange, RangeCheck
 
 from experiments.torch_baseline.batches import Batch, num_examples
 from experiments.torch_baseline.config import BaselineConfig
@@ -21,7 +22,6 @@ from llmeraser_jax.data import Example, Request, content_hash, edited_example
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.unlearning import EraseConfig, Receipt
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT, GRADIENT
-from llmeraser_jax.unlearning.range_check import HARM_SHARE, LEAST_CHANGE, LossChange, RangeCheck
 from llmeraser_jax.unlearning.receipt import GradientEquivalents, NamedExample, summarise_solves
 
 _PROBE_SIZE = 64

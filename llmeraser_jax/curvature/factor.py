@@ -81,12 +81,12 @@ class ExampleRows:
     """Examples in stacking order (bucket by bucket, padding included with weight 0).
 
     Attributes:
-        losses: data loss [m].
-        gradients: of the data loss, leaves [m, ...]; None where not asked for.
+        values: data loss, or its log-odds [m].
+        gradients: of the values, leaves [m, ...]; None where not asked for.
         roots: `J' c` of each example, leaves [m, roots, ...]; None where not asked for.
     """
 
-    losses: Float[Array, " m"]
+    values: Float[Array, " m"]
     gradients: PyTree | None
     roots: PyTree | None
 
@@ -99,6 +99,7 @@ def example_rows(
     *,
     gradients: bool = True,
     num_roots: int = 1,
+    log_odds: bool = False,
 ) -> ExampleRows:
     """Loss, gradient and curvature rows of every example, from one forward pass each.
 
@@ -109,6 +110,7 @@ def example_rows(
         key: of the random roots.
         gradients: whether to compute them, at one backward pass.
         num_roots: random roots per example, at one backward pass each.
+        log_odds: whether values and gradients are those of the log-odds `log(exp(l) - 1)` of the loss `l`.
 
     Raises:
         ValueError: roots of an objective that has none.
@@ -117,15 +119,17 @@ def example_rows(
         msg = "This objective has no output_root_fn; its curvature cannot be factored. Use a product instead."
         raise ValueError(msg)
 
+    value_fn = objective.output_log_odds if log_odds else objective.output_loss_fn
+
     def one(batch: Batch, key: Key):
         outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-        loss, slope = jax.value_and_grad(lambda o: jnp.sum(objective.output_loss_fn(o, batch)))(outputs)
+        value, slope = jax.value_and_grad(lambda o: jnp.sum(value_fn(o, batch)))(outputs)
         gradient = pull_back(slope)[0] if gradients else None
         roots = None
         root_fn = objective.output_root_fn
         if num_roots and root_fn is not None:
             roots = jax.vmap(lambda k: pull_back(root_fn(outputs, batch, k))[0])(jax.random.split(key, num_roots))
-        return loss, gradient, roots
+        return value, gradient, roots
 
     parts = []
     for position, batches in enumerate(stack.batches):

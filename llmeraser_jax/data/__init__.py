@@ -19,8 +19,9 @@ from llmeraser_jax.data.requests import (
     parse_requests,
     request_to_json,
 )
-from llmeraser_jax.data.similarity import token_similarities
+from llmeraser_jax.data.similarity import find_look_alikes, token_similarities
 from llmeraser_jax.data.templates import Recipe
+from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 
 __all__ = [
     "Action",
@@ -32,12 +33,15 @@ __all__ = [
     "Request",
     "RequestError",
     "TokenDataset",
+    "TokenSubsets",
+    "align_tokens",
     "apply_requests",
     "choose_buckets",
     "content_hash",
     "edited_example",
     "encode_examples",
     "epoch_batches",
+    "find_look_alikes",
     "load_examples",
     "load_requests",
     "parse_requests",

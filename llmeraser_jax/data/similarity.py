@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.preprocessing import normalize
 
 from llmeraser_jax.data.encoding import TokenDataset
@@ -28,6 +28,37 @@ def token_similarities(dataset: TokenDataset, to: np.ndarray) -> Float[np.ndarra
     if len(to) == 0:
         msg = "There is nothing to be similar to; name at least one example."
         raise ValueError(msg)
+    vectors = _text_vectors(dataset)
+    nearest = (vectors @ vectors[np.asarray(to)].T).toarray().max(axis=1)
+    return np.clip(nearest, 0.0, 1.0)
+
+
+def find_look_alikes(
+    dataset: TokenDataset, named: np.ndarray, among: np.ndarray, *, least: float = 0.5, at_most: int = 3
+) -> tuple[Int[np.ndarray, " found"], ...]:
+    """For every named example the others whose texts are most like its own.
+
+    Args:
+        dataset: encoded examples.
+        named: [s] indices of examples.
+        among: [k] indices of the examples to look through.
+        least: the cosine of TF-IDF vectors of token counts from which two texts are alike.
+        at_most: examples for each named one.
+
+    Returns:
+        Per named example the indices of its look-alikes, most alike first.
+    """
+    vectors = _text_vectors(dataset)
+    cosines = (vectors[np.asarray(named)] @ vectors[np.asarray(among)].T).toarray()
+    found = []
+    for row in cosines:
+        nearest = np.argsort(-row, kind="stable")[:at_most]
+        found.append(np.asarray(among)[nearest[row[nearest] >= least]].astype(np.int64))
+    return tuple(found)
+
+
+def _text_vectors(dataset: TokenDataset) -> scipy.sparse.csr_array:
+    """TF-IDF vectors of token counts, of length one."""
     tokens = [np.asarray(example.tokens) for example in dataset.encoded]
     lengths = np.array([len(row) for row in tokens])
     rows = np.repeat(np.arange(len(tokens)), lengths)
@@ -40,6 +71,4 @@ def token_similarities(dataset: TokenDataset, to: np.ndarray) -> Float[np.ndarra
     # Sublinear term frequency times inverse document frequency, entry by entry.
     values = (1 + np.log(counts.data)) * inverse_frequency[counts.indices]
     weighted = scipy.sparse.csr_array((values, counts.indices, counts.indptr), shape=shape)
-    vectors = scipy.sparse.csr_array(normalize(weighted))
-    nearest = (vectors @ vectors[np.asarray(to)].T).toarray().max(axis=1)
-    return np.clip(nearest, 0.0, 1.0)
+    return scipy.sparse.csr_array(normalize(weighted))

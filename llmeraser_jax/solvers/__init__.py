@@ -10,7 +10,7 @@ from llmeraser_jax.solvers.lissa import Lissa
 from llmeraser_jax.solvers.minres import Minres
 from llmeraser_jax.solvers.quadratic import QuadraticDescent
 from llmeraser_jax.solvers.reference_compat import ReferenceCompat
-from llmeraser_jax.solvers.refinement import inner_tolerance, solve_refined
+from llmeraser_jax.solvers.refinement import MAX_CORRECTIONS, inner_tolerance, solve_refined
 from llmeraser_jax.solvers.spectral import SpectralPreconditioner, factored_preconditioner, nystroem_preconditioner
 from llmeraser_jax.solvers.status import SolverError, Status, describe, is_failure, require_success
 from llmeraser_jax.solvers.streamed import StreamedOperator, solve_streamed
@@ -28,6 +28,7 @@ SOLVERS: Mapping[str, type] = MappingProxyType(
 )
 
 __all__ = [
+    "MAX_CORRECTIONS",
     "SOLVERS",
     "BlockConjugateGradients",
     "BlockSolution",

@@ -34,10 +34,10 @@ def check_hyper_parameters(
 
 
 def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:
-    """The right-hand side in units of its largest entry (nearly, where that is at the end of the range), and that unit.
+    """The right-hand side in units of its largest entry, and that unit.
 
     Squares of a huge or a tiny right-hand side leave the range of float32; those of one in its own units do not.
-    The unit of a zero or non-finite right-hand side is 1.
+    An entry near the end of the range counts as a smaller unit; the unit of a zero or non-finite side is 1.
     """
     unit = trees.tree_max_abs(rhs)
     # The reciprocal of a larger unit is subnormal, and devices flush it to zero.
@@ -46,9 +46,7 @@ def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:
     return trees.tree_scale(1 / unit, rhs), unit
 
 
-def from_units(
-    x: LoraParams, unit: Float[Array, ""], status: Int[Array, ""]
-) -> tuple[LoraParams, Int[Array, ""]]:
+def from_units(x: LoraParams, unit: Float[Array, ""], status: Int[Array, ""]) -> tuple[LoraParams, Int[Array, ""]]:
     """`unit * x`, and the status: `NON_FINITE` where the solution leaves the range of its dtype."""
     value = trees.tree_scale(unit, x)
     overflows = trees.tree_all_finite(x) & ~trees.tree_all_finite(value)

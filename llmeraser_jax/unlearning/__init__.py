@@ -8,7 +8,9 @@ from llmeraser_jax.unlearning.job import erase_run
 from llmeraser_jax.unlearning.path import log_odds_weights
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from llmeraser_jax.unlearning.receipt import Receipt
-from llmeraser_jax.unlearning.steps import StepRecord, TargetLosses, Unlearned, UnlearningError
+from llmeraser_jax.unlearning.steps import StepRecord, Unlearned, UnlearningError
+from llmeraser_jax.unlearning.targets import TargetLosses
+from llmeraser_jax.unlearning.validity import RowOutcome, ValidityCheck, Verdict
 
 __all__ = [
     "CostMeter",
@@ -16,10 +18,13 @@ __all__ = [
     "EraseConfig",
     "EraseResult",
     "Receipt",
+    "RowOutcome",
     "StepRecord",
     "TargetLosses",
     "Unlearned",
     "UnlearningError",
+    "ValidityCheck",
+    "Verdict",
     "Weighted",
     "erase",
     "erase_run",

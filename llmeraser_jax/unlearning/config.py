@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 import tyro
 
 from llmeraser_jax.curvature import CURVATURES
+
+_MAX_LOG_ODDS_RANGE = 16.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class EraseConfig:
         draws: random rows per sampled example, of the factored curvature (matched) and of Kronecker factors
             (ekfac).
         refresh_every: steps between fresh curvature samples (matched only).
+        max_standard_error: the curvature sample grows until the first step's standard error, over its norm, is at
+            most this (where `sample_size` is not given, for step and path).
         repairs: at most so many steps after the K, in which freshly drawn retained rows are brought back to the
             loss they had; they end early where a fresh sample has lost less than 0.02 nats per token and the named
             rows have arrived (matched only).
@@ -81,9 +86,10 @@ class EraseConfig:
             trust region.
         cg_max_steps: conjugate-gradient steps per solve.
         cg_rtol: relative residual at which a solve stops.
-        budget: stop before the cost exceeds this share of a retraining (in gradient equivalents); what was
-            reached by then is the result, and the receipt says that it is partial. Where `auto` gives up a matched
-            move for the path, both together stop at one retraining without being told.
+        budget: at most this share of a retraining's gradient equivalents (epochs times examples after the
+            request); where not given 1, since whoever would pay more is better served by a retraining. Steps are
+            planned to leave room for a repair and every cost is asked for before it is spent: what was reached by
+            then is the result, and the receipt says that it is partial. `inf` lifts the limit.
         l2: lambda that the adapter was trained with; a run directory supplies its own.
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         seed: of every sample drawn.
@@ -98,6 +104,7 @@ class EraseConfig:
     sample_size: int | None = None
     draws: int = 1
     refresh_every: int = 2
+    max_standard_error: float = 0.2
     repairs: int = 5
     repair_size: int | None = None
     row_ridge: float = 0.01
@@ -202,7 +209,7 @@ class EraseConfig:
             if value is not None and value < 1:
                 msg = f"{name} is {value}; it must be at least 1."
                 raise ValueError(msg)
-        for name in ("target_loss", "budget"):
+        for name in ("target_loss", "budget", "max_standard_error"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 msg = f"{name} is {value}; it must be above 0."
@@ -227,8 +234,17 @@ class EraseConfig:
                 f"learning_rate is {self.learning_rate}; it must lie between 0 and 2 (in units of 1 / eigenvalue)."
             )
             raise ValueError(msg)
-        if not self.log_odds_range > 0:
-            msg = f"log_odds_range is {self.log_odds_range}; it must be above 0."
+        if not 0 < self.log_odds_range <= _MAX_LOG_ODDS_RANGE:
+            msg = (
+                f"log_odds_range is {self.log_odds_range}; it must be above 0 and at most {_MAX_LOG_ODDS_RANGE:g}, "
+                "beyond which weights next to 1 round to 1."
+            )
+            raise ValueError(msg)
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            msg = f"seed is {self.seed}; it must be a whole number from 0 to 2**32 - 1."
+            raise ValueError(msg)
+        if self.target_loss is not None and not math.isfinite(self.target_loss):
+            msg = f"target_loss is {self.target_loss}; it must be finite."
             raise ValueError(msg)
         if not 0 < self.min_ratio < 1:
             msg = f"min_ratio is {self.min_ratio}; it must lie between 0 and 1."

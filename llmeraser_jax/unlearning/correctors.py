@@ -16,10 +16,10 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import GRADIENT
+from llmeraser_jax.unlearning.cost import GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import Weighted
-from llmeraser_jax.unlearning.steps import BudgetSpent, StepRecord, UnlearningError
+from llmeraser_jax.unlearning.steps import StepRecord, UnlearningError
 from llmeraser_jax.unlearning.trust_region import Check, Move, take
 
 logger = logging.getLogger(__name__)
@@ -59,37 +59,34 @@ def correct(
     after = _nonzero(
         problem.path_mean(0.0, size, np.random.default_rng([config.seed, 6])), problem.num_trained / after_total
     )
-    left_over = float(trees.tree_norm(evaluator.gradient(trained, before)))
-    evaluator.cost.rhs += GRADIENT * len(before.indices)
-    probe_scale = len(problem.retained) / max(int(check.is_probe.sum()), 1)
     records: list[StepRecord] = []
-    last_cost = 0.0
-    for _ in range(config.correctors):
-        started = evaluator.cost.total
-        try:
-            evaluator.require(max(last_cost, GRADIENT * len(after.indices)))
-        except BudgetSpent as spent:
-            return params, tuple(records), str(spent)
-        rhs = trees.tree_scale(-1.0, evaluator.gradient(params, after))
-        evaluator.cost.rhs += GRADIENT * len(after.indices)
-        norm = float(trees.tree_norm(rhs))
-        if norm <= left_over:
-            return params, tuple(records), f"the edited gradient norm is back at {norm:.3g} of {left_over:.3g}"
-        move = Move(
-            weight_before=weight,
-            weight_target=weight,
-            rhs=rhs,
-            curvature=after,
-            check_retained=probe_scale / after_total,
-            check_named=0.0,
-            check_wanted=1 / after_total,
-        )
-        try:
+    try:
+        evaluator.cost.spend("rhs", GRADIENT * len(before.indices))
+        left_over = float(trees.tree_norm(evaluator.gradient(trained, before)))
+        probe_scale = len(problem.retained) / max(int(check.is_probe.sum()), 1)
+        for _ in range(config.correctors):
+            step_cost = evaluator.largest_solve_cost(len(after.indices)) + check.least_cost
+            evaluator.cost.reserve(GRADIENT * len(after.indices) + step_cost)
+            evaluator.cost.spend("rhs", GRADIENT * len(after.indices))
+            rhs = trees.tree_scale(-1.0, evaluator.gradient(params, after))
+            norm = float(trees.tree_norm(rhs))
+            if norm <= left_over:
+                return params, tuple(records), f"the edited gradient norm is back at {norm:.3g} of {left_over:.3g}"
+            move = Move(
+                weight_before=weight,
+                weight_target=weight,
+                rhs=rhs,
+                curvature=after,
+                check_retained=probe_scale / after_total,
+                check_named=0.0,
+                check_wanted=1 / after_total,
+            )
             params, record = take(evaluator, check, params, move)
-        except UnlearningError as error:
-            logger.warning("The correctors end: %s", error)
-            return params, tuple(records), str(error)
-        records.append(record)
-        on_step(record)
-        last_cost = evaluator.cost.total - started
+            records.append(record)
+            on_step(record)
+    except BudgetSpent as spent:
+        return params, tuple(records), str(spent)
+    except UnlearningError as error:
+        logger.warning("The correctors end: %s", error)
+        return params, tuple(records), str(error)
     return params, tuple(records), f"all {config.correctors} correctors were taken"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmeraser_jax.data import (
     content_hash,
     edited_example,
     encode_examples,
+    find_look_alikes,
     token_similarities,
 )
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
@@ -129,8 +131,10 @@ def erase(
         requests: what is to go or to change; from `data.load_requests`.
         config: how; `config.l2` must be the lambda of training.
         heldout: examples of the same kind that were not trained on, encoded alike: they show where removed
-            rows should end. Without them requests with a removal go along the path.
-        retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of.
+            rows should end. Without them requests with a removal go along the path, and whether the removed rows
+            have arrived is not judged.
+        retrain_cost: gradient equivalents of a retraining, which `config.budget` is a share of; where it is known
+            and no budget is named, an erasure stops before it costs more.
         checkpoint_directory: where `config.stream` saves its solves.
         factors_directory: where solver `ekfac` keeps its factors: read where they are there, else made and saved;
             None makes them anew.
@@ -152,6 +156,9 @@ def erase(
     problem = make_problem(model, dataset, requests)
     if config.similar_share > 0:
         problem = dataclasses.replace(problem, similarities=token_similarities(dataset, problem.named))
+    if len(problem.retained):
+        look_alikes = find_look_alikes(dataset, problem.named, problem.retained)
+        problem = dataclasses.replace(problem, look_alikes=look_alikes)
     objective = lm_objective(model.apply, model.base, l2=config.l2)
     lora = replicate(lora, model.mesh)
     action_of = {request.id: request.action for request in requests}
@@ -215,31 +222,30 @@ def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
 
 
 def _outcome(moved: Unlearned) -> str:
-    shortened = sum(step.scale < 1 for step in moved.steps)
-    notes = f" ({shortened} of {len(moved.steps)} steps shortened by the trust region)" if shortened else ""
-    left = f"{moved.final_weight:.2g}"
-    what = "way to their targets" if moved.method == "matched" else "weight"
-    if moved.stopped:
-        notes += f"; {moved.stopped}"
     if not moved.steps:
-        told = (
-            "complete: the adapter is unchanged; the named pairs are already where retraining would be expected to "
+        return (
+            "complete: the adapter is unchanged; the forget rows are already where retraining would be expected to "
             "leave them"
         )
-    elif moved.complete and moved.method == "matched":
-        told = f"complete: the named rows are at their targets, but for {left} of their way{notes}"
-    elif moved.complete:
-        but = f", but for {left}" if moved.final_weight > 0 else ""
-        told = f"complete: the weight of the named examples was taken out{but}{notes}"
-    elif moved.method == "step":
-        told = f"partial: the single step was shortened to {moved.steps[0].scale:.3g} of its length{notes}"
-    else:
-        told = f"partial: {left} of the named examples' {what} is left{notes}"
-    if moved.range_check is not None and not moved.range_check.passed:
-        told += f"; range check {moved.range_check.verdict}"
+    check = moved.validity
+    told = "not judged" if check is None else check.words
+    notes = []
+    shortened = sum(step.scale < 1 for step in moved.steps)
+    if moved.final_weight > 0:
+        what = "way to their targets" if moved.method == "matched" else "weight"
+        notes.append(f"{moved.final_weight:.2g} of the forget rows' {what} is left")
+    if shortened:
+        notes.append(f"{shortened} of {len(moved.steps)} steps shortened by the trust region")
+    if moved.stopped:
+        notes.append(f"stopped early: {moved.stopped}")
     if moved.attempts:
-        told += f" (also tried and not kept: {'; '.join(moved.attempts)})"
-    return told
+        notes.append(f"tried and not kept: {'; '.join(moved.attempts)}")
+    return f"{told} ({'; '.join(notes)})" if notes else told
+
+
+def _first_standard_error(moved: Unlearned) -> float | None:
+    error = moved.steps[0].standard_error if moved.steps else math.nan
+    return None if math.isnan(error) else error
 
 
 def _make_receipt(
@@ -280,9 +286,9 @@ def _make_receipt(
         num_examples_before=problem.num_trained,
         num_examples_after=problem.num_edited_total,
         method=moved.method,
-        complete=moved.complete and (moved.range_check is None or moved.range_check.passed),
-        range_check=moved.range_check,
-        targets=moved.targets,
+        complete=moved.complete,
+        validity=moved.validity,
+        targets=None if moved.targets is None else moved.targets.losses,
         outcome=_outcome(moved),
         final_weight=moved.final_weight,
         rhs_norm=rhs_norm,
@@ -292,6 +298,7 @@ def _make_receipt(
         corrected=moved.corrected,
         attempts=moved.attempts,
         curvature_reason=moved.curvature_reason,
+        step_standard_error=_first_standard_error(moved),
         product_asymmetry=moved.asymmetry,
         delta_norm=float(trees.tree_norm(delta)),
         adapter_norm_before=float(trees.tree_norm(lora)),
@@ -310,6 +317,8 @@ def _make_receipt(
             trust_region=cost.trust_region,
             total=cost.total,
             diagnostics=cost.diagnostics,
+            retraining=None if math.isnan(cost.retraining) else cost.retraining,
+            share_of_retraining=None if math.isnan(cost.retraining) else cost.total / cost.retraining,
         ),
         versions=library_versions(),
     )

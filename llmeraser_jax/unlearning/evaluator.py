@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekf
 from llmeraser_jax.losses import Objective, gradient_sum, real_rows
 from llmeraser_jax.parallel import place_stack, to_host
 from llmeraser_jax.solvers import (
+    MAX_CORRECTIONS,
     ConjugateGradients,
     Lissa,
     Minres,
@@ -61,7 +63,6 @@ from llmeraser_jax.types import (
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, CostMeter
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
-from llmeraser_jax.unlearning.steps import BudgetSpent
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,52 @@ def losses_by_bucket(objective: Objective, params: LoraParams, stack: ExampleSta
     return tuple(jax.lax.map(partial(objective.data_losses, params), batches) for batches in stack.batches)
 
 
+@jax.jit
+def _losses_and_log_odds(objective: Objective, params: LoraParams, stack: ExampleStack):
+    def of_batch(batch):
+        outputs = objective.outputs(params, batch)
+        return objective.output_loss_fn(outputs, batch), objective.output_log_odds(outputs, batch)
+
+    return tuple(jax.lax.map(of_batch, batches) for batches in stack.batches)
+
+
+@jax.jit
+def _token_losses(objective: Objective, params: LoraParams, stack: ExampleStack):
+    token_losses = objective.token_losses_fn
+    assert token_losses is not None  # asked for objectives of tokens only
+    return tuple(
+        jax.lax.map(lambda batch: token_losses(objective.outputs(params, batch), batch), batches)
+        for batches in stack.batches
+    )
+
+
+class RowValues(NamedTuple):
+    """Of some rows in the order asked for: data losses, and their log-odds `log(exp(l) - 1)`."""
+
+    losses: np.ndarray
+    log_odds: np.ndarray
+
+
+def stacking_order(examples: ExampleSet, indices: np.ndarray) -> np.ndarray:
+    """The places of `indices` in the order in which a stack holds them."""
+    buckets = np.array([examples.bucket_of(int(i)) for i in indices], np.int64)
+    return np.argsort(buckets, kind="stable")
+
+
+def make_cost_meter(budget: float | None, retrain_cost: float | None) -> CostMeter:
+    """A meter whose budget is a share of a retraining: 1 where the cost of one is known and nothing else is said.
+
+    Raises:
+        ValueError: a budget without the cost of a retraining.
+    """
+    if retrain_cost is None:
+        if budget is not None:
+            msg = "A budget is a share of a retraining's cost; pass retrain_cost, in gradient equivalents."
+            raise ValueError(msg)
+        return CostMeter()
+    return CostMeter(budget=(1.0 if budget is None else budget) * retrain_cost, retraining=retrain_cost)
+
+
 class Evaluator:
     """An objective, its data and a mesh: turns coefficient vectors into gradients, operators and losses.
 
@@ -143,6 +190,7 @@ class Evaluator:
         mesh: Mesh | None = None,
         *,
         retrain_cost: float | None = None,
+        cost: CostMeter | None = None,
         checkpoint_directory: Path | None = None,
         factors_directory: Path | None = None,
     ):
@@ -150,27 +198,28 @@ class Evaluator:
         self.problem = problem
         self.config = config
         self.mesh = mesh
-        self.cost = CostMeter()
+        self.cost = cost if cost is not None else make_cost_meter(config.budget, retrain_cost)
         self.asymmetry = math.nan  # of the first operator that was solved with
         self._kind = "hessian" if config.curvature == "auto" else config.curvature
         self._fell_back = ""
         self._rhos = self._stated_damping()
         self._num_solves = 0
+        self._sample_factor = 1
         self._checkpoint_directory = checkpoint_directory
         self._factors_directory = factors_directory
-        self.budget = math.inf
-        if config.budget is not None:
-            if retrain_cost is None:
-                msg = "A budget is a share of a retraining's cost; pass retrain_cost, in gradient equivalents."
-                raise ValueError(msg)
-            self.budget = config.budget * retrain_cost
 
     @property
     def sample_size(self) -> int:
         """Examples in a sample of the retained ones."""
         if self.config.sample_size is not None:
             return self.config.sample_size
-        return 64 if self.config.method in ("path", "step") else int(np.clip(len(self.problem.named), 96, 256))
+        if self.config.method in ("path", "step"):
+            return 64 * self._sample_factor
+        return int(np.clip(len(self.problem.named), 96, 256))
+
+    def grow_sample(self, factor: int) -> None:
+        """Multiplies the default sample of step and path from here on."""
+        self._sample_factor *= factor
 
     @property
     def repair_size(self) -> int:
@@ -200,24 +249,48 @@ class Evaluator:
         """K."""
         return self.config.num_steps or {"step": 1, "path": 8}.get(self.config.method, 4)
 
-    def require(self, gradient_equivalents: float) -> None:
-        """Sees that the next step can be paid.
+    def example_losses(self, params: LoraParams, stack: ExampleStack) -> np.ndarray:
+        """Data loss of every example of a stack, in stacking order; counted as a check.
 
         Raises:
-            BudgetSpent: it cannot.
+            BudgetSpent: it cannot be paid; nothing was computed.
         """
-        if self.cost.total + gradient_equivalents > self.budget:
-            msg = (
-                f"The budget of {self.budget:.0f} gradient equivalents, {self.config.budget:.3g} retrainings, is "
-                f"used up: {self.cost.total:.0f} are spent, the next step takes about {gradient_equivalents:.0f}."
-            )
-            raise BudgetSpent(msg)
-
-    def example_losses(self, params: LoraParams, stack: ExampleStack) -> np.ndarray:
-        """Data loss of every row of a stack, padding included, in stacking order; counted as a check."""
+        keep = real_rows(stack)
+        self.cost.spend("trust_region", FORWARD * int(keep.sum()))
         losses = to_host(losses_by_bucket(self.objective, params, stack))
-        self.cost.trust_region += FORWARD * _rows(stack)
-        return np.concatenate([l.astype(np.float64).reshape(-1) for l in losses])
+        return np.concatenate([l.astype(np.float64).reshape(-1) for l in losses])[keep]
+
+    def row_values(self, params: LoraParams, examples: ExampleSet, indices: np.ndarray) -> RowValues:
+        """Losses and log-odds of some examples, in the order of `indices`; the caller books the cost."""
+        if len(indices) == 0:
+            return RowValues(np.zeros(0), np.zeros(0))
+        stack = self.place(examples, Weighted(indices, np.ones(len(indices))))
+        found = to_host(_losses_and_log_odds(self.objective, params, stack))
+        keep, order = real_rows(stack), stacking_order(examples, indices)
+        values = []
+        for parts in zip(*found, strict=True):
+            in_stack = np.concatenate([part.astype(np.float64).reshape(-1) for part in parts])[keep]
+            value = np.empty(len(indices))
+            value[order] = in_stack
+            values.append(value)
+        return RowValues(*values)
+
+    def token_values(self, params: LoraParams, indices: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids and losses of the response tokens of some of the problem's examples, in the order asked for."""
+        examples = self.problem.examples
+        stack = self.place(examples, Weighted(indices, np.ones(len(indices))))
+        rows = []
+        found = to_host(_token_losses(self.objective, params, stack))
+        for batch, losses in zip(stack.batches, found, strict=True):
+            tokens, width = to_host(batch.targets), losses.shape[-1]
+            losses = losses.reshape(-1, width).astype(np.float64)
+            rows += list(zip(tokens.reshape(-1, width), losses, strict=True))
+        rows = [row for row, real in zip(rows, real_rows(stack), strict=True) if real]
+        ordered = [(np.zeros(0, np.int64), np.zeros(0))] * len(indices)
+        for place, (tokens, losses) in zip(stacking_order(examples, indices), rows, strict=True):
+            there = ~np.isnan(losses)
+            ordered[place] = (tokens[there], losses[there])
+        return ordered
 
     def stack(self, weighted: Weighted) -> ExampleStack:
         """The problem's examples on the device(s), in micro-batches."""
@@ -258,12 +331,11 @@ class Evaluator:
         """rho: one number, or one for each LoRA matrix; relative ones are measured at the first solve of a kind."""
         config = self.config
         if self._rhos is None:
+            price = _EIGENVALUE_PROBES * CURVATURES[self.kind].gradient_equivalents
+            self.cost.spend("curvature", price * _rows(operator.stack))
             estimate = _mean_eigenvalue if config.damping_kind == "mean-eigenvalue" else _matrix_eigenvalues
             key = jax.random.key(config.seed)
             means = estimate(operator, key, operator.params, _EIGENVALUE_PROBES)
-            self.cost.curvature += (
-                _EIGENVALUE_PROBES * CURVATURES[self.kind].gradient_equivalents * _rows(operator.stack)
-            )
             self._rhos = relative_damping(means, config.damping, floor=_LEAST_DAMPING)
         return self._rhos
 
@@ -299,15 +371,35 @@ class Evaluator:
     def largest_solve_cost(self, num_examples: int) -> float:
         """Gradient equivalents of a solve over so many examples that takes all of its iterations.
 
-        Products are taken as cached where a memory budget is given; setting up a solve is left out.
+        Products are taken as cached where a memory budget is given; a solve that finds no room to cache asks for
+        more. What measures a relative damping is left out.
         """
         config, kind = self.config, CURVATURES[self.kind]
         if config.solver in ("cg", "minres"):
             cached = config.memory_budget_bytes > 0 and not config.stream
-            return (config.cg_max_steps + 1) * product_cost(kind, cached=cached) * num_examples
+            cost = self._largest_products * product_cost(kind, cached=cached)
+            cost += kind.linearise_gradient_equivalents if cached else 0.0
+            cost += self._preconditioner_cost if config.preconditioner == "factored" else 0.0
+            return cost * num_examples
         if config.solver == "ekfac":
             return (self._factors_cost + 2 * kind.gradient_equivalents) * num_examples
-        return self._stochastic_cost
+        step_size = 0.0
+        if config.solver != "reference-compat":
+            step_size = _TERMS * _PRODUCTS * kind.gradient_equivalents * self._draws[1]
+        return self._stochastic_cost + step_size
+
+    @property
+    def _largest_products(self) -> int:
+        """Products of a Krylov solve that takes all of its iterations, its residuals among them."""
+        config = self.config
+        if config.operands == "bfloat16":
+            return (1 + MAX_CORRECTIONS) * (config.cg_max_steps + 2)
+        return config.cg_max_steps + 1
+
+    @property
+    def _preconditioner_cost(self) -> float:
+        """Gradient equivalents per example of factoring the preconditioner."""
+        return FORWARD + _PRECONDITIONER_ROOTS * BACKWARD
 
     @property
     def _stochastic_cost(self) -> float:
@@ -335,14 +427,18 @@ class Evaluator:
         per_product = product_cost(kind, cached=False)
         num_residuals = 1
         if config.stream:
+            self.cost.reserve(self._largest_products * per_product * len(weighted.indices))
             solution = self._solve_streamed(solver, params, weighted, rhs)
         else:
             plain = DatasetCurvature(self.objective, params, self.stack(weighted), kind)
             rhos = self.damping(plain)
             operator = choose_linearisation(plain, config.memory_budget_bytes)
             if isinstance(operator, LinearisedCurvature):
-                self.cost.curvature += kind.linearise_gradient_equivalents * len(weighted.indices)
+                self.cost.spend("curvature", kind.linearise_gradient_equivalents * len(weighted.indices))
                 per_product = product_cost(kind, cached=True)
+            if config.preconditioner == "factored":
+                self.cost.spend("curvature", self._preconditioner_cost * len(weighted.indices))
+            self.cost.reserve(self._largest_products * per_product * len(weighted.indices))
             damped = _damped(operator, rhos)
             multiplied = NarrowProducts(damped) if config.operands == "bfloat16" else damped
             self.measure_asymmetry(multiplied, rhs, per_product * len(weighted.indices))
@@ -355,7 +451,6 @@ class Evaluator:
                 preconditioner = _make_factored(
                     self.objective, params, plain.stack, key, config.damping, _PRECONDITIONER_ROOTS
                 )
-                self.cost.curvature += (FORWARD + _PRECONDITIONER_ROOTS * BACKWARD) * len(weighted.indices)
                 solution = _solve_preconditioned(solver, damped, rhs, preconditioner)
             else:
                 solution = _solve(solver, damped, rhs)
@@ -365,7 +460,7 @@ class Evaluator:
             + num_residuals
             + int(config.solver == "cg" and bool(solution.negative_curvature))
         )
-        self.cost.curvature += products * per_product * len(weighted.indices)
+        self.cost.spend("curvature", products * per_product * len(weighted.indices))
         return solution
 
     def _solve_streamed(self, solver, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
@@ -408,7 +503,7 @@ class Evaluator:
             measure = _asymmetry if jitted else product_asymmetry
             u, v = (_random_normal(key, like) for key in jax.random.split(jax.random.key(self.config.seed)))
             self.asymmetry = float(measure(operator, u, v))
-            self.cost.diagnostics += 2 * product_cost
+            self.cost.spend("diagnostics", 2 * product_cost)
 
     def _solve_by_factors(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         """One conjugate-gradient step preconditioned with Kronecker factors, read where they were cached.
@@ -423,17 +518,17 @@ class Evaluator:
         if path is not None and path.exists():
             factors = load_ekfac(path, params, stack, mu=mu)
         else:
+            self.cost.spend("curvature", self._factors_cost * len(weighted.indices))
             keys = jax.random.split(jax.random.key(self.config.seed))
             factors = _make_ekfac(self.objective, params, stack, *keys, self.config.damping, self.config.draws)
-            self.cost.curvature += self._factors_cost * len(weighted.indices)
             if path is not None:
                 save_ekfac(path, factors, params, stack)
         operator = _damped(DatasetCurvature(self.objective, params, stack, kind), self.config.damping)
         per_product = kind.gradient_equivalents * len(weighted.indices)
         self.measure_asymmetry(operator, rhs, per_product)
         solver = ConjugateGradients(rtol=self.config.cg_rtol, max_steps=1)
+        self.cost.spend("curvature", 2 * per_product)  # the step's, and the true residual's
         solution = _solve_preconditioned(solver, operator, rhs, factors)
-        self.cost.curvature += 2 * per_product  # the step's, and the true residual's
         return solution
 
     def _solve_stochastic(self, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
@@ -447,8 +542,8 @@ class Evaluator:
             solver: Solver = ReferenceCompat(seed=config.seed)
         else:
             key = jax.random.key(config.seed)
+            self.cost.spend("curvature", _TERMS * _PRODUCTS * kind.gradient_equivalents * batch_size)
             largest = float(_largest_term_eigenvalue(operator, key, rhs, num_terms=_TERMS, num_products=_PRODUCTS))
-            self.cost.curvature += _TERMS * _PRODUCTS * kind.gradient_equivalents * batch_size
             if config.solver == "descent":
                 solver = QuadraticDescent(
                     learning_rate=config.learning_rate / largest,
@@ -463,9 +558,9 @@ class Evaluator:
                     seed=config.seed,
                     rtol=config.cg_rtol,
                 )
+        self.cost.spend("curvature", self._stochastic_cost)
         solution = _solve(solver, operator, rhs)
-        self.cost.curvature += self._stochastic_cost
-        self.cost.diagnostics += kind.gradient_equivalents * len(weighted.indices)
+        self.cost.spend("diagnostics", kind.gradient_equivalents * len(weighted.indices))
         return solution
 
 

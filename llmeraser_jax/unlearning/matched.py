@@ -17,17 +17,7 @@ back to it (measured: `experiments/tofu`). Rows in the sample and rows outside i
 alike (measured: `experiments/fidelity`), so a fresh sample's mean harm is an unbiased measure of what is left to
 repair; when it is negligible the repairs end.
 
-Where rows should end, without an oracle: a removed pair should look like one that was never trained on, so its
-target is the mean loss of held-out examples. A replacement should look like a trained pair, so its target is the
-mean loss of retained examples. And an edit is an exchange: after it the pair as it was trained is to the model
-what the replacement is now, a variation of a trained pair that was not trained itself; so its target is the mean
-loss of the replacements now. That holds for another query to the same response and for another response to the
-same query, and asks for no held-out examples (measured: `experiments/fidelity`). Where pairs that are hard
-before the exchange are hard after it, which shows in the pairs' correlation with their replacements, each row's
-target follows its own partner. Where the exchange would change nothing, neither does this module.
-
-Log-odds of a loss `l` (nats per token) are `log(exp(l) - 1)`, those against a token of probability `exp(-l)`: on
-the way from memorised to unknown they move evenly, where the loss first does not move at all and then runs.
+Where rows should end is worked out in `unlearning.targets`.
 """
 
 from __future__ import annotations
@@ -36,6 +26,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +46,11 @@ from llmeraser_jax.losses import real_rows
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status
 from llmeraser_jax.types import ExampleStack, LoraParams
-from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, GRADIENT
+from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD, GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem, Weighted
-from llmeraser_jax.unlearning.steps import (
-    BudgetSpent,
-    NoStepError,
-    StepRecord,
-    TargetLosses,
-    Unlearned,
-    UnlearningError,
-)
+from llmeraser_jax.unlearning.problem import Weighted
+from llmeraser_jax.unlearning.steps import NoStepError, StepRecord, Unlearned
+from llmeraser_jax.unlearning.targets import Role, RowTargets, loss_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,43 +63,14 @@ _GUARD_RIDGE = 0.1  # how softly guards are held, relative to their mean influen
 _MAX_LOG_ODDS_STEP = 4.0  # a linearisation reaches no further
 _MAX_OVERSHOOT = 1.5  # of the predicted move, before a step is shortened
 _MAX_HALVINGS = 5
-_LEAST_LOSS = 1e-6  # below it a loss is float32 rounding
-_LEAST_PAIRS = 3  # fewer show no correlation
-_NEGLIGIBLE_WAY = 0.1  # log-odds that edited pairs may be from their ends on average and count as there already
+_MAX_STEPS = 12  # that rows far down ask for
+_LEAST_GAIN = 0.9  # of the standard error by joining a sample; less is no gain
+_MAX_SAMPLES = 4  # curvature samples that the first step may join to lower its standard error
 
 
-def log_odds(losses: np.ndarray | float) -> np.ndarray:
-    """`log(exp(l) - 1)` of losses in nats."""
-    return np.asarray(np.log(np.expm1(np.maximum(losses, _LEAST_LOSS))))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The rows that have a target, in the order of their stack."""
-
-    indices: np.ndarray
-    goes: np.ndarray  # whether it is a pair that goes; else one that is wanted
-    edits: tuple[tuple[np.ndarray, np.ndarray], ...]  # per kind: places of the pairs as trained, of replacements
-
-
-def _targeted_rows(problem: EditProblem, modified: np.ndarray) -> _Rows:
-    """The named pairs and all replacements, bucket by bucket."""
-    indices = np.concatenate([problem.named, problem.wanted]).astype(np.int64)
-    buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
-    indices = indices[np.argsort(buckets, kind="stable")]
-    place = {int(index): position for position, index in enumerate(indices)}
-    edits = []
-    for kind in (modified, ~modified):
-        of_kind = kind & (problem.replacements >= 0)
-        if of_kind.any():
-            old, new = problem.named[of_kind], problem.replacements[of_kind]
-            edits.append((np.array([place[int(i)] for i in old]), np.array([place[int(i)] for i in new])))
-    return _Rows(indices, ~np.isin(indices, problem.wanted), tuple(edits))
-
-
-@jax.jit
-def _gradient_rows(objective, params, stack) -> ExampleRows:
-    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0)
+@partial(jax.jit, static_argnames="log_odds")
+def _gradient_rows(objective, params, stack, log_odds: bool) -> ExampleRows:
+    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0, log_odds=log_odds)
 
 
 @jax.jit
@@ -126,8 +82,8 @@ _factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
 
 
 @jax.jit
-def _scaled(rows: LoraParams, keep: jax.Array, factors: jax.Array) -> LoraParams:
-    return jax.tree.map(lambda x: jnp.einsum("m,m...->m...", factors.astype(x.dtype), x[keep]), rows)
+def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
+    return jax.tree.map(lambda x: x[keep], rows)
 
 
 @jax.jit
@@ -155,21 +111,25 @@ def retained_curvature(
 
     Raises:
         NoStepError: the damping is too small for float32.
+        BudgetSpent: the sample cannot be paid.
     """
-    config = evaluator.config
+    config, objective = evaluator.config, evaluator.objective
+    if len(evaluator.problem.retained) == 0:
+        none = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), params)
+        return factorise(FactoredCurvature(none, jnp.zeros(1), config.damping + objective.l2))
     sample = evaluator.problem.trained_mean(
         evaluator.curvature_sample, rng, without_named=True, similar_share=config.similar_share
     )
+    evaluator.cost.spend("curvature", (FORWARD + config.draws * BACKWARD) * len(sample.indices))
     key = jax.random.key(int(rng.integers(2**31)))
     operator = _factored_curvature(
-        evaluator.objective,
+        objective,
         params,
         evaluator.stack(sample),
         key,
         damping=config.damping,
         num_roots=config.draws,
     )
-    evaluator.cost.curvature += (FORWARD + config.draws * BACKWARD) * len(sample.indices)
     if earlier is not None:
         before = earlier.operator
         share = len(operator.weights) / (len(operator.weights) + len(before.weights))
@@ -182,33 +142,6 @@ def retained_curvature(
     except np.linalg.LinAlgError as error:
         msg = f"Rounding made the damped curvature indefinite ({error}); raise damping."
         raise NoStepError(msg) from error
-
-
-def _ends(rows: _Rows, targets: TargetLosses, here: np.ndarray) -> np.ndarray:
-    """Log-odds that every row should end at; those it has where an edit is without effect.
-
-    Args:
-        rows: which.
-        targets: mean losses of what is known and unknown.
-        here: their log-odds now.
-    """
-    ends = np.full(len(here), math.nan if targets.unknown is None else float(log_odds(targets.unknown)))
-    for old, new in rows.edits:
-        persistence = 0.0
-        if len(old) >= _LEAST_PAIRS and np.ptp(here[old]) > 0 and np.ptp(here[new]) > 0:
-            persistence = max(float(np.corrcoef(here[old], here[new])[0, 1]), 0.0)
-        known = here[old].mean() if targets.known is None else float(log_odds(targets.known))
-        ends[new] = known + persistence * (here[old] - known)
-        ends[old] = here[new].mean() + persistence * (here[new] - here[new].mean())
-        if max((ends[old] - here[old]).mean(), (here[new] - ends[new]).mean()) <= _NEGLIGIBLE_WAY:
-            ends[old], ends[new] = here[old], here[new]
-    return ends
-
-
-def _demand(rows: _Rows, here: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """What is left of every row's way; 0 for a row that is past its end."""
-    left = ends - here
-    return np.where(rows.goes, np.maximum(left, 0), np.minimum(left, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +157,6 @@ class _Guards:
     """Retained rows that a repair holds to the loss they had."""
 
     stack: ExampleStack
-    keep: jax.Array
     trained: np.ndarray  # losses under the trained adapter
     losses: np.ndarray  # and now
     gradients: LoraParams
@@ -238,58 +170,46 @@ class _Guards:
 class _Matching:
     """The rows, their targets, and what is measured about them on the way."""
 
-    def __init__(self, evaluator: Evaluator, trained: LoraParams, targets: TargetLosses, modified: np.ndarray):
+    def __init__(self, evaluator: Evaluator, trained: LoraParams, targets: RowTargets):
         self.evaluator = evaluator
         self.trained = trained
         self.targets = targets
-        self.rows = _targeted_rows(evaluator.problem, modified)
-        self.stack = evaluator.stack(Weighted(self.rows.indices, np.ones(len(self.rows.indices))))
+        self.stack = evaluator.place(targets.examples, Weighted(targets.indices, np.ones(len(targets.indices))))
         self.keep = _kept(self.stack)
-        self.start = np.zeros(0)
-        self.ends = np.zeros(0)
-        self.way = np.zeros(0)
-
-    def begin(self, point: _Point) -> bool:
-        """Sets the rows' ends; whether any row has a way to go."""
-        self.start = point.here
-        self.ends = _ends(self.rows, self.targets, point.here)
-        self.way = _demand(self.rows, self.start, self.ends)
-        return bool(np.any(self.way))
-
-    @property
-    def asked(self) -> float:
-        """How far the mean loss of rows that go, or of wanted ones, is to move; the larger, in nats per token."""
-        moves = np.abs(np.logaddexp(0, self.start + self.way) - np.logaddexp(0, self.start))
-        return max(float(moves[group].mean()) for group in (self.rows.goes, ~self.rows.goes) if group.any())
+        self.way = targets.way
+        self.asked = targets.roles != Role.STAYS
 
     def demand(self, point: _Point) -> np.ndarray:
         """What is asked of every row, in log-odds: what is left of its way, or back where it was taken too far.
 
         Not asked back are a pair that was past its end as trained, and a wanted one that is known too well.
         """
-        left = _demand(self.rows, point.here, self.ends)
-        return np.where(self.rows.goes & (self.way != 0), self.ends - point.here, left)
+        left = self.targets.left(point.here)
+        goes = self.targets.roles == Role.GOES
+        return np.where(goes & (self.way != 0), self.targets.ends - point.here, left)
 
     def off(self, point: _Point) -> float:
         """How far rows are from their ends, on either side, over the whole way."""
-        return float(np.abs(self.demand(point)).sum() / np.abs(self.way).sum())
+        return float(np.abs(self.demand(point)[self.asked]).sum() / np.abs(self.way).sum())
 
     def left(self, point: _Point) -> float:
         """The share of the whole way that is left."""
-        return float(np.abs(_demand(self.rows, point.here, self.ends)).sum() / np.abs(self.way).sum())
+        return float(np.abs(self.targets.left(point.here)[self.asked]).sum() / np.abs(self.way).sum())
 
     def measure(self, params: LoraParams, *, gradients: bool) -> _Point:
-        """The rows under an adapter; gradients come with their losses at no further cost."""
-        cost = self.evaluator.cost
+        """The rows under an adapter; gradients come with their log-odds at no further cost.
+
+        Raises:
+            BudgetSpent: it cannot be paid.
+        """
+        evaluator, targets = self.evaluator, self.targets
         if not gradients:
-            losses = self.evaluator.example_losses(params, self.stack)[np.asarray(self.keep)]
-            return _Point(log_odds(losses), None)
-        found = _gradient_rows(self.evaluator.objective, params, self.stack)
-        cost.rhs += GRADIENT * len(self.rows.indices)
-        losses = to_host(found.losses).astype(np.float64)[np.asarray(self.keep)]
-        # d log(exp(l) - 1) = dl / (1 - exp(-l))
-        factors = jnp.asarray(1 / -np.expm1(-np.maximum(losses, _LEAST_LOSS)))
-        return _Point(log_odds(losses), _scaled(found.gradients, self.keep, factors))
+            evaluator.cost.spend("trust_region", FORWARD * len(targets.indices))
+            return _Point(evaluator.row_values(params, targets.examples, targets.indices).log_odds, None)
+        evaluator.cost.spend("rhs", GRADIENT * len(targets.indices))
+        found = _gradient_rows(evaluator.objective, params, self.stack, log_odds=True)
+        here = to_host(found.values).astype(np.float64)[np.asarray(self.keep)]
+        return _Point(here, _kept_rows(found.gradients, self.keep))
 
     def draw_guards(self, params: LoraParams, rng: np.random.Generator) -> _Guards:
         """A fresh sample of retained rows, with their losses then and now and their gradients now.
@@ -299,18 +219,18 @@ class _Matching:
         Raises:
             BudgetSpent: not even a few can be paid.
         """
-        evaluator = self.evaluator
-        evaluator.require(_repair_cost(len(self.rows.indices), least_guards(evaluator)))
-        spare = evaluator.budget - evaluator.cost.total - _repair_cost(len(self.rows.indices), 0)
+        evaluator, num_rows = self.evaluator, len(self.targets.indices)
+        evaluator.cost.reserve(_repair_cost(num_rows, least_guards(evaluator)))
+        spare = evaluator.cost.left - _repair_cost(num_rows, 0)
         size = min(evaluator.repair_size, int(min(spare / _GUARD_COST, 1e9)))
         chosen = evaluator.problem.trained_mean(size, rng, without_named=True).indices
         stack = evaluator.stack(Weighted(chosen, np.ones(len(chosen))))
         keep = _kept(stack)
-        trained = evaluator.example_losses(self.trained, stack)[np.asarray(keep)]
-        found = _gradient_rows(evaluator.objective, params, stack)
-        evaluator.cost.trust_region += GRADIENT * len(chosen)
-        losses = to_host(found.losses).astype(np.float64)[np.asarray(keep)]
-        return _Guards(stack, keep, trained, losses, _scaled(found.gradients, keep, jnp.ones(len(chosen))))
+        trained = evaluator.example_losses(self.trained, stack)
+        evaluator.cost.spend("trust_region", GRADIENT * len(chosen))
+        found = _gradient_rows(evaluator.objective, params, stack, log_odds=False)
+        losses = to_host(found.values).astype(np.float64)[np.asarray(keep)]
+        return _Guards(stack, trained, losses, _kept_rows(found.gradients, keep))
 
 
 def _kept(stack: ExampleStack) -> jax.Array:
@@ -324,6 +244,7 @@ class _Step:
     delta: LoraParams
     rhs: LoraParams
     predicted: np.ndarray  # change of the rows' log-odds
+    standard_error: float = math.nan  # of the step over its norm, from two halves of the curvature's sample
 
 
 def _solve(
@@ -354,11 +275,27 @@ def _solve(
     )
 
 
+def _standard_error(
+    curvature: DualInverse, num_roots: int, normals: LoraParams, demand: np.ndarray, row_ridge: float, step: _Step
+) -> float:
+    """The step's standard error over its norm: half the distance of the steps that two half samples give."""
+    operator = curvature.operator
+    half = np.arange(len(operator.weights)) // num_roots % 2 == 0
+    if half.all():
+        return math.nan
+    steps = []
+    for chosen in (half, ~half):
+        places = jnp.asarray(np.flatnonzero(chosen))
+        part = operator.replace(rows=_kept_rows(operator.rows, places), weights=2 * operator.weights[places])
+        steps.append(_solve(factorise(part), normals, demand, row_ridge, None).delta)
+    distance = float(trees.tree_norm(trees.tree_sub(*steps)))
+    return 0.5 * distance / float(trees.tree_norm(step.delta))
+
+
 def unlearn_matched(
     evaluator: Evaluator,
     params: LoraParams,
-    targets: TargetLosses,
-    modified: np.ndarray,
+    targets: RowTargets,
     *,
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
@@ -367,21 +304,22 @@ def unlearn_matched(
     Args:
         evaluator: objective, request and configuration.
         params: the adapter trained on the data as they stood.
-        targets: where rows should end; `unknown` is needed where rows are removed.
-        modified: for each named example, whether its query is what changes: pairs of either kind are like each
-            other, and the two kinds are not.
+        targets: where every row should end.
         on_step: called after every accepted step.
 
     Returns:
         The outcome; without steps, and the adapter as it was, where no row has anywhere to go.
 
     Raises:
-        UnlearningError: the budget does not cover the first step, or no step moves the rows as predicted.
+        UnlearningError: no step moves the rows as predicted.
+        BudgetSpent: the budget does not cover the first step.
     """
-    config, matching = evaluator.config, _Matching(evaluator, params, targets, modified)
+    config, matching = evaluator.config, _Matching(evaluator, params, targets)
+    if not np.any(matching.way):
+        return _nothing_to_do(evaluator, params)
     rng = np.random.default_rng([config.seed, 3])
-    num_rows = len(matching.rows.indices)
-    num_steps = _affordable_steps(evaluator, num_rows)
+    num_rows = len(targets.indices)
+    num_steps = _affordable_steps(evaluator, matching)
     curvature: DualInverse | None = None
     records: list[StepRecord] = []
     stopped = ""
@@ -390,14 +328,12 @@ def unlearn_matched(
         repairing = step >= num_steps
         fresh = curvature is None or (not repairing and step % config.refresh_every == 0)
         try:
-            evaluator.require(
-                (FORWARD + GRADIENT * (point is None)) * num_rows + _curvature_cost(evaluator) * fresh
-            )
             if point is None:
+                # A step that cannot be looked at afterwards is not worth its rows.
+                evaluator.cost.reserve((FORWARD + GRADIENT) * num_rows + _curvature_cost(evaluator))
                 point = matching.measure(params, gradients=True)
-                if not matching.begin(point):
-                    return _nothing_to_do(evaluator, params, targets)
             if curvature is None or fresh:
+                evaluator.cost.reserve(FORWARD * num_rows + _curvature_cost(evaluator))
                 curvature = retained_curvature(evaluator, params, rng, curvature)
             guards = matching.draw_guards(params, rng) if repairing and len(evaluator.problem.retained) else None
             if repairing and matching.off(point) <= _CORRECT_ABOVE and (not guards or guards.harm <= _HARM_BELOW):
@@ -406,16 +342,17 @@ def unlearn_matched(
             share = 1 / max(num_steps - step, 1)
             demand = np.clip(share * matching.demand(point), -_MAX_LOG_ODDS_STEP, _MAX_LOG_ODDS_STEP)
             solved = _solve(curvature, _normals(point), demand, config.row_ridge, guards)
+            if not records and len(evaluator.problem.retained):
+                curvature, solved = _settled(matching, params, rng, curvature, point, demand, solved)
             # The rows' gradients after a step check it and begin the next, where there is to be one.
             pending = GRADIENT * num_rows + FORWARD * (len(guards.losses) if guards else 0)
-            affordable = (
-                evaluator.cost.total + pending + _repair_cost(num_rows, least_guards(evaluator)) <= evaluator.budget
-            )
+            num_guards = least_guards(evaluator) if step + 1 >= num_steps else 0
+            affordable = pending + _repair_cost(num_rows, num_guards) <= evaluator.cost.left
             another = affordable and step + 1 < num_steps + config.repairs
             scale, after = _accepted(matching, params, solved, point, guards, gradients=another)
         except BudgetSpent as spent:
             if not records:
-                raise UnlearningError(str(spent)) from spent
+                raise
             stopped = str(spent)
             break
         except NoStepError as error:
@@ -429,8 +366,8 @@ def unlearn_matched(
         records.append(record)
         on_step(record)
         point = after
-        if not affordable:
-            stopped = f"the budget of {evaluator.budget:.0f} gradient equivalents has no room for another step"
+        if not affordable and step + 1 < num_steps + config.repairs:
+            stopped = f"the budget of {evaluator.cost.budget:.0f} gradient equivalents has no room for another step"
         if not another:
             break
     return Unlearned(
@@ -440,13 +377,42 @@ def unlearn_matched(
         complete=records[-1].weight_after <= ARRIVED,
         method="matched",
         cost=evaluator.cost,
-        targets=targets,
-        asked=matching.asked,
         stopped=stopped,
     )
 
 
-def _nothing_to_do(evaluator: Evaluator, params: LoraParams, targets: TargetLosses) -> Unlearned:
+def _settled(
+    matching: _Matching,
+    params: LoraParams,
+    rng: np.random.Generator,
+    curvature: DualInverse,
+    point: _Point,
+    demand: np.ndarray,
+    solved: _Step,
+) -> tuple[DualInverse, _Step]:
+    """The first step with samples joined to its curvature until its standard error is low enough.
+
+    Up to four samples in all, no more than leaves half of the budget for what follows, and none after one that did
+    not help.
+    """
+    evaluator, config = matching.evaluator, matching.evaluator.config
+    before = math.inf
+    for number in range(1, _MAX_SAMPLES + 1):
+        error = _standard_error(curvature, config.draws, _normals(point), demand, config.row_ridge, solved)
+        solved = dataclasses.replace(solved, standard_error=error)
+        spare = (
+            evaluator.cost.left - 0.5 * evaluator.cost.budget if math.isfinite(evaluator.cost.budget) else math.inf
+        )
+        enough = not error > config.max_standard_error or error > _LEAST_GAIN * before
+        if enough or number == _MAX_SAMPLES or _curvature_cost(evaluator) > spare:
+            break
+        before = error
+        curvature = retained_curvature(evaluator, params, rng, curvature)
+        solved = _solve(curvature, _normals(point), demand, config.row_ridge, None)
+    return curvature, solved
+
+
+def _nothing_to_do(evaluator: Evaluator, params: LoraParams) -> Unlearned:
     return Unlearned(
         params=params,
         steps=(),
@@ -454,7 +420,6 @@ def _nothing_to_do(evaluator: Evaluator, params: LoraParams, targets: TargetLoss
         complete=True,
         method="matched",
         cost=evaluator.cost,
-        targets=targets,
         stopped="no named pair has anywhere to go",
     )
 
@@ -478,15 +443,21 @@ def least_guards(evaluator: Evaluator) -> int:
     return min(_LEAST_GUARDS, evaluator.repair_size, len(evaluator.problem.retained))
 
 
-def _affordable_steps(evaluator: Evaluator, num_rows: int) -> int:
-    """K: what was asked for; else 4, or fewer (2 at least) where the budget would leave no room for a repair."""
+def _affordable_steps(evaluator: Evaluator, matching: _Matching) -> int:
+    """K: what was asked for; else 4, or more where rows are far down.
+
+    Fewer (2 at least) where the budget would leave no room for a repair.
+    """
     if evaluator.config.num_steps is not None:
         return evaluator.config.num_steps
+    num_rows = len(matching.targets.indices)
+    furthest = math.ceil(float(np.abs(matching.way).max()) / _MAX_LOG_ODDS_STEP)
+    wanted = max(evaluator.num_steps, min(furthest, _MAX_STEPS))
     num_guards = min(evaluator.repair_size, len(evaluator.problem.retained)) if evaluator.config.repairs else 0
-    for num_steps in range(evaluator.num_steps, 2, -1):
+    for num_steps in range(wanted, 2, -1):
         samples = math.ceil(num_steps / evaluator.config.refresh_every)
         needed = (num_steps + 1) * GRADIENT * num_rows + samples * _curvature_cost(evaluator)
-        if evaluator.cost.total + needed + _repair_cost(num_rows, num_guards) <= evaluator.budget:
+        if needed + _repair_cost(num_rows, num_guards) <= evaluator.cost.left:
             return num_steps
     return 2
 
@@ -502,7 +473,7 @@ def _record(
     rtol: float,
 ) -> StepRecord:
     rhs_norm, residual, solved_norm = map(float, _norms(curvature.operator, solved.delta, solved.rhs))
-    losses, goes = np.log1p(np.exp(after.here)), matching.rows.goes
+    losses, roles = loss_of(after.here), matching.targets.roles
     return StepRecord(
         weight_before=matching.left(before),
         weight_after=matching.left(after),
@@ -516,10 +487,11 @@ def _record(
         residual_history=(),
         predicted_reduction=float(np.mean(np.abs(solved.predicted))) * scale,
         actual_reduction=float(np.mean(np.sign(solved.predicted) * (after.here - before.here))),
-        forget_loss=_mean(losses[goes]),
-        wanted_loss=_mean(losses[~goes]),
+        forget_loss=_mean(losses[roles == Role.GOES]),
+        wanted_loss=_mean(losses[roles == Role.WANTED]),
         probe_loss=math.nan if guards is None else float(guards.losses.mean()),
         error_bound=residual / float(curvature.operator.mu) / solved_norm,
+        standard_error=solved.standard_error,
     )
 
 
@@ -551,7 +523,7 @@ def _accepted(
     Raises:
         NoStepError: even the shortest step does not.
     """
-    scale, weight = 1.0, np.sign(solved.predicted)
+    scale, weight = 1.0, np.where(matching.way != 0, np.sign(solved.predicted), 0.0)
     for _ in range(_MAX_HALVINGS + 1):
         trial = trees.tree_axpy(scale, solved.delta, params)
         after = matching.measure(trial, gradients=gradients)
@@ -559,7 +531,7 @@ def _accepted(
             moved, hoped = float(weight @ (after.here - before.here)), scale * float(weight @ solved.predicted)
             good = 0 < moved <= _MAX_OVERSHOOT * hoped
         else:
-            losses = matching.evaluator.example_losses(trial, guards.stack)[np.asarray(guards.keep)]
+            losses = matching.evaluator.example_losses(trial, guards.stack)
             harm = float((losses - guards.trained).mean())
             off = matching.off(after)
             good = harm <= max(guards.harm, _HARM_BELOW) and off <= max(matching.off(before), ARRIVED)

@@ -7,6 +7,7 @@ retrained solution, which is their oracle.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -16,11 +17,11 @@ import numpy as np
 from llmeraser_jax import trees
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT, GRADIENT
+from llmeraser_jax.unlearning.cost import GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.evaluator import Evaluator
+from llmeraser_jax.unlearning.problem import Weighted
 from llmeraser_jax.unlearning.steps import (
     NEGLIGIBLE_WEIGHT,
-    BudgetSpent,
     StepRecord,
     Unlearned,
     UnlearningError,
@@ -28,6 +29,9 @@ from llmeraser_jax.unlearning.steps import (
 from llmeraser_jax.unlearning.trust_region import Check, Move, take
 
 logger = logging.getLogger(__name__)
+
+_LEAST_PLANNED = 4  # conjugate-gradient steps of a solve, and steps of a path, that a budget leaves
+_MAX_GROWTH = 4  # of a sample whose step has too large a standard error
 
 
 def log_odds_weights(num_steps: int, log_odds_range: float) -> np.ndarray:
@@ -78,17 +82,74 @@ def _require_step(evaluator: Evaluator, check: Check | None, num_in_rhs: int) ->
         num_in_rhs: examples behind the right-hand side.
 
     Raises:
-        UnlearningError: it cannot.
+        BudgetSpent: it cannot.
     """
     problem = evaluator.problem
     num_in_curvature = len(problem.named) + len(problem.wanted) + evaluator.num_sampled
-    cost = GRADIENT * num_in_rhs + evaluator.largest_solve_cost(num_in_curvature)
-    if check is not None:
-        cost += (FORWARD_WITH_TANGENT + FORWARD) * len(check.order)
+    evaluator.cost.reserve(
+        GRADIENT * num_in_rhs
+        + evaluator.largest_solve_cost(num_in_curvature)
+        + (check.least_cost if check is not None else 0.0)
+    )
+
+
+def _plan(evaluator: Evaluator, check: Check | None) -> None:
+    """Lowers the conjugate-gradient steps of each solve, and then the steps of a path, to what the budget can pay.
+
+    Not below 4 of either: less is no solve, and no path.
+    """
+    config, problem, cost = evaluator.config, evaluator.problem, evaluator.cost
+    num_edited = len(problem.named) + len(problem.wanted)
+    num_in_curvature = num_edited + evaluator.num_sampled
+    while True:
+        step = GRADIENT * num_edited + evaluator.largest_solve_cost(num_in_curvature)
+        step += check.least_cost if check is not None else 0.0
+        if evaluator.num_steps * step <= cost.left:
+            return
+        config = evaluator.config
+        if config.cg_max_steps > _LEAST_PLANNED:
+            change = {"cg_max_steps": config.cg_max_steps - 1}
+        elif evaluator.num_steps > _LEAST_PLANNED:
+            change = {"num_steps": evaluator.num_steps - 1}
+        else:
+            return
+        evaluator.config = dataclasses.replace(config, **change)
+
+
+def _standard_error(
+    evaluator: Evaluator, params: LoraParams, curvature: Weighted, rhs: LoraParams, delta: LoraParams
+) -> float:
+    """The standard error of a solve over its norm: half the distance of the steps that two half samples give.
+
+    Counts as a diagnostic; nan where the curvature is no sample, and where the budget has no room for it.
+    """
+    config, cost = evaluator.config, evaluator.cost
+    sampled = np.flatnonzero(np.isin(curvature.indices, evaluator.problem.retained))
+    is_sample = evaluator.curvature_sample is not None and evaluator.num_sampled < len(evaluator.problem.retained)
+    if not is_sample or len(sampled) < 2 or config.solver not in ("cg", "minres") or config.stream:
+        return math.nan
+    steps, spent = [], cost.curvature
     try:
-        evaluator.require(cost)
-    except BudgetSpent as error:
-        raise UnlearningError(str(error)) from error
+        for chosen, other in ((sampled[::2], sampled[1::2]), (sampled[1::2], sampled[::2])):
+            weights = curvature.weights.copy()
+            weights[chosen] *= len(sampled) / len(chosen)
+            weights[other] = 0.0  # as padding, so that the programs are those of the whole sample
+            steps.append(evaluator.solve(params, Weighted(curvature.indices, weights), rhs).value)
+    except BudgetSpent:
+        return math.nan
+    finally:
+        cost.diagnostics += cost.curvature - spent
+        cost.curvature = spent
+    distance = float(trees.tree_norm(trees.tree_sub(*steps)))
+    return 0.5 * distance / float(trees.tree_norm(delta))
+
+
+def _growth(evaluator: Evaluator, standard_error: float) -> int:
+    """How many times the sample has to be as large; 1 where it is large enough or was given."""
+    allowed = evaluator.config.max_standard_error
+    if evaluator.config.sample_size is not None or not standard_error > allowed:
+        return 1
+    return min(math.ceil((standard_error / allowed) ** 2), _MAX_GROWTH)
 
 
 def single_step(
@@ -96,16 +157,22 @@ def single_step(
     check: Check | None,
     params: LoraParams,
     on_step: Callable[[StepRecord], None],
+    *,
+    grown: bool = False,
 ) -> Unlearned:
-    """One solve: the paper's step, or Newton's on the edited objective."""
+    """One solve: the paper's step, or Newton's on the edited objective.
+
+    Where its standard error is too large it is solved once more, with a larger sample (`grown`).
+    """
+    _plan(evaluator, check)
     problem, config = evaluator.problem, evaluator.config
     rng = np.random.default_rng([config.seed, 1])
     num_edited = len(problem.named) + len(problem.wanted)
     probe_scale = _probe_scale(evaluator, check)
     if config.rhs == "influence":
         _require_step(evaluator, check, num_edited)
+        evaluator.cost.spend("rhs", GRADIENT * num_edited)
         rhs = evaluator.gradient(params, problem.influence_rhs())
-        evaluator.cost.rhs += GRADIENT * num_edited
         curvature = problem.trained_mean(
             evaluator.curvature_sample,
             rng,
@@ -116,8 +183,8 @@ def single_step(
     else:
         everything = problem.edited_mean(None, rng)
         _require_step(evaluator, check, len(everything.indices))
+        evaluator.cost.spend("rhs", GRADIENT * len(everything.indices))
         rhs = trees.tree_scale(-1.0, evaluator.gradient(params, everything))
-        evaluator.cost.rhs += GRADIENT * len(everything.indices)
         curvature = problem.edited_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
         unit, named, wanted = 1 / problem.num_edited_total, 0.0, 1.0
     if evaluator.without_named:
@@ -131,7 +198,15 @@ def single_step(
         check_named=named * unit,
         check_wanted=wanted * unit,
     )
-    params, record = take(evaluator, check, params, move)
+    moved, record = take(evaluator, check, params, move)
+    delta = trees.tree_scale(1 / record.scale, trees.tree_sub(moved, params))
+    error = _standard_error(evaluator, params, move.curvature, rhs, delta)
+    growth = _growth(evaluator, error)
+    larger = evaluator.largest_solve_cost(growth * len(move.curvature.indices))
+    if not grown and growth > 1 and 2 * larger <= evaluator.cost.left:
+        evaluator.grow_sample(growth)
+        return single_step(evaluator, check, params, on_step, grown=True)
+    params, record = moved, dataclasses.replace(record, standard_error=error)
     on_step(record)
     return Unlearned(
         params=params,
@@ -150,26 +225,25 @@ def influence_path(
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
     """The influence path: the weight of S from 1 to 0, re-linearised at every step."""
+    _plan(evaluator, check)
     problem, config = evaluator.problem, evaluator.config
     n, probe_scale = problem.num_trained, _probe_scale(evaluator, check)
     schedule = log_odds_weights(evaluator.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records, stopped = 1.0, [], ""
     num_edited = len(problem.named) + len(problem.wanted)
-    spent = evaluator.cost.total
     # A step cut short advances the weight in proportion, and the next aims as far ahead from there.
     for attempt in range(3 * evaluator.num_steps):
         target = next_weight(schedule, weight)
-        last_cost, spent = evaluator.cost.total - spent, evaluator.cost.total
-        if not records:
-            _require_step(evaluator, check, num_edited)
         try:
-            evaluator.require(last_cost)
-        except BudgetSpent as error:
-            stopped = str(error)
+            _require_step(evaluator, check, num_edited)
+        except BudgetSpent as spent:
+            if not records:
+                raise
+            stopped = str(spent)
             break
+        evaluator.cost.spend("rhs", GRADIENT * num_edited)
         rhs = gradient_sum(evaluator.objective, params, direction)
-        evaluator.cost.rhs += GRADIENT * num_edited
         rng = np.random.default_rng([config.seed, 1 + attempt])
         curvature = problem.path_mean(
             target,
@@ -189,13 +263,24 @@ def influence_path(
             check_wanted=wanted / n,
         )
         try:
-            params, record = take(evaluator, check, params, move)
-        except UnlearningError as error:
+            moved, record = take(evaluator, check, params, move)
+        except (UnlearningError, BudgetSpent) as error:
             if not records:
                 raise
             stopped = str(error)
             logger.warning("The path ends early, at weight %.4g: %s", weight, error)
             break
+        if not records:
+            delta = trees.tree_scale(1 / record.scale, trees.tree_sub(moved, params))
+            error = _standard_error(evaluator, params, curvature, move.rhs, delta)
+            record = dataclasses.replace(record, standard_error=error)
+            growth = _growth(evaluator, error)
+            larger = len(curvature.indices) + (growth - 1) * evaluator.num_sampled
+            ahead = GRADIENT * num_edited + evaluator.largest_solve_cost(larger)
+            ahead += check.least_cost if check is not None else 0.0
+            if growth > 1 and (evaluator.num_steps - 1) * ahead <= evaluator.cost.left:
+                evaluator.grow_sample(growth)
+        params = moved
         records.append(record)
         on_step(record)
         weight = record.weight_after

@@ -36,6 +36,8 @@ class EditProblem(Generic[Examples]):
         replacements: for each of `named` the index of its replacement in `examples`, or -1 for a removal.
         similarities: [n], at least 0: how alike each trained example is to the named ones; samples with a
             `similar_share` favour the larger ones. None where nothing is known.
+        look_alikes: for each of `named` the retained examples that may say the same, verbatim or nearly; None where
+            nobody looked. Their gradients decide.
     """
 
     examples: Examples
@@ -43,6 +45,7 @@ class EditProblem(Generic[Examples]):
     named: np.ndarray
     replacements: np.ndarray
     similarities: np.ndarray | None = None
+    look_alikes: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         named, replacements = self.named, self.replacements

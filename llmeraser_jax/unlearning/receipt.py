@@ -9,10 +9,11 @@ from typing import Any
 
 from llmeraser_jax.solvers import Status, describe
 from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.range_check import RangeCheck
-from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW, StepRecord, TargetLosses
+from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW, StepRecord
+from llmeraser_jax.unlearning.targets import TargetLosses
+from llmeraser_jax.unlearning.validity import ValidityCheck
 
-RECEIPT_FORMAT = 2
+RECEIPT_FORMAT = 3
 
 # Worst first: the status that stands for a path is the worst of its steps'.
 _SEVERITY = (
@@ -68,13 +69,24 @@ class SolverSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientEquivalents:
-    """Cost; 1 is one forward and backward pass of one example. `total` leaves the diagnostics out."""
+    """Cost; 1 is one forward and backward pass of one example.
+
+    Attributes:
+        rhs, curvature, trust_region: what was spent on gradients of the forget rows, on curvature, and on looking
+            at steps.
+        total: the three together.
+        diagnostics: what only reports; not in `total`.
+        retraining: what a retraining costs; None where that is not known.
+        share_of_retraining: `total / retraining`.
+    """
 
     rhs: float
     curvature: float
     trust_region: float
     total: float
     diagnostics: float
+    retraining: float | None
+    share_of_retraining: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,10 +99,9 @@ class Receipt:
         named: the requests with content hashes.
         num_examples_before, num_examples_after: n and n'.
         method: what was done: matched, path or step; `config` has what was asked for.
-        range_check: what the change did to named and retained rows.
-        targets: where rows were to end (matched only).
-        complete: whether the range check passed and the end was reached: a final weight of at most 0.01 (0.1
-            where it is the share of the rows' way that is left).
+        validity: what the change did, row by row; None where the adapter is unchanged.
+        targets: what the rows' targets come from.
+        complete: whether the validity check says so, or nothing had to change.
         outcome: in words.
         final_weight: weight of the named examples at the end, 1 as trained, 0 gone; for the matched way the
             share of the named rows' way to their targets that is left.
@@ -101,6 +112,8 @@ class Receipt:
         corrected: why they ended; empty where none were asked for.
         attempts: ways that were tried and given up, with the reason; their cost is counted.
         curvature_reason: which curvature was solved with, and why.
+        step_standard_error: of the first step over its norm, from the curvature sample's two halves: how much
+            another seed would change it; None where it was not measured.
         product_asymmetry: `|u'Av - v'Au| / (||u|| ||Av||)` of the first operator for random u and v; conjugate
             gradients need it well below their tolerance.
         delta_norm, adapter_norm_before, adapter_norm_after: Euclidean norms.
@@ -124,7 +137,7 @@ class Receipt:
     num_examples_after: int
     method: str
     complete: bool
-    range_check: RangeCheck | None
+    validity: ValidityCheck | None
     targets: TargetLosses | None
     outcome: str
     final_weight: float
@@ -135,6 +148,7 @@ class Receipt:
     corrected: str
     attempts: tuple[str, ...]
     curvature_reason: str
+    step_standard_error: float | None
     product_asymmetry: float
     delta_norm: float
     adapter_norm_before: float
@@ -161,6 +175,10 @@ class Receipt:
                 if isinstance(value, float) and math.isnan(value):
                     step[name] = None
             step["ritz_extremes"] = [None if math.isnan(value) else value for value in step["ritz_extremes"]]
+        for group in ("retained", "calibration"):
+            change = (mapping["validity"] or {}).get(group)
+            if change and math.isnan(change["predicted"]):
+                change["predicted"] = None
         return mapping
 
 

@@ -11,7 +11,8 @@ from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.cost import CostMeter
 
 if TYPE_CHECKING:
-    from llmeraser_jax.unlearning.range_check import RangeCheck
+    from llmeraser_jax.unlearning.targets import RowTargets
+    from llmeraser_jax.unlearning.validity import ValidityCheck
 
 # A path that has taken out this much is called complete: what is left of the named examples' weight is below
 # the last step's own error, and a shortened last step would otherwise approach 0 without end.
@@ -25,23 +26,6 @@ class UnlearningError(RuntimeError):
 
 class NoStepError(UnlearningError):
     """A step was solved for, but no length of it does what it predicts; another way may do better."""
-
-
-class BudgetSpent(Exception):
-    """The next step would cost more than is left of the budget."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TargetLosses:
-    """Where rows should end, in nats per token.
-
-    Attributes:
-        unknown: of a pair that goes; None where nothing is known.
-        known: of a pair that is wanted; None where there is none, or no row is retained.
-    """
-
-    unknown: float | None
-    known: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +44,13 @@ class StepRecord:
         predicted_reduction, actual_reduction: of the objective that the step minimises.
         forget_loss, wanted_loss, probe_loss: mean data loss after the step on the named examples as trained,
             on their replacements, and on the retained probe.
-
         curvature: which matrix was solved with.
         ritz_extremes: least and largest eigenvalue met by the recurrence; nan where the solver has none.
         error_bound: `||residual|| / (lambda + rho) / ||delta||`, a bound on the relative error of the solve for
             this sampled operator where the curvature is positive semidefinite, else nan. Above
             `CERTIFIED_BELOW` it certifies nothing.
+        standard_error: of the step over its norm, from the curvature sample's two halves; nan where it was not
+            measured (steps after the first, and curvatures that are no sample).
 
     A matched step (`unlearning.matched`) predicts moves of rows in log-odds, and its weights are the share of
     their way that is left. Losses and reductions are nan without a trust region; so is a loss over no examples.
@@ -89,6 +74,7 @@ class StepRecord:
     curvature: str = "gauss-newton"
     ritz_extremes: tuple[float, float] = (math.nan, math.nan)
     error_bound: float = math.nan
+    standard_error: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +85,13 @@ class Unlearned:
         params: the new adapter.
         steps: one record per step.
         final_weight: what is left of the named examples' weight (path, step) or of their way (matched).
-        complete: whether that counts as nothing: at most `NEGLIGIBLE_WEIGHT`, or `matched.ARRIVED`.
+        complete: whether that counts as nothing (at most `NEGLIGIBLE_WEIGHT`, or `matched.ARRIVED`), and after the
+            check whether the validity check says so too.
         method: what was done: path, step or matched.
         cost: what it took.
-        targets: where rows were to end (matched only).
-        asked: how far the mean loss of the named rows, or of their replacements, was to move in nats per token, the
-            larger of the two (matched only; infinite for the others, which have no targets).
+        targets: where rows were to end.
         stopped: why it ended early; empty where it did not.
-        range_check: what the whole change did to named and retained rows.
+        validity: what the whole change did, row by row.
         num_correctors: how many of `steps`, the last ones, are correctors.
         corrected: why the correctors ended; empty where there were none.
         attempts: outcomes of ways that were tried before this one and given up.
@@ -120,10 +105,9 @@ class Unlearned:
     complete: bool
     method: str
     cost: CostMeter
-    targets: TargetLosses | None = None
-    asked: float = math.inf
+    targets: RowTargets | None = None
     stopped: str = ""
-    range_check: RangeCheck | None = None
+    validity: ValidityCheck | None = None
     num_correctors: int = 0
     corrected: str = ""
     attempts: tuple[str, ...] = ()

@@ -53,14 +53,19 @@ class Check:
 
     def losses_and_slopes(self, params: LoraParams, direction: LoraParams) -> tuple[np.ndarray, np.ndarray]:
         """Each example's data loss, and its derivative along `direction`."""
+        self.evaluator.cost.spend("trust_region", FORWARD_WITH_TANGENT * len(self.order))
         losses, slopes = _losses_and_slopes(self.evaluator.objective, params, self.stack, direction)
-        self.evaluator.cost.trust_region += FORWARD_WITH_TANGENT * len(self.order)
         return self._flat(losses), self._flat(slopes)
 
     def losses(self, params: LoraParams) -> np.ndarray:
         """Each example's data loss."""
-        self.evaluator.cost.trust_region += FORWARD * len(self.order)
+        self.evaluator.cost.spend("trust_region", FORWARD * len(self.order))
         return self._flat(losses_by_bucket(self.evaluator.objective, params, self.stack))
+
+    @property
+    def least_cost(self) -> float:
+        """Gradient equivalents of looking at one length of a step."""
+        return (FORWARD_WITH_TANGENT + FORWARD) * len(self.order)
 
     def mean(self, losses: np.ndarray, which: np.ndarray) -> float:
         """Mean over a group; nan where it is empty."""
@@ -137,6 +142,7 @@ def take(
 
     Raises:
         UnlearningError: the solve failed, or no length of its step changes the objective as predicted.
+        BudgetSpent: the budget has no room for the solve or for the next length of its step.
     """
     rhs_norm = float(trees.tree_norm(move.rhs))
     solution = evaluator.solve(params, move.curvature, move.rhs)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.range_check import LossChange
 
 from llmeraser_jax import data, runs
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import EraseConfig, UnlearningError, erase_run
-from llmeraser_jax.unlearning.range_check import LossChange
 from tests.golden.cases import CASES
 from tests.training import tiny
 

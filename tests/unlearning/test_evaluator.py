@@ -77,9 +77,9 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cg_max_steps": 7}, 8 * 1.0 * N),
+        ({"cg_max_steps": 7}, (8 * 1.0 + 1 / 3) * N),
         ({"cg_max_steps": 7, "memory_budget_bytes": 0}, 8 * 1.5 * N),
-        ({"solver": "lissa", "solver_steps": 30, "solver_batch_size": 4}, 1.5 * 30 * 4),
+        ({"solver": "lissa", "solver_steps": 30, "solver_batch_size": 4}, 1.5 * 30 * 4 + 4 * 5 * 1.5 * 4),
         ({"solver": "reference-compat"}, 1.5 * 20),
         # Two passes of one root (a forward third and two backward thirds), a step's product and the residual's.
         ({"solver": "ekfac", "damping": 0.1}, (2 * 1.0 + 2 * 1.5) * N),

@@ -1,0 +1,445 @@
+"""Where every forget row should end, without an oracle.
+
+A removed pair should look like one that was never trained on: its target is the mean loss of calibration rows.
+A replacement should look like a trained pair: its target is the mean loss of retained rows. An edit is an
+exchange: after it the pair as it was trained is to the model what its replacement is now, a variation of a trained
+pair that was not trained itself. So its target is the mean loss of the replacements now, and where pairs that are
+hard before the exchange are hard after it, each row's target follows its own partner. Where an exchange would
+change nothing, its rows stay where they are.
+
+An edit's targets are for the tokens that differ. Tokens that old and new response share, and that the model
+predicts as well in either, stay.
+
+A removed row does not become unknown where the retain set says the same. The model at hand tells how much the
+retained row j says about row i: the cosine of their gradients. It enters as the correlation in a regression of
+log-odds (a Gaussian process whose mean is the target of an unseen row): a verbatim copy leaves a row as known as
+the copy is, an unrelated row changes nothing.
+
+Log-odds of a loss `l` (nats per token) are `log(exp(l) - 1)`, those against a token of probability `exp(-l)`: on
+the way from memorised to unknown they move evenly, where the loss first does not move at all and then runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llmeraser_jax.curvature.factor import ExampleRows, example_rows, rows_gram
+from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
+from llmeraser_jax.losses import real_rows
+from llmeraser_jax.parallel import to_host
+from llmeraser_jax.types import ExampleSet, LoraParams
+from llmeraser_jax.unlearning.cost import FORWARD, GRADIENT
+from llmeraser_jax.unlearning.evaluator import Evaluator, stacking_order
+from llmeraser_jax.unlearning.problem import EditProblem, Weighted
+
+_NUM_CALIBRATION = 128  # rows behind the target of removed rows
+_NUM_KNOWN = 64  # retained rows behind the target of replacements
+_LEAST_PAIRS = 3  # fewer show no correlation and no spread
+_NEGLIGIBLE_WAY = 0.1  # log-odds that edited pairs may be from their ends on average and count as there already
+_SENSITIVE_ABOVE = 0.1  # nats by which a shared token is harder in the other response before it counts as different
+_LEAST_COSINE = 0.2  # below it gradients of unrelated rows lie
+_KERNEL_RIDGE = 1e-2
+_LEAST_SPREAD = 0.5
+_DEFAULT_SPREAD = 1.0  # log-odds; calibration rows of the demo have 1.02
+
+
+class Role(enum.IntEnum):
+    """What is asked of a row."""
+
+    GOES = 0  # its loss is to rise
+    WANTED = 1  # its loss is to fall
+    STAYS = 2  # its loss is not to rise: a copy in the retain set, or the shared tokens of an edit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetLosses:
+    """Mean losses that targets come from, in nats per token.
+
+    Attributes:
+        unknown: of rows that were not trained on; None where nothing is known of them.
+        known: of retained rows; None where no row is wanted, or none is retained.
+    """
+
+    unknown: float | None
+    known: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A retained row that says what a forget row says.
+
+    Attributes:
+        named: place of the forget row in `EditProblem.named`.
+        retained: index of the retained row.
+        cosine: of their gradients.
+    """
+
+    named: int
+    retained: int
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTargets:
+    """The rows of a request, in the order of a stack of them, and where they should end.
+
+    Attributes:
+        examples: where the rows are; those of the problem, or a view of them whose loss is at some tokens.
+        indices: [m] into `examples`.
+        rows: [m] indices into the problem's examples.
+        owners: [m] places in `EditProblem.named` of the forget rows that they belong to.
+        roles: [m] `Role` of each.
+        start: [m] log-odds under the adapter as trained.
+        ends: [m] log-odds that they are moved to; nan where nobody knows.
+        centres: [m] mean log-odds of rows of their kind. `ends` are the log-odds of a mean loss: where
+            rows differ, above the mean of log-odds.
+        spreads: [m] standard deviation of the log-odds of rows of their kind.
+        losses: what the ends come from.
+        unknown_spread: standard deviation of calibration rows' losses, in nats; None without them.
+        copies: retained rows that say the same as a forget row.
+    """
+
+    examples: ExampleSet
+    indices: np.ndarray
+    rows: np.ndarray
+    owners: np.ndarray
+    roles: np.ndarray
+    start: np.ndarray
+    ends: np.ndarray
+    centres: np.ndarray
+    spreads: np.ndarray
+    losses: TargetLosses
+    unknown_spread: float | None
+    copies: tuple[Copy, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether every row has a target."""
+        return not bool(np.isnan(self.ends).any())
+
+    @property
+    def way(self) -> np.ndarray:
+        """[m] how far every row is to go, in log-odds: above 0 up, below 0 down, 0 where it is past its end."""
+        return self.left(self.start)
+
+    def left(self, here: np.ndarray) -> np.ndarray:
+        """[m] what is left of every row's way from `here`; 0 for a row that is past its end."""
+        left = np.nan_to_num(self.ends - here)
+        return np.where(self.roles == Role.GOES, np.maximum(left, 0), np.minimum(left, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A row, or some tokens of one."""
+
+    row: int
+    mask: np.ndarray | None
+    owner: int
+    role: Role
+
+
+def find_targets(
+    evaluator: Evaluator,
+    params: LoraParams,
+    *,
+    calibration: ExampleSet | None,
+    modified: np.ndarray,
+    diagnostic: bool = False,
+) -> RowTargets:
+    """Measures the rows under the adapter as trained and works out where each should end.
+
+    Args:
+        evaluator: objective, request and configuration; its `target_loss` takes the place of calibration rows.
+        params: the adapter as trained.
+        calibration: rows of the same kind that were not trained on.
+        modified: [s] for each named example, whether its query is what changes: the two kinds of edits have
+            correlations and means of their own.
+        diagnostic: whether the cost counts as a diagnostic, for a method that does not use targets.
+
+    Raises:
+        ValueError: no calibration rows in the set given; a row whose loss is not finite.
+        BudgetSpent: it cannot be paid.
+    """
+    problem, cost = evaluator.problem, evaluator.cost
+    on = "diagnostics" if diagnostic else "rhs"
+    known, unknown = _references(evaluator, params, calibration, on)
+    parts = _parts(evaluator, params, on)
+    copies = _find_copies(evaluator, params, on)
+    parts += [
+        _Part(row, None, owner, Role.STAYS) for row, owner in {copy.retained: copy.named for copy in copies}.items()
+    ]
+    examples, parts, indices = _lay_out(problem, parts)
+    cost.spend(on, FORWARD * len(parts))
+    values = evaluator.row_values(params, examples, indices)
+    check_finite(values.losses, problem, np.array([p.row for p in parts]), "named")
+    start = values.log_odds
+    roles = np.array([p.role for p in parts])
+    owners = np.array([p.owner for p in parts])
+    ends = np.where(roles == Role.GOES, unknown.end, start)
+    centres = np.where(roles == Role.GOES, unknown.centre, start)
+    spreads = np.full(len(parts), unknown.spread)
+    for kind in (modified, ~modified):
+        of_kind = np.flatnonzero(kind & (problem.replacements >= 0))
+        old = np.flatnonzero(np.isin(owners, of_kind) & (roles == Role.GOES))
+        new = np.flatnonzero(np.isin(owners, of_kind) & (roles == Role.WANTED))
+        if len(old) == 0:
+            continue
+        old = old[np.argsort(owners[old])]
+        new = new[np.argsort(owners[new])]
+        ends[old], ends[new] = _exchange(start[old], start[new], start[old].mean() if known.none else known.end)
+        centres[old], centres[new] = ends[old], ends[new]
+        spreads[old] = _spread(np.std(start[new])) if len(new) >= _LEAST_PAIRS else unknown.spread
+        spreads[new] = known.spread
+    rows = np.array([p.row for p in parts], np.int64)
+    ends = _with_copies(start, ends, roles, owners, rows, copies)
+    centres = _with_copies(start, centres, roles, owners, rows, copies)
+    if evaluator.objective.log_odds_fn is None:
+        # A loss that is no negative log-likelihood has no log-odds.
+        ends = centres = np.where(roles == Role.STAYS, start, np.nan)
+    return RowTargets(
+        examples=examples,
+        indices=indices,
+        rows=rows,
+        owners=owners,
+        roles=roles,
+        start=start,
+        ends=ends,
+        centres=centres,
+        spreads=spreads,
+        losses=TargetLosses(unknown=unknown.mean_loss, known=known.mean_loss),
+        unknown_spread=unknown.loss_spread,
+        copies=copies,
+    )
+
+
+def log_odds(losses: np.ndarray | float) -> np.ndarray:
+    """`log(exp(l) - 1)` of losses in nats."""
+    return np.asarray(np.log(np.expm1(np.maximum(losses, np.finfo(np.float64).tiny))))
+
+
+def loss_of(log_odds: np.ndarray | float) -> np.ndarray:
+    """The loss in nats that has these log-odds; nan where they are nan."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.logaddexp(0, log_odds))
+
+
+def check_finite(losses: np.ndarray, problem: EditProblem, rows: np.ndarray, kind: str) -> None:
+    """Refuses rows whose loss is not finite under the adapter as trained.
+
+    Raises:
+        ValueError: names the first.
+    """
+    _refuse_not_finite(losses, [row_name(problem, int(row)) for row in rows], kind)
+
+
+def row_name(problem: EditProblem, row: int) -> str:
+    """What a message calls a row: its id where examples have one; a replacement has its original's."""
+    ids = getattr(problem.examples, "ids", None)
+    return repr(ids[row]) if ids is not None else f"number {row}"
+
+
+def _refuse_not_finite(losses: np.ndarray, names: Sequence[str], kind: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        msg = (
+            f"The loss of {kind} row {names[bad[0]]} is {losses[bad[0]]} under the adapter as trained"
+            f"{f' (and of {len(bad) - 1} more)' if len(bad) > 1 else ''}; look for a nan in base, adapter or data."
+        )
+        raise ValueError(msg)
+
+
+def _spread(spread: float | None) -> float:
+    return max(_DEFAULT_SPREAD if spread is None else float(spread), _LEAST_SPREAD)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """Rows of a kind, which others should become like."""
+
+    mean_loss: float | None = None
+    loss_spread: float | None = None
+    centre: float = math.nan  # mean log-odds
+    spread: float = _DEFAULT_SPREAD  # of log-odds
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is known of them."""
+        return self.mean_loss is None
+
+    @property
+    def end(self) -> float:
+        """Log-odds of the mean loss."""
+        return math.nan if self.mean_loss is None else float(log_odds(self.mean_loss))
+
+    @classmethod
+    def of(cls, losses: np.ndarray, log_odds: np.ndarray) -> _Reference:
+        """Of at least one row."""
+        several = len(losses) >= _LEAST_PAIRS
+        return cls(
+            mean_loss=float(losses.mean()),
+            loss_spread=float(losses.std()) if several else None,
+            centre=float(log_odds.mean()),
+            spread=_spread(float(log_odds.std()) if several else None),
+        )
+
+
+def _references(
+    evaluator: Evaluator, params: LoraParams, calibration: ExampleSet | None, on
+) -> tuple[_Reference, _Reference]:
+    """What rows are like that the model knows (where some row is to be known), and that it does not."""
+    config, problem = evaluator.config, evaluator.problem
+    rng = np.random.default_rng([config.seed, 4])
+    unknown, known = _Reference(), _Reference()
+    if calibration is not None:
+        if len(calibration) == 0:
+            msg = "The set of calibration rows is empty; it has to show where removed rows should end."
+            raise ValueError(msg)
+        size = min(_NUM_CALIBRATION, len(calibration))
+        chosen = np.sort(rng.choice(len(calibration), size=size, replace=False))
+        evaluator.cost.spend(on, FORWARD * len(chosen))
+        values = evaluator.row_values(params, calibration, chosen)
+        ids = getattr(calibration, "ids", None)
+        names = [repr(ids[i]) if ids is not None else f"number {i}" for i in chosen]
+        _refuse_not_finite(values.losses, names, "calibration")
+        unknown = _Reference.of(values.losses, values.log_odds)
+    if config.target_loss is not None:
+        centre = float(log_odds(config.target_loss)) if unknown.none else unknown.centre
+        unknown = dataclasses.replace(unknown, mean_loss=config.target_loss, centre=centre)
+    rows = problem.retained
+    if len(problem.wanted) and len(rows):
+        if len(rows) > _NUM_KNOWN:
+            rows = np.sort(rng.choice(rows, size=_NUM_KNOWN, replace=False))
+        evaluator.cost.spend(on, FORWARD * len(rows))
+        values = evaluator.row_values(params, problem.examples, rows)
+        check_finite(values.losses, problem, rows, "retained")
+        known = _Reference.of(values.losses, values.log_odds)
+    return known, unknown
+
+
+def _parts(evaluator: Evaluator, params: LoraParams, on) -> list[_Part]:
+    """Named rows and replacements; of an edit the tokens that differ, and those that stay."""
+    problem = evaluator.problem
+    parts = []
+    by_tokens = evaluator.objective.token_losses_fn is not None and len(problem.wanted) > 0
+    tokens: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    if by_tokens:
+        pairs = np.concatenate([problem.edited, problem.wanted])
+        evaluator.cost.spend(on, FORWARD * len(pairs))
+        tokens = dict(zip(pairs.tolist(), evaluator.token_values(params, pairs), strict=True))
+    for owner, (old, new) in enumerate(zip(problem.named.tolist(), problem.replacements.tolist(), strict=True)):
+        if new < 0:
+            parts.append(_Part(old, None, owner, Role.GOES))
+            continue
+        goes, wanted = differing_tokens(*tokens[old], *tokens[new]) if by_tokens else (None, None)
+        parts += [_Part(old, goes, owner, Role.GOES), _Part(new, wanted, owner, Role.WANTED)]
+        if goes is not None and not goes.all():
+            parts.append(_Part(old, ~goes, owner, Role.STAYS))
+    return parts
+
+
+def differing_tokens(
+    old_tokens: np.ndarray, old_losses: np.ndarray, new_tokens: np.ndarray, new_losses: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The loss tokens of two responses that an exchange is about.
+
+    Those that the other response does not have, and shared ones that the model predicts worse in the new pair by
+    more than 0.1 nats. Where there are none on either side the exchange is about all tokens.
+
+    Args:
+        old_tokens: [t] token ids as trained.
+        old_losses: [t] their losses in nats.
+        new_tokens: [u] token ids of the replacement.
+        new_losses: [u] their losses in nats.
+
+    Returns:
+        Masks [t] and [u]; None for all tokens.
+    """
+    in_old, in_new = align_tokens(old_tokens, new_tokens)
+    goes, wanted = np.ones(len(old_tokens), bool), np.ones(len(new_tokens), bool)
+    sensitive = new_losses[in_new] - old_losses[in_old] > _SENSITIVE_ABOVE
+    goes[in_old[~sensitive]] = False
+    wanted[in_new[~sensitive]] = False
+    if not goes.any() or not wanted.any():
+        return None, None
+    return goes, wanted
+
+
+def _lay_out(problem: EditProblem, parts: list[_Part]) -> tuple[ExampleSet, list[_Part], np.ndarray]:
+    """The parts in the order of a stack, and the set and indices that give that stack."""
+    rows = np.array([part.row for part in parts], np.int64)
+    order = stacking_order(problem.examples, rows)
+    parts = [parts[i] for i in order]
+    if all(part.mask is None for part in parts):
+        return problem.examples, parts, rows[order]
+    view = TokenSubsets(problem.examples, rows[order], tuple(part.mask for part in parts))
+    return view, parts, np.arange(len(parts))
+
+
+def _exchange(old: np.ndarray, new: np.ndarray, known: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of edited pairs and of their replacements, from the log-odds of both now."""
+    persistence = 0.0
+    if len(old) >= _LEAST_PAIRS and np.ptp(old) > 0 and np.ptp(new) > 0:
+        persistence = max(float(np.corrcoef(old, new)[0, 1]), 0.0)
+    new_ends = known + persistence * (old - known)
+    old_ends = new.mean() + persistence * (new - new.mean())
+    if max((old_ends - old).mean(), (new - new_ends).mean()) <= _NEGLIGIBLE_WAY:
+        return old, new
+    return old_ends, new_ends
+
+
+@jax.jit
+def _gradient_rows(objective, params, stack) -> ExampleRows:
+    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0)
+
+
+def _find_copies(evaluator: Evaluator, params: LoraParams, on) -> tuple[Copy, ...]:
+    """The look-alikes of named rows whose gradients point the same way."""
+    problem = evaluator.problem
+    if problem.look_alikes is None:
+        return ()
+    pairs = [(s, int(j)) for s, found in enumerate(problem.look_alikes) for j in found]
+    if not pairs:
+        return ()
+    rows = np.unique([*(int(problem.named[s]) for s, _ in pairs), *(j for _, j in pairs)])
+    evaluator.cost.spend(on, GRADIENT * len(rows))
+    stack = evaluator.stack(Weighted(rows, np.ones(len(rows))))
+    found = _gradient_rows(evaluator.objective, params, stack)
+    in_order = rows[stacking_order(problem.examples, rows)]
+    place = {int(row): k for row, k in zip(in_order, np.flatnonzero(real_rows(stack)), strict=True)}
+    gram = to_host(rows_gram(found.gradients, found.gradients)).astype(np.float64)
+    length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
+    copies = []
+    for s, j in pairs:
+        a, b = place[int(problem.named[s])], place[j]
+        cosine = float(gram[a, b] / (length[a] * length[b]))
+        if cosine >= _LEAST_COSINE:
+            copies.append(Copy(named=s, retained=j, cosine=cosine))
+    return tuple(copies)
+
+
+def _with_copies(
+    start: np.ndarray,
+    ends: np.ndarray,
+    roles: np.ndarray,
+    owners: np.ndarray,
+    rows: np.ndarray,
+    copies: tuple[Copy, ...],
+) -> np.ndarray:
+    """Ends of rows that go, where retained rows say the same.
+
+    The regression has one regressor, the nearest copy: copies of one row say the same as each other.
+    """
+    ends = ends.copy()
+    for owner in {copy.named for copy in copies}:
+        nearest = max((copy for copy in copies if copy.named == owner), key=lambda copy: copy.cosine)
+        held = start[np.flatnonzero((rows == nearest.retained) & (roles == Role.STAYS))[0]]
+        weight = nearest.cosine / (1 + _KERNEL_RIDGE)
+        for k in np.flatnonzero((owners == owner) & (roles == Role.GOES)):
+            ends[k] = np.minimum(ends[k], ends[k] + weight * (held - ends[k]))
+    return ends
