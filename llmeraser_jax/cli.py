@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -22,7 +21,7 @@ from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.parallel import leads, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
-from llmeraser_jax.unlearning import EraseConfig
+from llmeraser_jax.unlearning import EraseConfig, Receipt
 
 # Heavier imports (models, evaluation) wait until a command runs, so that --help answers at once.
 
@@ -173,6 +172,10 @@ class Erase:
         factors: where --solver ekfac keeps the adapter's Kronecker factors: made by the first request with this
             curvature sample, read by every later one.
         data: where the training data is now; default: where it was.
+        on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
+            adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
+            nothing shows where removed rows should end. refuse writes nothing. retrain writes the adapter of a
+            retraining.
         devices: what to compute on.
         config: how to move.
     """
@@ -183,13 +186,25 @@ class Erase:
     heldout: Path | None = None
     factors: Path | None = None
     data: Path | None = None
+    on_incomplete: Literal["warn", "refuse", "retrain"] = "warn"
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
 
     def run(self) -> int:
+        from llmeraser_jax.unlearning import IncompleteError
+
         mesh = self.devices.open()
         run = _load_run(self.run_directory)
-        erase_and_tell(
+        try:
+            receipt = self._erase(run, mesh)
+        except IncompleteError as error:
+            _tell_rows(error.receipt)
+            sys.stderr.write(f"llmeraser: error: {error}\n")
+            return _status(error.receipt)
+        return _status(receipt)
+
+    def _erase(self, run, mesh: Mesh | None) -> Receipt:
+        _, result = erase_and_tell(
             run,
             self.requests,
             self.workdir,
@@ -198,8 +213,9 @@ class Erase:
             data_path=self.data,
             heldout_path=self.heldout,
             factors_path=self.factors,
+            on_incomplete=self.on_incomplete,
         )
-        return 0
+        return result.receipt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,38 +372,51 @@ def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, m
 
         erased, result = erase_run(run, requests, workdir, config, mesh=mesh, on_step=on_step, **kwargs)
     receipt = result.receipt
-    solver, cost = receipt.solver, receipt.gradient_equivalents
     counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)
     _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
-    _say(f"  outcome         {receipt.outcome}")
-    _say(f"  method          {receipt.method}, {len(receipt.steps)} steps")
-    if receipt.range_check is not None:
-        _say(f"  range check     {receipt.range_check.verdict}")
-    if receipt.steps:
-        _say(f"  solver          {solver.status} ({solver.iterations} iterations in {len(receipt.steps)} solves)")
-        _say(f"  true residual   {solver.relative_residual:.2g} of the right-hand side, at worst")
-        if solver.error_bound is not None:
-            words = "certified" if solver.certified else "which certifies nothing"
-            _say(f"  error bound     {solver.error_bound:.2g} of each step, for its sampled curvature; {words}")
-        asymmetry = receipt.product_asymmetry
-        measured = "" if math.isnan(asymmetry) else f"; asymmetry of a product {asymmetry:.1g}"
-        _say(f"  matrix          {receipt.curvature_reason}{measured}")
-    if receipt.corrected:
-        _say(f"  correctors      {receipt.num_correctors}: {receipt.corrected}")
-    if solver.negative_curvature:
-        _say("  curvature       negative along some direction; see the receipt")
-    _say(
-        f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}; "
-        f"of BA {receipt.product_change_norm:.3g} of {receipt.product_norm_before:.3g}; "
-        f"{100 * receipt.bf16_survival:.0f} % survives rounding to bfloat16"
-    )
-    _say(
-        f"  gradient norm   {receipt.edited_gradient_norm_before:.3g} -> {receipt.edited_gradient_norm_after:.3g} "
-        f"(edited objective, on {receipt.gradient_norm_examples} examples)"
-    )
-    _say(f"  cost            {cost.total:.0f} gradient equivalents, {receipt.seconds:.1f} s")
-    _say(f"Adapter: {workdir / 'adapter'}   receipt: {workdir / RECEIPT_FILE}")
+    _tell_rows(receipt)
+    _say(f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}")
+    _say(f"Adapter: {workdir / 'adapter'}   receipt, with the solver's details: {workdir / RECEIPT_FILE}")
     return erased, result
+
+
+_SHOWN_ROWS = 24  # forget rows on the console; those that have not arrived first
+
+
+def _tell_rows(receipt: Receipt) -> None:
+    """The outcome, every forget row, the others, and the cost."""
+    _say(f"  outcome         {receipt.outcome}")
+    check, cost = receipt.validity, receipt.gradient_equivalents
+    if check is not None:
+        _say(f"  {'forget row':<28}{'before':>9}{'target':>9}{'after':>9}   nats per token")
+        rows = sorted(check.rows, key=lambda row: row.arrived is not False)
+        for row in rows[:_SHOWN_ROWS]:
+            target = "?" if row.target is None else f"{row.target:.3f}"
+            words = {True: "arrived", False: "NOT ARRIVED", None: "not judged"}[row.arrived]
+            copies = f"; the retain set says the same: {', '.join(row.copies)}" if row.copies else ""
+            name = f"{row.id[:14]} {row.part}"
+            _say(f"  {name:<28}{row.before:>9.3f}{target:>9}{row.after:>9.3f}   {words}{copies}")
+        if len(rows) > _SHOWN_ROWS:
+            _say(f"  ... and {len(rows) - _SHOWN_ROWS} more in the receipt")
+        for name, group in (("retained rows", check.retained), ("calibration rows", check.calibration)):
+            if group is not None:
+                _say(
+                    f"  {name:<16}mean {group.before.mean:.3f} -> {group.after.mean:.3f}, "
+                    f"95 % {group.before.percentile_95:.3f} -> {group.after.percentile_95:.3f}, "
+                    f"worst rise {group.rise.worst:.3f} ({group.num_rows} rows)"
+                )
+    share = "" if cost.share_of_retraining is None else f", {cost.share_of_retraining:.2g} of a retraining"
+    _say(f"  cost            {cost.total:.0f} gradient equivalents{share}; {receipt.seconds:.1f} s")
+
+
+def _status(receipt: Receipt) -> int:
+    """The exit status of an erasure: 0 complete, 3 incomplete or harmful, 4 not judged."""
+    from llmeraser_jax.unlearning import Verdict
+
+    if receipt.complete:
+        return 0
+    not_judged = receipt.validity is not None and receipt.validity.verdict is Verdict.NOT_JUDGED
+    return 4 if not_judged else 3
 
 
 def main(arguments: list[str] | None = None) -> int:

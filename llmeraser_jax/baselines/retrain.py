@@ -63,7 +63,7 @@ def retrain(
         RunError: the data or model is not the run's, or what a retraining needs is not known.
         ValueError: invalid seeds, requests that do not fit the data, or dropout.
     """
-    config = _config_of(run, config)
+    config = retraining_config(run, config)
     own = None if "seed" in run.unstated else run.train_config.seed
     chosen = choose_seeds(seeds, own=own, of=str(run.path))
     lora_config = run.lora_config
@@ -101,7 +101,12 @@ def retrain(
     return tuple(retrained)
 
 
-def _config_of(run: Run, config: TrainConfig | None) -> TrainConfig:
+def retraining_config(run: Run, config: TrainConfig | None = None) -> TrainConfig:
+    """What a run is retrained with: its own configuration, or the one given, which has to agree with it.
+
+    Raises:
+        RunError: what a retraining needs is not known, or does not agree.
+    """
     if config is None:
         needed = [name for name in run.unstated if name != "seed"]
         if needed:

@@ -4,7 +4,7 @@ from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.cost import CostMeter
 from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.erase import EraseResult, erase, make_problem
-from llmeraser_jax.unlearning.job import erase_run
+from llmeraser_jax.unlearning.job import IncompleteError, erase_run
 from llmeraser_jax.unlearning.path import log_odds_weights
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from llmeraser_jax.unlearning.receipt import Receipt
@@ -17,6 +17,7 @@ __all__ = [
     "EditProblem",
     "EraseConfig",
     "EraseResult",
+    "IncompleteError",
     "Receipt",
     "RowOutcome",
     "StepRecord",

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -235,21 +234,22 @@ def check_finite(losses: np.ndarray, problem: EditProblem, rows: np.ndarray, kin
     Raises:
         ValueError: names the first.
     """
-    _refuse_not_finite(losses, [row_name(problem, int(row)) for row in rows], kind)
+    _refuse_not_finite(losses, problem.examples, rows, kind)
 
 
-def row_name(problem: EditProblem, row: int) -> str:
-    """What a message calls a row: its id where examples have one; a replacement has its original's."""
-    ids = getattr(problem.examples, "ids", None)
-    return repr(ids[row]) if ids is not None else f"number {row}"
+def row_id(examples: ExampleSet, row: int) -> str:
+    """The id of a row, where examples have ids, else its number; a replacement has its original's."""
+    ids = getattr(examples, "ids", None)
+    return str(row) if ids is None else ids[row]
 
 
-def _refuse_not_finite(losses: np.ndarray, names: Sequence[str], kind: str) -> None:
+def _refuse_not_finite(losses: np.ndarray, examples: ExampleSet, rows: np.ndarray, kind: str) -> None:
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
         msg = (
-            f"The loss of {kind} row {names[bad[0]]} is {losses[bad[0]]} under the adapter as trained"
-            f"{f' (and of {len(bad) - 1} more)' if len(bad) > 1 else ''}; look for a nan in base, adapter or data."
+            f"The loss of {kind} row {row_id(examples, int(rows[bad[0]]))!r}{more} is {losses[bad[0]]} under the "
+            "adapter as trained; look for a nan in base, adapter or data."
         )
         raise ValueError(msg)
 
@@ -304,9 +304,7 @@ def _references(
         chosen = np.sort(rng.choice(len(calibration), size=size, replace=False))
         evaluator.cost.spend(on, FORWARD * len(chosen))
         values = evaluator.row_values(params, calibration, chosen)
-        ids = getattr(calibration, "ids", None)
-        names = [repr(ids[i]) if ids is not None else f"number {i}" for i in chosen]
-        _refuse_not_finite(values.losses, names, "calibration")
+        _refuse_not_finite(values.losses, calibration, chosen, "calibration")
         unknown = _Reference.of(values.losses, values.log_odds)
     if config.target_loss is not None:
         centre = float(log_odds(config.target_loss)) if unknown.none else unknown.centre

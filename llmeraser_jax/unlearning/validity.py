@@ -36,7 +36,7 @@ from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import Weighted
-from llmeraser_jax.unlearning.targets import Role, RowTargets, check_finite, loss_of, row_name
+from llmeraser_jax.unlearning.targets import Role, RowTargets, check_finite, loss_of, row_id
 
 ROWS_PER_LAGGARD = 20  # of so many forget rows one may stay behind; none of fewer
 _ARRIVED_SPREADS = 3.0
@@ -54,6 +54,7 @@ _LEAST_HARM = 0.05  # nats
 _HARMED_SHARE = 0.05  # of retained rows that may lose more than a standard deviation
 _UNSEEN_HARM_SHARE = 0.25  # of the standard deviation: what calibration rows may lose on average
 _STAYS_FACTOR = 2.5  # copies and shared tokens of edits may lose so many times what retained rows may
+_COPY_COSINE = 0.5  # of gradients, from which a retained row is named as saying the same
 _PROBE_SIZE = 128
 
 
@@ -288,7 +289,7 @@ class Validity:
             all_of_it = math.isnan(whole[k])
             rows.append(
                 RowOutcome(
-                    id=row_name(problem, named).strip("'"),
+                    id=row_id(problem.examples, named),
                     part="replacement" if role is Role.WANTED else "as trained" if edited else "removed",
                     before=float(before[k]),
                     target=float(loss_of(targets.ends[k])) if has_target else None,
@@ -297,9 +298,9 @@ class Validity:
                     whole_before=float(before[k] if all_of_it else self._whole_before[k]),
                     whole_after=float(after[k] if all_of_it else whole[k]),
                     copies=tuple(
-                        row_name(problem, copy.retained).strip("'")
+                        row_id(problem.examples, copy.retained)
                         for copy in targets.copies
-                        if copy.named == owner and role is Role.GOES
+                        if copy.named == owner and role is Role.GOES and copy.cosine >= _COPY_COSINE
                     ),
                 )
             )
