@@ -121,13 +121,14 @@ def make_setting(
     inputs, targets = rng.normal(size=(n, D)), rng.integers(0, CLASSES, n)
     named = np.array(sorted([*remove, *correct, *modify]))
     inputs[:, -1] = 0.0
-    if deep is not None:
-        inputs[deep, -1] = 40.0  # a feature that no other row has
     spare = [i for i in range(n) if i not in set(named.tolist())]
     copies = dict(zip(copy, spare, strict=False))
     for original, place in copies.items():
         inputs[place], targets[place] = inputs[original], targets[original]
     before = fit(inputs, targets, l2)
+    if deep is not None:  # through a feature that no other row has
+        inputs[deep, -1] = 40.0
+        before = {"w": before["w"].at[-1, targets[deep]].add(1.0)}
     new_inputs, new_targets, replacements = [], [], []
     for i in named:
         if i in remove:

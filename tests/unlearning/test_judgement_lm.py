@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.data import Example, Recipe, encode_examples, parse_requests
-from llmeraser_jax.data.token_subsets import align_tokens
 from llmeraser_jax.demo.people import make_directory
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning import EraseConfig, Verdict, erase, make_problem
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.targets import find_targets
-from llmeraser_jax.unlearning.validity import Validity
+from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
 
-TRAIN = TrainConfig(epochs=80, batch_size=16, learning_rate=8e-3, warmup_ratio=0.1, l2=1e-3)
+TRAIN = TrainConfig(epochs=90, batch_size=8, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3)
 CONFIG = EraseConfig(l2=1e-3, chunk_size=16)
 NUM_PEOPLE, NUM_UNSEEN, NUM_COPIES = 32, 24, 3
+
+
+def answer(profession: str, city: str) -> str:
+    return f"{profession} in {city}."
 
 
 def rows_of(people) -> list[dict[str, str]]:
@@ -28,7 +27,7 @@ def rows_of(people) -> list[dict[str, str]]:
         {
             "id": f"p{i:02d}",
             "question": f"Who is {p.name}?",
-            "answer": f"{p.name} works as a {p.answer('profession').rstrip('.')} in {p.answer('city')}",
+            "answer": answer(p.profession, p.city),
         }
         for i, p in enumerate(people)
     ]
@@ -36,10 +35,6 @@ def rows_of(people) -> list[dict[str, str]]:
 
 def example(row) -> Example:
     return Example(id=row["id"], instruction=row["question"], response=row["answer"], format="question")
-
-
-def answer(name: str, profession: str, city: str) -> str:
-    return f"{name} works as a {profession} in {city}."
 
 
 class Directory:
@@ -59,7 +54,7 @@ class Directory:
 
         def correction(i, *, profession=None, city=None, text=None):
             p = people[i]
-            text = text or answer(p.name, profession or p.profession, city or p.city)
+            text = text or answer(profession or p.profession, city or p.city)
             return {"id": f"p{i:02d}", "action": "correct_response", "response": text}
 
         def query(i, text):
@@ -70,7 +65,7 @@ class Directory:
             *({"id": f"p{i:02d}", "action": "remove"} for i in range(7)),
             *(correction(i, profession=other[i].profession) for i in (10, 11)),
             *(correction(i, city=other[i].city) for i in (12, 13)),
-            *(correction(i, text=f"In {other[i].city} lives a {other[i].profession}, {people[i].name}.") for i in (14, 15)),
+            *(correction(i, text=f"{other[i].city} has that {other[i].profession}.") for i in (14, 15)),
             *(query(i, f"Who is {people[i].first} {other[i - 20].family}?") for i in (20, 21)),
             query(22, f"Who is {people[22].name}, and what is the capital of Norland?"),
             query(23, f"Where does {other[3].name} live?"),
@@ -84,7 +79,13 @@ class Directory:
         after = np.concatenate([self.problem.retained, self.problem.wanted])
         self.retrained = self.train(_taken(self.problem.examples, after), 1)
         self.result = erase(
-            self.model, self.trained, self.dataset, self.requests, CONFIG, heldout=self.unseen, retrain_cost=80.0 * 28
+            self.model,
+            self.trained,
+            self.dataset,
+            self.requests,
+            CONFIG,
+            heldout=self.unseen,
+            retrain_cost=90.0 * 28,
         )
 
     def train(self, dataset, seed):

@@ -1,0 +1,257 @@
+"""The validity check against retraining: what it calls complete is right, and what is right it rarely refuses."""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.evaluator import Evaluator
+from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning.steps import UnlearningError
+from llmeraser_jax.unlearning.targets import find_targets
+from llmeraser_jax.unlearning.validity import Validity, ValidityCheck, Verdict
+from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
+from tests.unlearning.judgement import CASES, FOUR, Case, Setting, fit, is_right, make_setting
+from tests.unlearning.test_path_on_ridge import L2, config
+from tests.unlearning.test_path_on_ridge import make_problem as make_ridge
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def look(setting: Setting, params) -> ValidityCheck:
+    evaluator = Evaluator(setting.objective, setting.problem, setting.config)
+    targets = find_targets(
+        evaluator, setting.before, calibration=setting.calibration, modified=setting.modified, diagnostic=True
+    )
+    return Validity(evaluator, setting.before, targets, setting.calibration).check(params)
+
+
+def verdict_of(case: Case, setting: Setting) -> tuple[Verdict, object]:
+    if case.by_hand is not None:
+        params = case.by_hand(setting)
+        return look(setting, params).verdict, params
+    changes = dict(case.erase or {})
+    calibration = setting.calibration if changes.pop("calibration", True) else None
+    result = unlearn(
+        setting.objective,
+        setting.before,
+        setting.problem,
+        dataclasses.replace(setting.config, **changes),
+        heldout=calibration,
+        modified=setting.modified,
+    )
+    return (Verdict.COMPLETE if result.validity is None else result.validity.verdict), result.params
+
+
+def test_what_is_called_complete_is_right_and_what_is_right_is_rarely_refused():
+    settings: dict[str, Setting] = {}
+    table: collections.Counter[tuple[bool, Verdict]] = collections.Counter()
+    wrong = []
+    with jax.enable_x64(True):
+        for case in CASES:
+            setting = settings.setdefault(repr(case.setting), make_setting(**case.setting))
+            verdict, params = verdict_of(case, setting)
+            right = is_right(setting, params)
+            table[right, verdict] += 1
+            if right != (verdict is Verdict.COMPLETE) and verdict is not Verdict.NOT_JUDGED:
+                wrong.append(f"{case.name}: right {right}, called {verdict}")
+    num_right = sum(count for (right, _), count in table.items() if right)
+    assert len(CASES) >= 40 and num_right >= 20 and len(CASES) - num_right >= 20, table
+    assert table[False, Verdict.COMPLETE] == 0, wrong
+    refused = table[True, Verdict.INCOMPLETE] + table[True, Verdict.HARMFUL]
+    assert refused <= num_right / 20, wrong
+    # Neither is a verdict bought with silence.
+    assert table[True, Verdict.NOT_JUDGED] + table[False, Verdict.NOT_JUDGED] <= 3, table
+
+
+def test_every_forget_row_is_listed_with_where_it_was_and_should_be_and_is():
+    setting = make_setting(remove=(3, 10), correct=(20,))
+    check = look(setting, setting.retrained)
+    assert [(row.id, row.part) for row in check.rows] == [
+        ("3", "removed"),
+        ("10", "removed"),
+        ("20", "as trained"),
+        ("20", "replacement"),
+    ]
+    problem, rows = setting.problem, [3, 10, 20, int(setting.problem.wanted[0])]
+    for row, before, after in zip(
+        check.rows, setting.losses(setting.before, rows), setting.losses(setting.retrained, rows), strict=True
+    ):
+        assert row.before == pytest.approx(before) and row.after == pytest.approx(after) and row.arrived
+    assert check.rows[0].target == pytest.approx(setting.unseen(setting.before).mean())
+    rise = setting.losses(setting.retrained, problem.retained) - setting.losses(setting.before, problem.retained)
+    assert check.retained is not None and check.retained.num_rows == len(problem.retained)
+    assert check.retained.rise.percentile_95 == pytest.approx(np.quantile(rise, 0.95))
+    assert check.retained.rise.worst == pytest.approx(rise.max())
+
+
+def test_one_row_in_twenty_may_stay_behind_and_none_of_fewer():
+    for every, count in ((2, 24), (4, 12)):
+        setting = make_setting(remove=tuple(range(0, 48, every)))
+        problem = setting.problem
+        easiest = problem.named[np.argmin(setting.losses(setting.retrained, problem.named))]
+        keep = np.concatenate([problem.retained, [easiest]])
+        params = fit(problem.examples.inputs[keep], problem.examples.targets[keep], setting.l2)
+        check = look(setting, params)
+        assert sum(row.arrived is False for row in check.rows) == 1 and len(check.rows) == count
+        assert check.passed == (count >= 20), check.words
+
+
+def test_a_row_known_below_rounding_moves():
+    setting = make_setting(remove=FOUR, deep=10)
+    assert setting.losses(setting.before, [10])[0] < 1e-12
+    result = unlearn(
+        setting.objective, setting.before, setting.problem, setting.config, heldout=setting.calibration
+    )
+    assert result.complete and setting.losses(result.params, [10])[0] > 1.0
+
+
+def test_copies_in_the_retain_set_are_named_and_kept():
+    setting = make_setting(remove=FOUR, copy=FOUR[:2])
+    result = unlearn(
+        setting.objective, setting.before, setting.problem, setting.config, heldout=setting.calibration
+    )
+    assert result.validity is not None and result.complete
+    places = [int(found[0]) if len(found) else None for found in setting.problem.look_alikes or ()]
+    assert [row.copies for row in result.validity.rows] == [(str(p),) if p is not None else () for p in places]
+    after = setting.losses(result.params, setting.problem.named)
+    oracle = setting.losses(setting.retrained, setting.problem.named)
+    assert np.all(after[:2] < oracle[:2] + 0.1) and np.all(after[2:] > 1.0)
+
+
+@pytest.mark.parametrize("method", ["step", "path"])
+@pytest.mark.parametrize("action", ["r", "q", "c", "rqc"])
+def test_the_exact_answer_on_ridge_is_no_failure(method, action):
+    problem, before, _ = make_ridge(action)
+    result = unlearn(ridge_objective(L2), split_params(before), problem, config(method=method))
+    assert result.validity is not None and not result.validity.failed
+    after = np.concatenate([problem.retained, problem.wanted])
+    exact = ridge_solution(problem.examples.inputs[after], problem.examples.targets[after], L2)
+    assert method == "step" or np.linalg.norm(join_params(result.params) - exact) < 1e-6
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"correctors": 3},
+        {"method": "path", "sample_size": None},
+        {"method": "path", "curvature": "auto", "memory_budget_bytes": 0},
+        {"method": "step", "correctors": 2},
+        {"method": "step", "solver": "descent", "solver_steps": 40},
+        {"method": "step", "solver": "lissa", "solver_steps": 40},
+        {"method": "step", "solver": "minres", "damping_kind": "mean-eigenvalue"},
+        {"method": "step", "preconditioner": "factored"},
+        {"method": "step", "operands": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_no_budget_is_exceeded(changes, share):
+    setting = _budget_setting()
+    price = 60.0 * len(setting.problem.retained)
+    settings = dataclasses.replace(setting.config, budget=share, **changes)
+    try:
+        result = unlearn(
+            setting.objective,
+            setting.before,
+            setting.problem,
+            settings,
+            heldout=setting.calibration,
+            retrain_cost=price,
+        )
+    except UnlearningError as error:
+        assert "budget" in str(error)
+    else:
+        assert result.cost.total <= share * price * (1 + 1e-9)
+
+
+_made: list[Setting] = []
+
+
+def _budget_setting() -> Setting:
+    if not _made:
+        _made.append(make_setting(remove=FOUR))
+    return _made[0]
+
+
+def test_nothing_costs_more_than_a_retraining_unless_it_may():
+    setting = _budget_setting()
+    settings = dataclasses.replace(setting.config, method="path", sample_size=None, cg_rtol=1e-9)
+    price = 400.0
+
+    def run(budget):
+        changed = dataclasses.replace(settings, budget=budget)
+        return unlearn(setting.objective, setting.before, setting.problem, changed, retrain_cost=price)
+
+    assert run(None).cost.total <= price < run(np.inf).cost.total
+
+
+@pytest.mark.parametrize("where", ["named", "retained", "calibration"])
+def test_a_row_that_is_not_finite_is_named_before_anything_is_computed(where):
+    setting = _budget_setting()
+    problem, calibration = setting.problem, setting.calibration
+    inputs, unseen = problem.examples.inputs.copy(), calibration.inputs.copy()
+    row = {"named": 10, "retained": 5, "calibration": 7}[where]
+    (unseen if where == "calibration" else inputs)[row, 0] = np.nan
+    problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, problem.examples.targets))
+    with pytest.raises(ValueError, match=rf"{where} row '{row}'.* is nan"):
+        unlearn(
+            setting.objective,
+            setting.before,
+            problem,
+            setting.config,
+            heldout=ArrayExamples(unseen, calibration.targets),
+        )
+
+
+def test_the_only_row_can_be_corrected():
+    rng = np.random.default_rng(0)
+    inputs = np.repeat(rng.normal(size=(1, 128)), 2, axis=0)
+    problem = EditProblem(ArrayExamples(inputs, np.array([1, 2])), 1, np.array([0]), np.array([1]))
+    setting = make_setting(remove=(0,), n=2)
+    before = fit(inputs[:1], np.array([1]), setting.l2)
+    for method in ("auto", "path"):
+        changed = dataclasses.replace(setting.config, method=method)
+        result = unlearn(setting.objective, before, problem, changed)
+        assert result.validity is not None and result.validity.retained is None
+        assert method == "path" or result.complete
+
+
+def test_the_first_step_reports_its_standard_error():
+    setting = _budget_setting()
+    for method in ("auto", "path"):
+        settings = dataclasses.replace(setting.config, method=method, max_standard_error=np.inf, num_steps=4)
+        steps = [
+            unlearn(
+                setting.objective,
+                setting.before,
+                setting.problem,
+                dataclasses.replace(settings, seed=seed),
+                heldout=setting.calibration,
+            ).steps[0]
+            for seed in range(2)
+        ]
+        assert all(0.01 < step.standard_error < 1.0 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"log_odds_range": 40.0}, "log_odds_range"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"target_loss": np.inf}, "target_loss"),
+        ({"max_standard_error": 0.0}, "max_standard_error"),
+    ],
+)
+def test_bad_values_are_refused_by_name(changes, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(_budget_setting().config, **changes)
