@@ -449,7 +449,7 @@ _DESCRIPTION = (
 def console() -> None:
     """The console script."""
     status = main()
-    if status and jax.distributed.is_initialized():
+    if status in (1, 130) and jax.distributed.is_initialized():
         # An orderly exit would wait for the others, and they may be waiting for this process's share of a sum.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -65,7 +65,6 @@ def main(arguments: Main) -> int:
         f"  solver               {solver['status']} ({solver['iterations']} iterations, "
         f"relative residual {solver['relative_residual']:.2g})\n"
         f"  change / adapter     {receipt['delta_norm']:.3g} / {receipt['adapter_norm_before']:.3g}\n"
-        f"  range check          {receipt['range_check']['verdict']}\n"
         f"  gradient equivalents {cost['total']:.0f} (diagnostics {cost['diagnostics']:.0f}), "
         f"{receipt['seconds']:.1f} s\n"
         f"Run directory: {arguments.workdir}\n"

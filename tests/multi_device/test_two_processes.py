@@ -161,7 +161,8 @@ def said(every: list[list[str]]) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         for arguments in every:
-            assert llmeraser(arguments) == 0, arguments
+            # The rows of this random model do not arrive, which erase says by its exit status.
+            assert llmeraser(arguments) in ((3, 4) if arguments[0] == "erase" else (0,)), arguments
     return text.getvalue()
 
 

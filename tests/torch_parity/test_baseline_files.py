@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llmeraser_jax.unlearning.range_check import LossChange
 
 from llmeraser_jax import data, runs
 from llmeraser_jax.evaluation.scoring import score_examples
@@ -167,7 +166,6 @@ def test_receipts_have_the_same_fields_and_the_same_numbers(ours, theirs):
     one, other = receipt_of(ours), receipt_of(theirs)
     assert one.keys() == other.keys()
     assert one["steps"][0].keys() == other["steps"][0].keys()
-    assert one["range_check"].keys() == other["range_check"].keys()
     same = (
         "format",
         "counts",
@@ -187,10 +185,7 @@ def test_receipts_have_the_same_fields_and_the_same_numbers(ours, theirs):
     for name in near:
         assert other[name] == pytest.approx(one[name], rel=1e-4), name
     assert other["bf16_survival"] == pytest.approx(one["bf16_survival"], abs=0.01)
-    for group in ("forget", "wanted", "probe"):
-        for name, value in one["range_check"][group].items():
-            assert other["range_check"][group][name] == pytest.approx(value, rel=1e-4), (group, name)
-    assert other["range_check"]["passed"] == one["range_check"]["passed"]
+    assert other["validity"] is None and other["outcome"].startswith("not judged")
     assert other["steps"][0]["iterations"] == pytest.approx(one["steps"][0]["iterations"], abs=1)
     assert other["steps"][0]["status"] == one["steps"][0]["status"]
     assert other["gradient_equivalents"]["rhs"] == one["gradient_equivalents"]["rhs"] == 5
@@ -244,18 +239,6 @@ def test_dropout_acts_in_the_published_mode_alone_and_can_be_turned_off(work, tm
     loud = rhs_norm(tmp_path / "on")
     assert abs(loud / quiet - 1) > 1e-3
     assert rhs_norm(tmp_path / "again") == pytest.approx(loud, rel=1e-6), "the seed is of every sample drawn"
-
-
-def test_rows_that_are_known_better_than_before_are_not_forgotten():
-    from experiments.torch_baseline.receipt import _judge
-
-    def change(before, after):
-        return LossChange(before=before, after=after, predicted=after)
-
-    for wanted in (None, change(1.0, 1.1)):
-        passed, verdict = _judge(change(1.0, 0.2), wanted, change(0.5, 0.5))
-        assert not passed and "nothing was forgotten" in verdict
-    assert _judge(change(0.2, 1.0), None, change(0.5, 0.5))[0]
 
 
 def test_failures_are_one_clear_error_and_leave_nothing(work, tmp_path, capsys):

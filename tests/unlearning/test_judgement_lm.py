@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.data import Example, Recipe, encode_examples, parse_requests
-from llmeraser_jax.demo.people import make_directory
+from llmeraser_jax.demo.people import CITIES, PROFESSIONS, make_directory
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig, finetune
@@ -20,6 +20,10 @@ NUM_PEOPLE, NUM_UNSEEN, NUM_COPIES = 32, 24, 3
 
 def answer(profession: str, city: str) -> str:
     return f"{profession} in {city}."
+
+
+def following(values: tuple[str, ...], value: str) -> str:
+    return values[(values.index(value) + 1) % len(values)]
 
 
 def rows_of(people) -> list[dict[str, str]]:
@@ -63,9 +67,9 @@ class Directory:
         other = people[NUM_PEOPLE:]
         lines = [
             *({"id": f"p{i:02d}", "action": "remove"} for i in range(7)),
-            *(correction(i, profession=other[i].profession) for i in (10, 11)),
-            *(correction(i, city=other[i].city) for i in (12, 13)),
-            *(correction(i, text=f"{other[i].city} has that {other[i].profession}.") for i in (14, 15)),
+            *(correction(i, profession=following(PROFESSIONS, people[i].profession)) for i in (10, 11)),
+            *(correction(i, city=following(CITIES, people[i].city)) for i in (12, 13)),
+            *(correction(i, text=f"In {following(CITIES, people[i].city)}, a judge.") for i in (14, 15)),
             *(query(i, f"Who is {people[i].first} {other[i - 20].family}?") for i in (20, 21)),
             query(22, f"Who is {people[22].name}, and what is the capital of Norland?"),
             query(23, f"Where does {other[3].name} live?"),
