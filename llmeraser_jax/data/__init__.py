@@ -2,7 +2,6 @@
 
 from llmeraser_jax.data.encoding import (
     BucketShape,
-    EncodedExample,
     TokenDataset,
     choose_buckets,
     encode_examples,
@@ -21,6 +20,7 @@ from llmeraser_jax.data.requests import (
 )
 from llmeraser_jax.data.similarity import token_similarities
 from llmeraser_jax.data.templates import Recipe
+from llmeraser_jax.data.tokens import EncodedExample
 
 __all__ = [
     "Action",

@@ -135,7 +135,7 @@ def score_examples(
 def _response_masks(dataset: TokenDataset, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Which loss positions [examples, width] hold the response, with its end token and without it."""
     encoded = [dataset.encoded[i] for i in indices]
-    starts = np.array([e.response_start - e.loss_start for e in encoded])
+    starts = np.array([np.searchsorted(e.targets, e.response_start) for e in encoded])
     lengths = np.array([len(e.response) for e in encoded])
     place = np.arange(width)
     after_prompt = place >= starts[:, None]
