@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -84,14 +85,13 @@ class ChatRenderer:
         out = self._apply(example, turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(out["input_ids"]), list(out["assistant_masks"])
 
-    def turn_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
-        """Where in `text` the assistant's turns before the last lie, from their first character to their end's.
-
-        An end may lie inside a token that the next turn begins with; such a token is not the turn's.
+    def turn_spans(self, example: Example, rendered: RenderedConversation) -> list[tuple[int, int]]:
+        """Where in the rendering the assistant's turns lie, from their first character to their end's.
 
         Raises:
             ValueError: a turn that cannot be told from the renderings; both are shown.
         """
+        text = rendered.text
         turns = (*conversation_of(example), ("assistant", example.response))
         spans = []
         for k, (role, _) in enumerate(turns[:-1]):
@@ -108,11 +108,12 @@ class ChatRenderer:
                 closing = self._after_content(example, turns[: k + 1], k)
                 if not text.endswith(after):
                     raise ValueError(_both(example, f"turn {k} is rendered in two ways", so_far, text))
-                end = len(text) - len(after) + _common_prefix(after, closing)
-            if end <= start:
-                raise ValueError(_both(example, f"turn {k} is not found in the whole", so_far, text))
+                ending = self._shared_tokens(after, closing)
+                end = len(text) - len(after) + len(ending)
+                if end <= start or (closing.strip() and not ending.strip()):
+                    raise ValueError(_both(example, f"turn {k} ends otherwise than a last turn", so_far, text))
             spans.append((start, end))
-        return spans
+        return [*spans, (_common_prefix(rendered.prompt, text), len(text))]
 
     def _after_content(self, example: Example, turns: Turns, k: int) -> str:
         """What the template writes after turn `k`'s content."""
@@ -121,6 +122,13 @@ class ChatRenderer:
         )
         shared = _common_prefix(one[::-1], other[::-1])
         return one[len(one) - shared :]
+
+    def _shared_tokens(self, one: str, other: str) -> str:
+        """The text of the tokens that two texts begin with alike."""
+        encoded = self._tokenizer([one, other], add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(*encoded["input_ids"], encoded["offset_mapping"][0], strict=False)
+        alike = [end for a, b, (_, end) in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return one[: alike[-1]] if alike else ""
 
     def _template(self, example: Example) -> str:
         tools = json.loads(example.tools) if example.tools else None
@@ -171,8 +179,9 @@ def _both(example: Example, what: str, one: str, other: str) -> str:
     begin = max(_common_prefix(one, other) - _SHOWN_CHARACTERS // 2, 0)
     shown = [("..." if begin else "") + text[begin : begin + _SHOWN_CHARACTERS] for text in (one, other)]
     return (
-        f"Example {example.id!r}: by this chat template {what}, so where the response starts is not known: "
-        f"{shown[0]!r} against {shown[1]!r}. State a chat_template that renders both alike."
+        f"Example {example.id!r}: by this chat template {what}, so what is under the loss is not known: "
+        f"{shown[0]!r} against {shown[1]!r}. State a chat_template that renders both alike, or has generation "
+        "markers."
     )
 
 

@@ -151,12 +151,14 @@ def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer
                 msg = f"Example {example.id!r}: the chat template's generation markers enclose no token of it."
                 raise ValueError(msg)
             start = _last_run_start(mask)
+        elif by_turn:
+            mask = [False] * len(tokens)
+            for first, last in renderer.turn_spans(example, r):
+                inside = _tokens_inside(whole["offset_mapping"][k], first, last)
+                mask[inside.start : inside.stop] = [True] * len(inside)
+                start = inside.start
         else:
             mask = [recipe.loss_on == "all"] * start + [True] * (len(tokens) - start)
-            if by_turn:
-                for first, last in renderer.turn_spans(example, r.text):
-                    inside = _tokens_inside(whole["offset_mapping"][k], first, last)
-                    mask[inside.start : inside.stop] = [True] * len(inside)
         if recipe.add_eos and not r.ends_turn and tokens[-1] != tokenizer.eos_token_id:
             tokens, mask = [*tokens, tokenizer.eos_token_id], [*mask, True]
         if recipe.add_bos and tokens[:1] != [tokenizer.bos_token_id]:

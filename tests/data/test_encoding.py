@@ -190,9 +190,7 @@ def test_a_prompt_cut_to_nothing_else_keeps_bos(word_tokenizer):
 )
 def test_what_may_not_be_cut_is_refused_by_name(word_tokenizer, max_length, side, message):
     with pytest.raises(ValueError, match=message):
-        encode_one(
-            word_tokenizer, "red", "yes no", max_length=max_length, truncation_side=side, truncate="prompt"
-        )
+        encode_one(word_tokenizer, "red", "yes no", max_length=max_length, truncation_side=side, truncate="prompt")
 
 
 def test_a_response_that_nothing_predicts_is_refused(word_tokenizer):

@@ -111,7 +111,10 @@ GOOD = {"prompt": "a", "response": "b"}
         ([{"id": None, **GOOD}], r"row 0 \(line 1\): id must be a string or an integer, got NoneType"),
         ([{"id": True, **GOOD}], r"id must be a string or an integer, got bool"),
         ([{"id": " ", **GOOD}], r"id is empty"),
-        ([GOOD, {"prompt": "a"}], r"row 1 \(line 2\): missing column 'response or completion' \(columns found: prompt\)"),
+        (
+            [GOOD, {"prompt": "a"}],
+            r"row 1 \(line 2\): missing column 'response or completion' \(columns found: prompt\)",
+        ),
         ([{"body": "a"}], r"row 0 \(line 1\): no known column format \(columns found: body\)"),
         ([{**GOOD, "question": "q", "answer": "a"}], r"columns of several formats \(question, prompt\)"),
         ([GOOD, {"question": "q", "answer": "a"}], r"row 1 .*format 'question', .* before have 'prompt'"),
