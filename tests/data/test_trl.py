@@ -26,7 +26,7 @@ def test_tokens_and_loss_are_what_trl_trained_on(case):
 
 def test_the_golden_rows_are_cut_and_dropped_in_every_way():
     kept = {case["name"]: len(case["trained"]) for case in GOLDEN if case["name"].startswith("cut")}
-    assert 0 < kept["cut on the right at 30"] < len(CONVERSATIONS) == kept["cut on the left at 30"]
+    assert 0 < kept["cut on the right at 36"] < len(CONVERSATIONS) == kept["cut on the left at 36"]
 
 
 @pytest.mark.torch

@@ -127,7 +127,7 @@ def _chat_cases():
 
 def _cut_cases():
     for side, mode in (("right", "keep_start"), ("left", "keep_end")):
-        for length in (30, 40, 60):
+        for length in (36, 44, 60):
             options = {"completion_only": True, "mode": mode, "max_length": length}
             recipe = {"truncation_side": side, "max_length": length}
             template = TEMPLATES["ends the sequence where no answer follows"]
