@@ -8,6 +8,7 @@ from llmeraser_jax.data.encoding import (
     epoch_batches,
 )
 from llmeraser_jax.data.examples import DataError, Example, content_hash, load_examples, save_examples
+from llmeraser_jax.data.preview import marked_text
 from llmeraser_jax.data.requests import (
     Action,
     Request,
@@ -40,6 +41,7 @@ __all__ = [
     "epoch_batches",
     "load_examples",
     "load_requests",
+    "marked_text",
     "parse_requests",
     "request_to_json",
     "save_examples",

@@ -135,9 +135,12 @@ def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer
     whole = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=by_turn)
     prompts = _tokenise(tokenizer, [r.prompt for r in rendered])
     rows = []
+    parted: list[tuple[str, str]] = []
     for k, (example, r, prompt) in enumerate(zip(examples, rendered, prompts, strict=True)):
         tokens = list(whole["input_ids"][k])
         start = _common_prefix_length(prompt, tokens)
+        if start < len(prompt):
+            parted.append((example.id, tokenizer.decode(prompt[start:])))
         if start == len(tokens):
             msg = (
                 f"Example {example.id!r}: the chat template writes nothing for the response: {r.text[-400:]!r} is "
@@ -164,6 +167,14 @@ def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer
         if recipe.add_bos and tokens[:1] != [tokenizer.bos_token_id]:
             tokens, mask, start = [tokenizer.bos_token_id, *tokens], [recipe.loss_on == "all", *mask], start + 1
         rows.append((tokens, mask, start))
+    if parted:
+        logger.warning(
+            "The prompts of %d of %d examples end otherwise than the whole conversation goes on, as that of %r with %r; "
+            "the conversation is what is trained on.",
+            len(parted),
+            len(examples),
+            *parted[0],
+        )
     return rows
 
 

@@ -38,9 +38,9 @@ import dataclasses
 import logging
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -65,11 +65,13 @@ REQUIRED_KEYS = (
     "l2",
     "dropout",
 )
+_KEYS_OF_A_CHAT_TEMPLATE = ("add_bos", "add_eos")  # it writes both itself
 _RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe))
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name != "checkpoint_every_steps")
 # Not knowing these hinders a retraining for comparison; the rest of what is left out has a customary value.
 _NEEDED_TO_RETRAIN = ("batch_size", "learning_rate", "seed")
 _BATCH_SIZE = 8
+_Parsed = TypeVar("_Parsed")
 _SAMPLE_SEED = 0
 
 
@@ -97,6 +99,20 @@ def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
         FileNotFoundError: there is no such file.
         ValueError: not TOML, a key missing or unknown, packing, weight decay, or an invalid value.
     """
+    return _load(path, parse_training_recipe)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """How examples become tokens, as far as a recipe file states it; no key is required.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not TOML, a key unknown, packing, weight decay, or an invalid value.
+    """
+    return _load(path, _parse_recipe)
+
+
+def _load(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     path = Path(path)
     try:
         stated = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +120,7 @@ def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
         msg = f"{path} is not a TOML file: {error}."
         raise ValueError(msg) from error
     try:
-        return parse_training_recipe(stated)
+        return parse(stated)
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
@@ -116,14 +132,9 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
     Raises:
         ValueError: a key missing or unknown, packing, weight decay, or an invalid value.
     """
-    refuse_weight_decay(stated)
-    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout"}
-    unknown = sorted(set(stated) - known)
-    if unknown:
-        msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
-        raise ValueError(msg)
-    recipe = Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
-    missing = [key for key in REQUIRED_KEYS if key not in stated]
+    recipe = _parse_recipe(stated)
+    optional = _KEYS_OF_A_CHAT_TEMPLATE if recipe.template == "chat" else ()
+    missing = [key for key in REQUIRED_KEYS if key not in stated and key not in optional]
     if missing:
         msg = f"the recipe does not state {', '.join(missing)}; state how the adapter was trained."
         raise ValueError(msg)
@@ -140,6 +151,16 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
         dropout=float(dropout),
         unstated=tuple(key for key in _NEEDED_TO_RETRAIN if key not in stated),
     )
+
+
+def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
+    refuse_weight_decay(stated)
+    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout"}
+    unknown = sorted(set(stated) - known)
+    if unknown:
+        msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
+        raise ValueError(msg)
+    return Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
 
 
 def adopt(
