@@ -159,7 +159,9 @@ class Finetune:
         _say(f"  final loss          {result['loss']:.4f}")
         _say(f"  gradient norm       {result['gradient_norm']:.3g} (of the objective, L2 term included)")
         if result["num_truncated"]:
-            _say(f"  prompts cut short   {result['num_truncated']}")
+            _say(f"  examples cut short  {result['num_truncated']}")
+        if result["num_dropped"]:
+            _say(f"  examples dropped    {result['num_dropped']} (no token under the loss was left)")
         _say(f"Run directory: {self.workdir}")
         return 0
 

@@ -110,6 +110,11 @@ class TokenDataset:
         """The examples' ids in order."""
         return tuple(e.id for e in self.encoded)
 
+    @functools.cached_property
+    def token_sha256(self) -> dict[str, str]:
+        """By id, the hash of each example's tokens and loss mask."""
+        return {e.id: e.sha256 for e in self.encoded}
+
     @property
     def num_truncated(self) -> int:
         """How many examples were cut."""

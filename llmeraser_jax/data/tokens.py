@@ -169,8 +169,8 @@ def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer
         rows.append((tokens, mask, start))
     if parted:
         logger.warning(
-            "The prompts of %d of %d examples end otherwise than the whole conversation goes on, as that of %r with %r; "
-            "the conversation is what is trained on.",
+            "The prompts of %d of %d examples end otherwise than the whole conversation goes on, as that of %r "
+            "with %r; the conversation is what is trained on.",
             len(parted),
             len(examples),
             *parted[0],
