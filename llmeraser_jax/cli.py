@@ -85,6 +85,9 @@ class Preview:
         from llmeraser_jax.data.preview import to_json
         from llmeraser_jax.training.adopt import load_recipe
 
+        if self.rows is not None and self.rows < 1:
+            msg = f"rows is {self.rows}; it must be at least 1."
+            raise ValueError(msg)
         recipe = Recipe() if self.recipe is None else load_recipe(self.recipe)
         tokenizer = _load_tokenizer(self.model)
         dataset = encode_examples(load_examples(self.data), recipe, tokenizer)
@@ -160,7 +163,7 @@ class Finetune:
         _say(f"  gradient norm       {result['gradient_norm']:.3g} (of the objective, L2 term included)")
         if result["num_truncated"]:
             _say(f"  examples cut short  {result['num_truncated']}")
-        if result["num_dropped"]:
+        if result.get("num_dropped"):
             _say(f"  examples dropped    {result['num_dropped']} (no token under the loss was left)")
         _say(f"Run directory: {self.workdir}")
         return 0

@@ -18,6 +18,7 @@ from llmeraser_jax import data, runs
 from llmeraser_jax.data import templates
 from llmeraser_jax.training.adopt import adopt
 from llmeraser_jax.training.job import finetune_run
+from llmeraser_jax.unlearning.erase import make_problem
 from tests.test_runs import write
 from tests.training import tiny
 from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401
@@ -104,6 +105,18 @@ def test_a_row_that_was_dropped_in_training_has_no_hash_and_stays_dropped(tmp_pa
     dropped = [k for k, digest in enumerate(run.token_sha256) if digest is None]
     assert dropped == [0, 3, 6, 9]  # those with an input
     assert run.encode(run.load_examples(), model.tokenizer).dropped_ids == ("r0", "r3", "r6", "r9")
+
+
+def test_a_dropped_row_cannot_be_erased_and_an_edit_may_not_drop_its_row(model, data_path):
+    recipe = dataclasses.replace(tiny.RECIPE, max_length=5, truncation_side="right")
+    examples = data.load_examples(data_path)
+    dataset = data.encode_examples(examples, recipe, model.tokenizer)
+    requests = data.parse_requests([{"id": "r3", "action": "remove"}], examples)
+    with pytest.raises(ValueError, match="Example 'r3' was dropped: within max_length = 5"):
+        make_problem(model, dataset, requests)
+    longer = {"id": "r1", "action": "modify_query", "query": "colour of s1 now"}
+    with pytest.raises(ValueError, match="The changed example 'r1' has no token under the loss within max_length"):
+        make_problem(model, dataset, data.parse_requests([longer], examples))
 
 
 def test_a_dated_template_is_told_the_day_of_training_again(tmp_path, model, messages_path, monkeypatch):

@@ -21,7 +21,7 @@ from llmeraser_jax.data.requests import (
 )
 from llmeraser_jax.data.similarity import token_similarities
 from llmeraser_jax.data.templates import Recipe
-from llmeraser_jax.data.tokens import EncodedExample
+from llmeraser_jax.data.tokens import EncodedExample, turn_ends
 
 __all__ = [
     "Action",
@@ -46,4 +46,5 @@ __all__ = [
     "request_to_json",
     "save_examples",
     "token_similarities",
+    "turn_ends",
 ]

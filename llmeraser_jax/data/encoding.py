@@ -340,8 +340,8 @@ def encode_examples(
     if formats:
         recipe = recipe.resolve(formats[0], tokenizer)
     rows = encode_rows(examples, recipe, tokenizer)
-    encoded, dropped = rows.kept, frozenset(rows.dropped_ids)
-    if rows.truncated_ids or dropped:
+    encoded = rows.kept
+    if rows.truncated_ids or rows.dropped_ids:
         logger.warning(
             "%d of %d examples were cut on the %s to fit max_length = %d (truncate = %r), and %d dropped: no token "
             "under the loss was left of them.",
@@ -350,7 +350,7 @@ def encode_examples(
             recipe.truncation_side,
             recipe.max_length,
             recipe.truncate,
-            len(dropped),
+            len(rows.dropped_ids),
         )
     if examples and not encoded:
         msg = (
@@ -367,7 +367,7 @@ def encode_examples(
         encoded,
         recipe,
         buckets=_extend_buckets(encoded, buckets) if buckets else choose_buckets(encoded, max_buckets),
-        examples=[example for example in examples if example.id not in dropped] if dropped else examples,
+        examples=[examples[index] for index in rows.kept_indices],
         normalizer=normalizer,
         truncated_ids=rows.truncated_ids,
         dropped_ids=rows.dropped_ids,

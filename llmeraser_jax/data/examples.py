@@ -355,7 +355,7 @@ def _text_of_parts(parts: Sequence[Any], what: str) -> Iterator[str]:
 
 
 def _read_json_column(row: Mapping[str, Any], column: str, label: str) -> str:
-    """A column that holds JSON, as values or as text, in one way of writing; nothing where it is empty."""
+    """A column that holds JSON, as values or as text, in one way of writing; an empty list is not nothing."""
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         try:
@@ -363,7 +363,7 @@ def _read_json_column(row: Mapping[str, Any], column: str, label: str) -> str:
         except json.JSONDecodeError as error:
             msg = f"{label}: column {column!r} is not JSON: {error.msg}."
             raise DataError(msg) from error
-    if _is_empty(value):
+    if value is None or (_is_empty(value) and not _is_list(value)):
         return ""
     problem = None
     if column == "chat_template_kwargs":

@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,26 @@ class EncodedRows:
 
     Attributes:
         kept: in order, those with a token under the loss.
+        kept_indices: which of the examples they are.
         truncated_ids: of the kept ones that were cut.
         dropped_ids: those that cutting left without a token under the loss.
     """
 
     kept: tuple[EncodedExample, ...]
+    kept_indices: tuple[int, ...]
     truncated_ids: tuple[str, ...]
     dropped_ids: tuple[str, ...]
+
+
+def turn_ends(encoded: Iterable[EncodedExample], tokenizer: Any) -> frozenset[int]:
+    """Ids of the control tokens that end the examples' responses, white space after them aside."""
+    added = set(tokenizer.get_added_vocab().values())
+    ends = set()
+    for example in encoded:
+        last = next((int(t) for t in example.response[::-1] if tokenizer.decode([int(t)]).strip()), None)
+        if last in added:
+            ends.add(last)
+    return frozenset(ends)
 
 
 def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> EncodedRows:
@@ -95,21 +108,22 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
             does not fit where nothing may be cut; the message names it.
     """
     if not examples:
-        return EncodedRows((), (), ())
+        return EncodedRows((), (), (), ())
     if recipe.template == "chat":
         rows = _encode_conversations(examples, recipe, tokenizer)
     else:
         rows = _encode_texts(examples, recipe, tokenizer)
-    kept, truncated, dropped = [], [], []
-    for example, row in zip(examples, rows, strict=True):
+    kept, indices, truncated, dropped = [], [], [], []
+    for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         tokens, mask, start = _fit(example, row, recipe, tokenizer.bos_token_id)
         if not any(mask[1:]):
             dropped.append(example.id)
             continue
         if len(tokens) < len(row[0]):
             truncated.append(example.id)
+        indices.append(index)
         kept.append(EncodedExample(example.id, np.array(tokens, np.int32), max(start, 1), np.array(mask, bool)))
-    return EncodedRows(tuple(kept), tuple(truncated), tuple(dropped))
+    return EncodedRows(tuple(kept), tuple(indices), tuple(truncated), tuple(dropped))
 
 
 # Tokens, mask, and where the response starts.

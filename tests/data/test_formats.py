@@ -43,7 +43,9 @@ CHAT = Example(id="0", messages=(("user", "Who?"),), response="Ona.", format="me
             },
             CHAT,
         ),
-        ({"messages": [USER, ASSISTANT], "tools": [], "system": None, "history": []}, CHAT),
+        ({"messages": [USER, ASSISTANT], "tools": None, "system": None, "history": []}, CHAT),
+        # Some templates tell an empty list from none.
+        ({"messages": [USER, ASSISTANT], "tools": []}, dataclasses.replace(CHAT, tools="[]")),
         ({"messages": [USER, ASSISTANT], "tools": TOOLS}, dataclasses.replace(CHAT, tools=json.dumps(TOOLS))),
         (
             {"messages": [USER, ASSISTANT], "tools": json.dumps(TOOLS, indent=1)},

@@ -42,6 +42,22 @@ def prompt_of(recipe, tokenizer):
             "Write a response that appropriately completes the request.\n\n"
             "### Instruction:\nDo {it}.\n\n### Response:\n",
         ),
+        (
+            "tallrec",
+            WITH_INPUT,
+            "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. "
+            "Write a response that appropriately completes the request.  # noqa: E501\n\n"
+            "### Instruction:\nDo {it}.\n\n### Input:\n{x}\n\n### Response:\n",
+        ),
+        (
+            "tallrec",
+            WITHOUT_INPUT,
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.  # noqa: E501\n\n"
+            "### Instruction:\nDo {it}.\n\n### Response:\n",
+        ),
+        ("none", WITHOUT_INPUT, "Do {it}."),
         ("{{I}} {instruction}/{input}>", WITH_INPUT, "{I} Do {it}./{x}>"),
         ("<{instruction}>", WITHOUT_INPUT, "<Do {it}.>"),
         ("chat", WITH_INPUT, "<s> user : Do {it}.\n\n{x} bot :"),

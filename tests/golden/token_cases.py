@@ -64,6 +64,9 @@ TEMPLATES = {
 }
 
 
+_NO_TOOLS = "{%- if tools is not none %}{{- 'Tools: ' + tools | tojson }}{%- endif %}" + _CHATML
+
+
 def _messages(*contents, system=None):
     """Turns of user and assistant, one after the other."""
     turns = [{"role": ("user", "assistant")[k % 2], "content": content} for k, content in enumerate(contents)]
@@ -120,6 +123,8 @@ def _chat_cases():
                 continue
             extra = {"tools": [_TOOL]} if "tools" in name else {}
             yield f"{kind}: {name}", {"chat_template": template}, list(_rows(shape, extra)), options, recipe
+    rows = list(_rows("messages", {"tools": []}))
+    yield "no tools to show", {"chat_template": _NO_TOOLS}, rows, {}, {"loss_on": "all"}
     thinking = {"chat_template": TEMPLATES["thinks in the last turn"]}
     rows = list(_rows("pair", {"chat_template_kwargs": {"enable_thinking": False}}))
     yield "thinking off, by row", thinking, rows, {"completion_only": True}, {}
