@@ -70,6 +70,7 @@ def test_a_run_records_a_hash_of_the_tokens_and_mask_of_every_row(finished_run, 
     row = dataset.encoded[3]
     mask = np.arange(len(row.tokens)) >= row.response_start
     expected = hashlib.sha256(row.tokens.astype("<i4").tobytes() + np.packbits(mask).tobytes()).hexdigest()
+    assert finished_run.token_sha256 is not None
     assert finished_run.token_sha256[3] == row.sha256 == expected
     assert finished_run.token_sha256 == tuple(e.sha256 for e in dataset.encoded)
 
@@ -102,6 +103,7 @@ def test_a_row_that_was_dropped_in_training_has_no_hash_and_stays_dropped(tmp_pa
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
     run = write(tmp_path / "run", model, examples, recipe=dataset.recipe, dataset=dataset)
+    assert run.token_sha256 is not None
     dropped = [k for k, digest in enumerate(run.token_sha256) if digest is None]
     assert dropped == [0, 3, 6, 9]  # those with an input
     assert run.encode(run.load_examples(), model.tokenizer).dropped_ids == ("r0", "r3", "r6", "r9")

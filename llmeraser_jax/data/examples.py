@@ -336,10 +336,10 @@ def _read_message(message: Any, where: str) -> tuple[str, str]:
         msg = f"{where}: key {', '.join(map(repr, extra))} is not supported; a message has role and content."
         raise DataError(msg)
     role, content = message.get(role_key), message.get(content_key)
-    if _is_list(content):
+    if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_text_of_parts(content, f"{where}: {content_key!r}"))
-    _check_text(role, f"{where}: {role_key!r}")
-    _check_text(content, f"{where}: {content_key!r}")
+    role = _check_text(role, f"{where}: {role_key!r}")
+    content = _check_text(content, f"{where}: {content_key!r}")
     return (_ROLES.get(role, role) if sharegpt else role), content
 
 
@@ -350,8 +350,7 @@ def _text_of_parts(parts: Sequence[Any], what: str) -> Iterator[str]:
         if kind != "text":
             msg = f"{what} has a part of type {kind!r}; only parts of type 'text' are supported."
             raise DataError(msg)
-        _check_text(part.get("text"), f"{what}: 'text'")
-        yield part["text"]
+        yield _check_text(part.get("text"), f"{what}: 'text'")
 
 
 def _read_json_column(row: Mapping[str, Any], column: str, label: str) -> str:
@@ -400,7 +399,7 @@ def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
     return str(id_)
 
 
-def _check_text(value: Any, what: str) -> None:
+def _check_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         msg = f"{what} must be a string, got {type(value).__name__}: {str(value)[:_MAX_SHOWN]!r}."
         raise DataError(msg)
@@ -409,6 +408,7 @@ def _check_text(value: Any, what: str) -> None:
     except UnicodeEncodeError as error:
         msg = f"{what} holds half of a surrogate pair at character {error.start}; it is not valid Unicode."
         raise DataError(msg) from error
+    return value
 
 
 def _check_response(response: str, what: str) -> None:

@@ -130,8 +130,10 @@ class Recipe:
             msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(known)}."
             raise ValueError(msg)
         _check_fields(mapping)
-        # TOML has dates of its own.
-        return cls(**{k: v.isoformat() if isinstance(v, datetime.date) else v for k, v in mapping.items()})
+        values: dict[str, Any] = dict(mapping)
+        if isinstance(values.get("date"), datetime.date):  # TOML has dates of its own
+            values["date"] = values["date"].isoformat()
+        return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
         """The inverse of `from_mapping`; what is None or empty is left out, since TOML has no null."""

@@ -5,7 +5,15 @@ import json
 
 import pytest
 
-from llmeraser_jax.data import DataError, Example, content_hash, encode_examples, load_examples, save_examples
+from llmeraser_jax.data import (
+    DataError,
+    Example,
+    content_hash,
+    encode_examples,
+    load_examples,
+    marked_text,
+    save_examples,
+)
 from llmeraser_jax.data.templates import Recipe
 from tests.data.chat_tokenizers import byte_tokenizer
 from tests.golden.token_cases import TEMPLATES
@@ -164,7 +172,7 @@ def test_tools_and_arguments_reach_the_template_and_the_content_hash():
     (plain, told) = load_examples(
         [{"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT], "tools": json.dumps(TOOLS)}]
     )
-    text = tokenizer.decode(encode_examples([told], Recipe(), tokenizer).encoded[0].tokens)
+    text = marked_text(encode_examples([told], Recipe(), tokenizer).encoded[0], tokenizer)
     assert text.startswith("<|im_start|>system\n" + json.dumps(TOOLS[0]))
     assert content_hash(plain) == content_hash(CHAT) != content_hash(told)
     with pytest.raises(ValueError, match="Example '1' has tools, which template 'plain' leaves out"):

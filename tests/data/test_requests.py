@@ -219,6 +219,7 @@ def test_one_turn_of_a_conversation_is_changed_and_the_request_written_back(turn
     line = {"id": "c", "action": action, "turn": turn, **changes}
     (request,) = parse_requests([line], (*EXAMPLES, CHAT))
     edited = edited_example(CHAT, request)
+    assert edited is not None
     assert [*(content for _, content in edited.messages), edited.response] == turns
     assert [role for role, _ in edited.messages] == [role for role, _ in CHAT.messages]
     assert json.loads(request_to_json(request)) == line
@@ -244,7 +245,7 @@ def test_a_turn_that_is_not_there_or_another_role_s_is_refused(fields, message):
 def test_a_text_row_can_be_removed_or_corrected_and_has_no_query():
     rows = tuple(Example(id=str(k), response=f"Text {k}.", format="text") for k in range(2))
     (request,) = parse_requests([{"id": "0", "action": "correct_response", "response": "New."}], rows)
-    assert edited_example(rows[0], request).response == "New."
+    assert apply_requests(rows, [request])[0].response == "New."
     assert apply_requests(rows, parse_requests([{"id": "0", "action": "remove"}], rows)) == rows[1:]
     with pytest.raises(RequestError, match="an example of format 'text' has no query"):
         parse_requests([{"id": "0", "action": "modify_query", "query": "x"}], rows)

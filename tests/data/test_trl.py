@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_every_template_that_trl_ships_gives_trls_tokens(conversation):
     refused = []
     for name, template in trl_templates().items():
         tokenizer = byte_tokenizer(template)
+        options: dict[str, Any]
         for loss_on, rows, options in (
             ("all", messages, {}),
             ("response", pair, {"completion_only": True}),

@@ -1,6 +1,8 @@
 """Rows, templates and recipes whose tokens TRL's trainer decides; minimal templates, each with a family's habit."""
 
 import types
+from collections.abc import Iterator
+from typing import Any
 
 from tests.data.chat_tokenizers import byte_tokenizer
 
@@ -140,27 +142,27 @@ def _cut_cases():
             yield f"cut on the {side} at {length}", {"chat_template": template}, rows, options, recipe
 
 
-def cases():
+def cases() -> Iterator[tuple[str, dict[str, Any], list, dict[str, Any], dict[str, Any]]]:
     """Yields name, tokenizer arguments, rows, trainer options and recipe."""
     for name, tokenizer, rows, options, recipe in (*_chat_cases(), *_text_cases(), *_cut_cases()):
         yield name, tokenizer, rows, options, {"max_length": _NO_LIMIT, **recipe}
 
 
 def trained_by_trl(
-    rows,
-    tokenizer,
+    rows: list,
+    tokenizer: Any,
     *,
-    completion_only=False,
-    assistant_only=False,
-    chat_template=None,
-    max_length=None,
-    mode="keep_start",
-):
+    completion_only: bool = False,
+    assistant_only: bool = False,
+    chat_template: str | None = None,
+    max_length: int | None = None,
+    mode: str = "keep_start",
+) -> list:
     """What TRL's SFTTrainer trains on: token ids and 1 for each label, of the rows that it keeps."""
     import datasets
     from trl.trainer.sft_trainer import SFTTrainer
 
-    options = types.SimpleNamespace(
+    options: Any = types.SimpleNamespace(
         dataset_num_proc=None,
         dataset_text_field="text",
         assistant_only_loss=assistant_only,
@@ -168,11 +170,11 @@ def trained_by_trl(
         truncation_mode=mode,
         shuffle_dataset=False,
     )
-    trainer = types.SimpleNamespace(
+    trainer: Any = types.SimpleNamespace(
         _tokenizer=tokenizer, chat_template=chat_template, completion_only_loss=completion_only
     )
     dataset = datasets.Dataset.from_list(rows)
-    prepared = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, False, None, "train")
+    prepared: Any = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, False, None, "train")
     return [[list(row["input_ids"]), [int(label != -100) for label in row["labels"]]] for row in prepared]
 
 
