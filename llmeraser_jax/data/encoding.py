@@ -341,16 +341,22 @@ def encode_examples(
         recipe = recipe.resolve(formats[0], tokenizer)
     rows = encode_rows(examples, recipe, tokenizer)
     encoded = rows.kept
-    if rows.truncated_ids or rows.dropped_ids:
+    if rows.truncated_ids:
         logger.warning(
-            "%d of %d examples were cut on the %s to fit max_length = %d (truncate = %r), and %d dropped: no token "
-            "under the loss was left of them.",
+            "%d of %d examples were cut on the %s to fit max_length = %d (truncate = %r).",
             len(rows.truncated_ids),
             len(examples),
             recipe.truncation_side,
             recipe.max_length,
             recipe.truncate,
+        )
+    if rows.dropped_ids:
+        logger.warning(
+            "%d of %d examples were dropped: within max_length = %d no token under the loss is left of them, as of %r.",
             len(rows.dropped_ids),
+            len(examples),
+            recipe.max_length,
+            rows.dropped_ids[0],
         )
     if examples and not encoded:
         msg = (

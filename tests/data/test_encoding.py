@@ -162,7 +162,7 @@ def test_a_row_without_a_token_under_the_loss_is_dropped_and_named(word_tokenize
     dataset = encode_examples(examples, recipe, word_tokenizer)
     assert (dataset.ids, dataset.dropped_ids) == (("short",), ("long",))
     assert [e.id for e in dataset.examples] == ["short"]
-    assert "and 1 dropped: no token under the loss was left" in caplog.text
+    assert "1 of 2 examples were dropped: within max_length = 4 no token under the loss is left" in caplog.text
     with pytest.raises(ValueError, match="Example 'long' was dropped: within max_length = 4"):
         dataset.indices_of(["long"])
     with pytest.raises(ValueError, match="all 1 examples were dropped"):
