@@ -352,7 +352,7 @@ def encode_examples(
         )
     if rows.dropped_ids:
         logger.warning(
-            "%d of %d examples were dropped: within max_length = %d no token under the loss is left of them, as of %r.",
+            "%d of %d examples were dropped: within max_length = %d no token under the loss is left, as of %r.",
             len(rows.dropped_ids),
             len(examples),
             recipe.max_length,
