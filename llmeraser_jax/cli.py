@@ -7,9 +7,11 @@ wiring and words; the work is in the functions that each command calls.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,6 +60,58 @@ class Devices:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Show what would be trained: each example as the model sees it, with the part under the loss in ⟦ ⟧.
+
+    Needs the tokenizer's files only. Compare it with what your trainer shows before you adopt or fine-tune.
+
+    Attributes:
+        model: where the tokenizer is: a base model, an adapter that has one beside it, or a hub id.
+        data: training examples, as for finetune.
+        recipe: TOML file with any of the keys of adopt's recipe; what it leaves out is as for finetune.
+        rows: how many examples to show, from the first; default: 10, and all with --json.
+        json: one line per example: id, tokens, loss_mask.
+    """
+
+    model: str
+    data: Path
+    recipe: Path | None = None
+    rows: int | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        from llmeraser_jax.data import encode_examples, load_examples, marked_text
+        from llmeraser_jax.data.preview import to_json
+        from llmeraser_jax.training.adopt import load_recipe
+
+        if self.rows is not None and self.rows < 1:
+            msg = f"rows is {self.rows}; it must be at least 1."
+            raise ValueError(msg)
+        recipe = Recipe() if self.recipe is None else load_recipe(self.recipe)
+        tokenizer = _load_tokenizer(self.model)
+        dataset = encode_examples(load_examples(self.data), recipe, tokenizer)
+        shown = dataset.encoded[: (None if self.json else 10) if self.rows is None else self.rows]
+        if self.json:
+            for encoded in shown:
+                _say(to_json(encoded))
+            return 0
+        recipe, under_loss = dataset.recipe, int(dataset.num_targets.sum())
+        _say(
+            f"{len(dataset)} examples, template {recipe.template!r}, loss on {recipe.loss_on!r}: {under_loss} "
+            f"tokens under the loss, {under_loss / len(dataset):.1f} an example. "
+            f"{dataset.num_truncated} cut, {len(dataset.dropped_ids)} dropped."
+        )
+        if recipe.date is not None:
+            _say(f"The chat template writes a date: {recipe.date}.")
+        for encoded in shown:
+            _say(f"\n--- {encoded.id}: {len(encoded.tokens)} tokens, {encoded.num_targets} under the loss")
+            _say(marked_text(encoded, tokenizer))
+        if len(shown) < len(dataset):
+            _say(f"\n... and {len(dataset) - len(shown)} more (--rows).")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetune:
     """Fine-tune a LoRA adapter and record all that erasing from it needs.
 
@@ -66,8 +120,9 @@ class Finetune:
 
     Attributes:
         model: base model: a directory in Hugging Face layout, or a hub id.
-        data: training examples: JSON, JSON lines, parquet or a datasets directory; columns
-            instruction/input/output, question/answer, prompt/response, or messages; optional id.
+        data: training examples: JSON, JSON lines, CSV, parquet or a datasets directory; columns
+            instruction/input/output, question/answer, prompt/response or prompt/completion, text, messages or
+            conversations; optional id.
         workdir: the run directory to make, or to go on in.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
         devices: what to compute on.
@@ -106,7 +161,9 @@ class Finetune:
         _say(f"  final loss          {result['loss']:.4f}")
         _say(f"  gradient norm       {result['gradient_norm']:.3g} (of the objective, L2 term included)")
         if result["num_truncated"]:
-            _say(f"  prompts cut short   {result['num_truncated']}")
+            _say(f"  examples cut short  {result['num_truncated']}")
+        if result.get("num_dropped"):
+            _say(f"  examples dropped    {result['num_dropped']} (no token under the loss was left)")
         _say(f"Run directory: {self.workdir}")
         return 0
 
@@ -343,7 +400,8 @@ class Demo:
 
 
 Command = (
-    Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    Annotated[Preview, tyro.conf.subcommand("preview")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Adopt, tyro.conf.subcommand("adopt")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
@@ -351,6 +409,18 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
+
+
+def _load_tokenizer(model: str):
+    """The tokenizer of a directory or a hub id, without the weights."""
+    from llmeraser_jax.models import load_tokenizer
+
+    directory = Path(model)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"]))
+    return load_tokenizer(directory)
 
 
 def _load_run(path: Path):
@@ -427,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     _log.setLevel(logging.INFO)
-    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION)
+    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_json_tables())
     try:
         return command.run()
     except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
@@ -438,6 +508,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("llmeraser: interrupted; the same command goes on where it was, if it can be resumed\n")
         return 130
+
+
+def _json_tables() -> tyro.constructors.ConstructorRegistry:
+    """Flags that are tables are given as JSON."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if type_info.type_origin is not Mapping:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda given: json.loads(given[0]),
+            is_instance=lambda value: isinstance(value, Mapping),
+            str_from_instance=lambda value: [json.dumps(dict(value))],
+        )
+
+    return registry
 
 
 _DESCRIPTION = (

@@ -3,9 +3,11 @@
 A run directory holds
 
     run.json            what was done: model and its fingerprint, recipe, configurations, versions, training
-                        examples by id and content hash, final losses, the parent run, the receipts since
+                        examples by id with the hashes of content and tokens, final losses, the parent run, the
+                        receipts since
     adapter/            the adapter, in PEFT's format
     initial_adapter/    what training started from, in PEFT's format; absent where it is not known
+    tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
     train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
 
@@ -31,7 +33,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
-from llmeraser_jax.models import Model, load_model
+from llmeraser_jax.models import Model, load_model, load_tokenizer
 from llmeraser_jax.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -41,8 +43,18 @@ KINDS = ("finetune", "adopt", "erase", "retrain")
 RUN_FILE = "run.json"
 ADAPTER_DIRECTORY = "adapter"
 INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
+TOKENIZER_DIRECTORY = "tokenizer"
 EXAMPLES_FILE = "train.jsonl"
 _MAX_LISTED = 10
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "additional_chat_templates",
+)
 _MODEL_FILES = ("config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab.*", "merges.txt")
 
 
@@ -68,6 +80,8 @@ class Run:
         data_path: the training examples; inside the directory where it holds them.
         data_ids: their ids, in order.
         data_sha256: their content hashes, in the same order.
+        token_sha256: hashes of their tokens and loss masks, in the same order, None for an example that cutting
+            left without a token under the loss; or None altogether, where they were not recorded.
         knows_initial_adapter: whether `initial_adapter/` is there.
         result: final losses, gradient norms and cost.
         parent: path and `run.json` hash of the run that this one was derived from, or None.
@@ -93,6 +107,7 @@ class Run:
     parent: Mapping[str, str] | None
     receipts: tuple[Mapping[str, Any], ...]
     versions: Mapping[str, str | None]
+    token_sha256: tuple[str | None, ...] | None = None
 
     def load_examples(self, data_path: str | os.PathLike[str] | None = None) -> tuple[Example, ...]:
         """The examples that the adapter was trained on, in the order of training's indices.
@@ -171,10 +186,53 @@ class Run:
 
         Args:
             examples: any, such as the edited or the held-out ones.
-            tokenizer: the model's.
+            tokenizer: the model's; passed over where the run has one of its own.
             buckets: shapes to share with another data set.
+
+        Raises:
+            RunError: an example that was trained on does not become the tokens that it was.
         """
-        return data.encode_examples(examples, self.recipe, tokenizer, buckets=buckets, normalizer=self.normalizer)
+        if self.tokenizer is not None:
+            tokenizer = self.tokenizer
+        dataset = data.encode_examples(
+            examples, self.recipe, tokenizer, buckets=buckets, normalizer=self.normalizer
+        )
+        self._verify_tokens(examples, dataset)
+        return dataset
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer; None where it is the base model's."""
+        directory = self.path / TOKENIZER_DIRECTORY
+        return load_tokenizer(directory) if directory.is_dir() else None
+
+    def _verify_tokens(self, examples: Sequence[Example], dataset: TokenDataset) -> None:
+        """Refuses trained examples whose tokens or loss masks are not those of the training."""
+        then = dict(zip(self.data_ids, zip(self.data_sha256, self._token_hashes, strict=True), strict=True))
+        known = [e for e in examples if e.id in then and then[e.id][0] == data.content_hash(e)]
+        if self.token_sha256 is None:
+            if known:
+                _log.warning(
+                    "%s records no token hashes: it is not checked that the examples become the tokens that it was "
+                    "trained on.",
+                    self.path,
+                )
+            return
+        now = dataset.token_sha256
+        differing = [e.id for e in known if now.get(e.id) != then[e.id][1]]
+        if differing:
+            version, version_now = (v.get("transformers") for v in (self.versions, library_versions()))
+            msg = (
+                f"{len(differing)} of {len(known)} examples do not become the tokens that {self.path} was trained "
+                f"on: {_listed(differing)}. Tokenizer, chat template or date is another, or transformers is "
+                f"({version} then, {version_now} now). Give the run what it was trained with; `llmeraser preview` "
+                "shows the tokens."
+            )
+            raise RunError(msg)
+
+    @property
+    def _token_hashes(self) -> Sequence[str | None]:
+        return (None,) * len(self.data_ids) if self.token_sha256 is None else self.token_sha256
 
     def load_model(self, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
         """The base model, after comparing its files with those that were used.
@@ -187,7 +245,8 @@ class Run:
             RunError: the files have changed.
         """
         self._verify_fingerprint(self.model_path)
-        return load_model(self.model_path, dtype=dtype or self.model_dtype, mesh=mesh)
+        model = load_model(self.model_path, dtype=dtype or self.model_dtype, mesh=mesh)
+        return model if self.tokenizer is None else dataclasses.replace(model, tokenizer=self.tokenizer)
 
     def verify_model(self, model: Model) -> None:
         """Refuses a loaded base model that is not the one that was used.
@@ -198,6 +257,11 @@ class Run:
         self._verify_fingerprint(model.path)
         if base_dtype(model) != self.model_dtype:
             msg = f"The base model is in {base_dtype(model)}; {self.path} was trained in {self.model_dtype}."
+            raise RunError(msg)
+        if self.tokenizer is not None and _tokenizer_source(model) is None:
+            msg = (
+                f"{self.path} has a tokenizer of its own, and the model given has the base's; use run.load_model()."
+            )
             raise RunError(msg)
 
     def _verify_fingerprint(self, model_path: str) -> None:
@@ -291,6 +355,7 @@ def write_run(
     unstated: Sequence[str] = (),
     parent: Mapping[str, str] | None = None,
     receipts: Sequence[Mapping[str, Any]] = (),
+    dataset: TokenDataset | None = None,
 ) -> Run:
     """Writes everything of a run directory but `metrics.jsonl`.
 
@@ -311,6 +376,7 @@ def write_run(
         unstated: fields of `train_config` that are not known.
         parent: `Run.reference` of the run that this one was derived from.
         receipts: of all erasures since the training, earliest first.
+        dataset: `examples`, encoded; None encodes them here, for the hashes of their tokens.
 
     Returns:
         The run as `load_run` reads it back.
@@ -329,7 +395,13 @@ def write_run(
     if (path / RUN_FILE).exists():
         msg = f"{path} is a finished run; name another directory."
         raise FileExistsError(msg)
+    if dataset is None:
+        dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
     path.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
+    source = _tokenizer_source(model)
+    if source is not None:
+        _copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
     for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
         shutil.rmtree(path / name, ignore_errors=True)
         if adapter is not None:
@@ -359,6 +431,7 @@ def write_run(
             "path": EXAMPLES_FILE if data_path is None else str(Path(data_path).resolve()),
             "ids": [example.id for example in examples],
             "sha256": [data.content_hash(example) for example in examples],
+            "token_sha256": [dataset.token_sha256.get(example.id) for example in examples],
         },
     }
     files.atomic_write_json(path / RUN_FILE, recorded)
@@ -389,7 +462,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {error}."
         raise RunError(msg) from error
-    if run.kind not in KINDS or len(run.data_ids) != len(run.data_sha256):
+    if run.kind not in KINDS or not len(run.data_ids) == len(run.data_sha256) == len(run._token_hashes):
         msg = f"{path / RUN_FILE} is damaged: kind {run.kind!r}, {len(run.data_ids)} ids."
         raise RunError(msg)
     expected = [ADAPTER_DIRECTORY] + [INITIAL_ADAPTER_DIRECTORY] * run.knows_initial_adapter
@@ -404,13 +477,14 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
     lora = dict(recorded["lora"])
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = tuple(lora["target_modules"])
+    token_sha256 = recorded["data"].get("token_sha256")
     return Run(
         path=path,
         kind=recorded["kind"],
         model_path=recorded["model"]["path"],
         model_dtype=recorded["model"]["dtype"],
         model_sha256=recorded["model"]["sha256"],
-        recipe=Recipe.from_mapping(recorded["recipe"]),
+        recipe=_read_recipe(recorded["recipe"]),
         normalizer=recorded["normalizer"],
         lora_config=LoraConfig(**lora),
         train_config=TrainConfig.from_mapping(recorded["train"]),
@@ -423,7 +497,17 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
         parent=recorded["parent"],
         receipts=tuple(recorded["receipts"]),
         versions=recorded["versions"],
+        token_sha256=None if token_sha256 is None else tuple(token_sha256),
     )
+
+
+def _read_recipe(recorded: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run; without the key `truncate` it is of a time when only prompts were cut."""
+    if "truncate" not in recorded:
+        recorded = {**recorded, "truncate": "prompt"}
+        if recorded["template"] == "chat":
+            recorded["tokenization"] = "joint"
+    return Recipe.from_mapping(recorded)
 
 
 def model_directory(path: str | os.PathLike[str]) -> Path:
@@ -475,6 +559,20 @@ def _file_sha256_at(path: str, mtime_ns: int, size: int) -> str:
     """The arguments besides `path` make the cache notice that a file was written to."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenizer_source(model: Model) -> Path | None:
+    """The directory that the model's tokenizer was read from, where that is not the base model's."""
+    name = getattr(model.tokenizer, "name_or_path", "")
+    if not name or not Path(name).is_dir() or Path(name).resolve() == model_directory(model.path).resolve():
+        return None
+    return Path(name)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir()
+    for part in sorted({part for pattern in _TOKENIZER_FILES for part in source.glob(pattern)}):
+        (shutil.copytree if part.is_dir() else shutil.copy2)(part, target / part.name)
 
 
 def _listed(ids: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from llmeraser_jax.models import Model, ModelConfig, init_base, save_model
 
 VOCAB_SIZE = 32000
 _SPECIAL = ("<s>", "</s>", "<pad>")
-RECIPE = Recipe(template="plain", max_length=512)
+RECIPE = Recipe(template="plain", add_bos=True, max_length=512)
 RESPONSE_WORDS = 4  # and the end of sequence: 5 tokens under the loss
 L2 = 1e-3
 MAX_BUCKETS = 2  # of length: every program holds each bucket's, so that a third is half as much compilation again

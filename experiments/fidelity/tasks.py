@@ -113,7 +113,7 @@ class ProfilesTask:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe()
+        return Recipe(add_bos=True)
 
     @property
     def lora(self) -> LoraConfig:
@@ -183,7 +183,7 @@ class TallrecTask:
     @property
     def recipe(self) -> Recipe:
         # Why there is no EOS: see TallrecConfig.recipe.
-        return Recipe(template="plain", add_eos=False, max_length=self.max_length, truncation_side="left")
+        return Recipe(template="plain", add_bos=True, add_eos=False, max_length=self.max_length, truncate="prompt")
 
     @property
     def lora(self) -> LoraConfig:

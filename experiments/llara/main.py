@@ -219,6 +219,7 @@ def recipe_of(preset: Preset) -> Recipe:
     return Recipe(
         template="{instruction}",
         response_prefix=" ",
+        add_bos=True,
         add_eos=False,
         max_length=preset.max_length,
         truncation_side="error",

@@ -34,7 +34,7 @@ from llmeraser_jax.types import BaseParams
 logger = logging.getLogger("pretrain_demo_base")
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-RECIPE = Recipe(template="qa")
+RECIPE = Recipe(template="qa", add_bos=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class FullTallrecConfig(full_size.FullSize, TallrecConfig):
     @property
     def recipe(self) -> Recipe:
         """TALLRec's own prompt, Alpaca's, with EOS."""
-        return Recipe(template="alpaca", max_length=self.max_length)
+        return Recipe(template="alpaca", truncate="prompt", max_length=self.max_length)
 
 
 def run(config: FullTallrecConfig) -> None:

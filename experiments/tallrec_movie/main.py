@@ -99,7 +99,7 @@ class TallrecConfig(study.StudyOptions):
         stories260K was never trained to end: it gives EOS 1e-11, which an adapter cannot raise above 1e-2, and
         that one token would be all of the loss.
         """
-        return Recipe(template="plain", add_eos=False, max_length=self.max_length, truncation_side="left")
+        return Recipe(template="plain", add_bos=True, add_eos=False, max_length=self.max_length, truncate="prompt")
 
     @property
     def lora(self) -> LoraConfig:

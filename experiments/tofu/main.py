@@ -118,7 +118,9 @@ class TofuConfig(study.StudyOptions):
     @property
     def recipe(self) -> Recipe:
         """Question and answer in lines; without EOS, which the small base was never trained to give."""
-        return Recipe(template="qa", add_eos=False, max_length=self.max_length, truncation_side="error")
+        return Recipe(
+            template="qa", add_bos=True, add_eos=False, max_length=self.max_length, truncation_side="error"
+        )
 
     @property
     def lora(self) -> LoraConfig:

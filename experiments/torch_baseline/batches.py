@@ -106,8 +106,8 @@ def _lay_out(
         length, count = len(example.tokens), example.num_targets
         tokens[row, :length] = example.tokens
         mask[row, :length] = 1
-        positions[row, :count] = np.arange(example.loss_start, length) - 1
-        targets[row, :count] = example.tokens[example.loss_start :]
+        positions[row, :count] = example.targets - 1
+        targets[row, :count] = example.tokens[example.targets]
         target_weights[row, :count] = 1.0 / (count if dataset.normalizer is None else dataset.normalizer)
     return Batch(
         tokens=torch.from_numpy(tokens),

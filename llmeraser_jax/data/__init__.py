@@ -2,13 +2,13 @@
 
 from llmeraser_jax.data.encoding import (
     BucketShape,
-    EncodedExample,
     TokenDataset,
     choose_buckets,
     encode_examples,
     epoch_batches,
 )
 from llmeraser_jax.data.examples import DataError, Example, content_hash, load_examples, save_examples
+from llmeraser_jax.data.preview import marked_text
 from llmeraser_jax.data.requests import (
     Action,
     Request,
@@ -22,6 +22,7 @@ from llmeraser_jax.data.requests import (
 from llmeraser_jax.data.similarity import find_look_alikes, token_similarities
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
+from llmeraser_jax.data.tokens import EncodedExample, turn_ends
 
 __all__ = [
     "Action",
@@ -44,8 +45,10 @@ __all__ = [
     "find_look_alikes",
     "load_examples",
     "load_requests",
+    "marked_text",
     "parse_requests",
     "request_to_json",
     "save_examples",
     "token_similarities",
+    "turn_ends",
 ]

@@ -1,4 +1,4 @@
-"""Tokens, loss masks and length buckets: from examples to the stacked micro-batches that JAX sees.
+"""Length buckets: from encoded examples to the stacked micro-batches that JAX sees.
 
 Sequences stay ragged on the host; `TokenDataset` lays any selection of them out in a few fixed shapes, so
 that jitted functions trace once per shape and short examples are not padded to the longest.
@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from llmeraser_jax.data.examples import Example
-from llmeraser_jax.data.templates import Recipe, make_prompt_renderer
+from llmeraser_jax.data.templates import Recipe
+from llmeraser_jax.data.tokens import EncodedExample, encode_rows
 from llmeraser_jax.types import ExampleStack, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -26,38 +27,6 @@ logger = logging.getLogger(__name__)
 _TIME_MULTIPLE = 16
 _RESPONSE_MULTIPLE = 4
 _BUCKET_SLACK = 1.05  # one bucket fewer is worth 5 % more padded tokens: each shape is compiled anew
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedExample:
-    """One tokenised example, not padded.
-
-    Attributes:
-        id: the example's.
-        tokens: BOS, prompt, response, EOS.
-        response_start: index of the response's first token.
-        loss_start: index of the first token that the loss predicts; at least 1.
-    """
-
-    id: str
-    tokens: Int32[np.ndarray, " time"]
-    response_start: int
-    loss_start: int
-
-    @property
-    def prompt(self) -> Int32[np.ndarray, " prompt"]:
-        """What the model is given when it generates."""
-        return self.tokens[: self.response_start]
-
-    @property
-    def response(self) -> Int32[np.ndarray, " response"]:
-        """The response's tokens, EOS included."""
-        return self.tokens[self.response_start :]
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens under the loss."""
-        return len(self.tokens) - self.loss_start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +61,8 @@ class TokenDataset:
         buckets: padded shapes; an index into them is what `bucket_of` returns.
         normalizer: with reduction "token", the mean number of loss tokens that every example's summed loss is
             divided by; None with reduction "example".
-        num_truncated: examples whose prompt was cut.
-        truncated_ids: their ids.
+        truncated_ids: examples that were cut, by id.
+        dropped_ids: examples that cutting left without a token under the loss; they are not in the set.
     """
 
     def __init__(
@@ -105,6 +74,7 @@ class TokenDataset:
         examples: Sequence[Example] = (),
         normalizer: float | None = None,
         truncated_ids: Sequence[str] = (),
+        dropped_ids: Sequence[str] = (),
     ):
         if examples and [e.id for e in examples] != [e.id for e in encoded]:
             msg = f"{len(examples)} examples and {len(encoded)} encoded ones; expected the same ids in one order."
@@ -121,12 +91,16 @@ class TokenDataset:
         self.buckets = tuple(buckets)
         self.normalizer = normalizer
         self.truncated_ids = tuple(truncated_ids)
+        self.dropped_ids = tuple(dropped_ids)
         self._lengths = np.array([len(e.tokens) for e in self.encoded], np.int64)
-        self._loss_starts = np.array([e.loss_start for e in self.encoded], np.int64)
+        targets = [e.targets for e in self.encoded]
+        self._target_counts = np.array([len(t) for t in targets], np.int64)
         self._bucket_of = _assign_buckets(self.encoded, self.buckets)
+        # Flat arrays, so that a micro-batch is a gather and not a loop over rows.
         self._offsets = np.cumsum(self._lengths) - self._lengths
-        # One flat array, so that a micro-batch is a gather and not a loop over rows.
         self._flat = np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in self.encoded)])
+        self._target_offsets = np.cumsum(self._target_counts) - self._target_counts
+        self._flat_targets = np.concatenate([np.zeros(0, np.int64), *targets])
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -136,15 +110,20 @@ class TokenDataset:
         """The examples' ids in order."""
         return tuple(e.id for e in self.encoded)
 
+    @functools.cached_property
+    def token_sha256(self) -> dict[str, str]:
+        """By id, the hash of each example's tokens and loss mask."""
+        return {e.id: e.sha256 for e in self.encoded}
+
     @property
     def num_truncated(self) -> int:
-        """How many prompts were cut."""
+        """How many examples were cut."""
         return len(self.truncated_ids)
 
     @property
     def num_targets(self) -> Int32[np.ndarray, " examples"]:
         """Loss tokens of each example."""
-        return (self._lengths - self._loss_starts).astype(np.int32)
+        return self._target_counts.astype(np.int32)
 
     @property
     def uniform_shape(self) -> BucketShape:
@@ -163,8 +142,16 @@ class TokenDataset:
 
         Raises:
             KeyError: ids that are not in the set.
+            ValueError: an id of a dropped example.
         """
         ids = list(ids)
+        dropped = [id_ for id_ in ids if id_ in self.dropped_ids]
+        if dropped:
+            msg = (
+                f"Example {dropped[0]!r} was dropped: within max_length = {self.recipe.max_length} it has no token "
+                "under the loss, so it was never trained on."
+            )
+            raise ValueError(msg)
         unknown = [id_ for id_ in ids if id_ not in self._index_of_id]
         if unknown:
             msg = f"{len(unknown)} id(s) are not in the data set, the first is {unknown[0]!r}."
@@ -284,15 +271,16 @@ class TokenDataset:
             targets = positions = np.zeros((num_rows, shape.response), np.int32)
             target_weights = np.zeros((num_rows, shape.response))
         else:
-            lengths, starts, offsets = self._lengths[rows], self._loss_starts[rows], self._offsets[rows]
+            lengths, offsets = self._lengths[rows], self._offsets[rows]
             time = np.arange(shape.time)
             mask = time < lengths[:, None]
             tokens = np.where(mask, self._flat[np.where(mask, offsets[:, None] + time, 0)], 0)
-            target_index = starts[:, None] + np.arange(shape.response)
-            real = target_index < lengths[:, None]
+            number = np.arange(shape.response)
+            real = number < self._target_counts[rows][:, None]
+            target_index = self._flat_targets[np.where(real, self._target_offsets[rows][:, None] + number, 0)]
             targets = np.where(real, self._flat[np.where(real, offsets[:, None] + target_index, 0)], 0)
             positions = np.where(real, target_index - 1, 0)
-            counts = (lengths - starts) if self.normalizer is None else np.full(len(rows), self.normalizer)
+            counts = self._target_counts[rows] if self.normalizer is None else np.full(len(rows), self.normalizer)
             target_weights = np.where(real, 1.0 / counts[:, None], 0.0)
         row_weights = np.zeros(num_rows)
         row_weights[: len(weights)] = weights
@@ -321,8 +309,8 @@ def encode_examples(
 ) -> TokenDataset:
     """Tokenises examples and chooses their length buckets.
 
-    Prompt and response are joined as `Recipe` says. Tokenised separately, the response is read as the text
-    after a line break, so that vocabularies which mark a word's beginning do not invent a space before it.
+    Tokens and loss are as `Recipe` says. An example that cutting leaves without a token under the loss is not in
+    the set; `dropped_ids` names it.
 
     Args:
         examples: may be empty when `recipe` is resolved (edited pairs of a request that only removes).
@@ -335,9 +323,13 @@ def encode_examples(
         max_buckets: shapes at most, when they are chosen here.
 
     Raises:
-        ValueError: an example whose response does not fit `max_length`, whose prompt has no token to predict
-            the response from, or that the template would lose part of; the message names it.
+        ValueError: there is no tokenizer, or an example that does not fit where nothing may be cut, whose prompt
+            has no token to predict the response from, or that the template would lose part of; the message names
+            it.
     """
+    if tokenizer is None:
+        msg = "there is no tokenizer: the base model's directory has no tokenizer files, such as tokenizer.json."
+        raise ValueError(msg)
     if not examples and not recipe.is_resolved:
         msg = "there are no examples to resolve the recipe by; pass a resolved recipe."
         raise ValueError(msg)
@@ -347,15 +339,31 @@ def encode_examples(
         raise ValueError(msg)
     if formats:
         recipe = recipe.resolve(formats[0], tokenizer)
-    encoded, truncated_ids = _encode(examples, recipe, tokenizer)
-    if truncated_ids:
+    rows = encode_rows(examples, recipe, tokenizer)
+    encoded = rows.kept
+    if rows.truncated_ids:
         logger.warning(
-            "The prompts of %d of %d examples were cut on the %s to fit max_length = %d.",
-            len(truncated_ids),
-            len(encoded),
+            "%d of %d examples were cut on the %s to fit max_length = %d (truncate = %r).",
+            len(rows.truncated_ids),
+            len(examples),
             recipe.truncation_side,
             recipe.max_length,
+            recipe.truncate,
         )
+    if rows.dropped_ids:
+        logger.warning(
+            "%d of %d examples were dropped: within max_length = %d no token under the loss is left, as of %r.",
+            len(rows.dropped_ids),
+            len(examples),
+            recipe.max_length,
+            rows.dropped_ids[0],
+        )
+    if examples and not encoded:
+        msg = (
+            f"all {len(examples)} examples were dropped: max_length = {recipe.max_length} leaves no token to train "
+            "on. Raise it."
+        )
+        raise ValueError(msg)
     if recipe.reduction == "token" and normalizer is None:
         if not encoded:
             msg = "reduction is 'token' and there are no examples; pass the training set's normalizer."
@@ -365,9 +373,10 @@ def encode_examples(
         encoded,
         recipe,
         buckets=_extend_buckets(encoded, buckets) if buckets else choose_buckets(encoded, max_buckets),
-        examples=examples,
+        examples=[examples[index] for index in rows.kept_indices],
         normalizer=normalizer,
-        truncated_ids=truncated_ids,
+        truncated_ids=rows.truncated_ids,
+        dropped_ids=rows.dropped_ids,
     )
 
 
@@ -442,104 +451,6 @@ def epoch_batches(
         indices = np.asarray(order[start : start + batch_size])
         weights = np.full(len(indices), 1.0 / len(indices))
         yield dataset.stack_uniform(indices, weights, chunk_size=chunk_size, num_chunks=num_chunks)
-
-
-def _encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> tuple[list[EncodedExample], list[str]]:
-    """Token sequences, and the ids whose prompt was cut."""
-    render = make_prompt_renderer(recipe, tokenizer)
-    prompts = [render(example) for example in examples]
-    responses = [f"{recipe.response_prefix}{example.response}" for example in examples]
-    tokenise = _tokenise_jointly if recipe.tokenization == "joint" else _tokenise_separately
-    encoded, truncated_ids = [], []
-    for example, prompt, response in zip(examples, *tokenise(tokenizer, prompts, responses), strict=True):
-        if not response:
-            msg = f"Example {example.id!r}: the tokenizer makes no token of the response {example.response!r}."
-            raise ValueError(msg)
-        if recipe.add_eos:
-            response = [*response, tokenizer.eos_token_id]
-        if recipe.add_bos and prompt[:1] != [tokenizer.bos_token_id]:
-            prompt = [tokenizer.bos_token_id, *prompt]
-        if not prompt:
-            msg = (
-                f"Example {example.id!r}: its prompt has no token to predict the response from; set add_bos = true."
-            )
-            raise ValueError(msg)
-        fitted = _fit_prompt(example, prompt, len(response), recipe, tokenizer.bos_token_id)
-        if len(fitted) < len(prompt):
-            truncated_ids.append(example.id)
-        encoded.append(
-            EncodedExample(
-                id=example.id,
-                tokens=np.array([*fitted, *response], np.int32),
-                response_start=len(fitted),
-                loss_start=len(fitted) if recipe.loss_on == "response" else 1,
-            )
-        )
-    return encoded, truncated_ids
-
-
-def _fit_prompt(
-    example: Example, prompt: list[int], response_length: int, recipe: Recipe, bos: int | None
-) -> list[int]:
-    """The prompt, cut so that it and the response fit; at least one token is kept to predict from."""
-    room = recipe.max_length - response_length
-    if len(prompt) <= room:
-        return prompt
-    if room < 1:
-        msg = (
-            f"Example {example.id!r}: its response takes {response_length} tokens, which with one of the "
-            f"prompt exceeds max_length = {recipe.max_length}. Responses are never cut; raise max_length."
-        )
-        raise ValueError(msg)
-    if recipe.truncation_side == "error":
-        msg = (
-            f"Example {example.id!r}: {len(prompt)} prompt and {response_length} response tokens exceed "
-            f"max_length = {recipe.max_length}, and truncation_side is 'error'. Raise max_length or name "
-            "a side."
-        )
-        raise ValueError(msg)
-    if recipe.truncation_side == "right":
-        return prompt[:room]
-    head = prompt[:1] if bos is not None and prompt[0] == bos else []
-    return head + prompt[len(prompt) - (room - len(head)) :]
-
-
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # Tokenizers fail on an empty list.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-def _tokenise_separately(
-    tokenizer: Any, prompts: list[str], responses: list[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Response tokens as they come after a line break, unless the break's own tokens merge with them."""
-    (line_break,) = _tokenise(tokenizer, ["\n"])
-    alone = _tokenise(tokenizer, responses)
-    after_break = _tokenise(tokenizer, [f"\n{response}" for response in responses])
-    cut = len(line_break)
-    chosen = [
-        b[cut:] if b[:cut] == line_break and len(b) > cut else a for a, b in zip(alone, after_break, strict=True)
-    ]
-    return _tokenise(tokenizer, prompts), chosen
-
-
-def _tokenise_jointly(
-    tokenizer: Any, prompts: list[str], responses: list[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """One text split where the first token reaches into the response."""
-    if not prompts:
-        return [], []
-    joined = tokenizer(
-        [prompt + response for prompt, response in zip(prompts, responses, strict=True)],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-    )
-    heads, tails = [], []
-    for prompt, ids, offsets in zip(prompts, joined["input_ids"], joined["offset_mapping"], strict=True):
-        split = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-        heads.append(ids[:split])
-        tails.append(ids[split:])
-    return heads, tails
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
 """Training examples as text: what one is, how files become examples, and how they are written back.
 
 Nothing here knows tokens. A loaded set is a tuple in file order with unique ids; every problem of a file is
-reported with its path and row before anything is computed.
+reported with its path and row before anything is computed. `sources` opens the files.
 """
 
 from __future__ import annotations
@@ -9,30 +9,42 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmeraser_jax import files
+from llmeraser_jax.data.sources import JSON_SUFFIXES, DataError, describe, read_rows
+from llmeraser_jax.data.template_arguments import problem_of_template_arguments
 
-# Format name -> (query columns, response column); a format is named after its first column.
-_FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
-    "instruction": (("instruction",), "output"),
-    "question": (("question",), "answer"),
-    "prompt": (("prompt",), "response"),
-    "messages": (("messages",), "messages"),
+_log = logging.getLogger(__name__)
+
+# Format name -> (query column, names of the response column); a format is named after its first column.
+_FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "instruction": ("instruction", ("output", "response")),
+    "question": ("question", ("answer",)),
+    "prompt": ("prompt", ("response", "completion")),
+    "messages": ("messages", ("messages",)),
+    "text": ("text", ("text",)),
 }
 FORMATS: tuple[str, ...] = tuple(_FORMATS)
 _FORMAT_HELP = (
-    "instruction/output (input optional), question/answer, prompt/response, or messages ending with the assistant's"
+    "instruction/output (input optional), question/answer, prompt/response, prompt/completion, text, or messages "
+    "(or conversations) ending with the assistant's"
 )
-_PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
-_JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
-
-
-class DataError(ValueError):
-    """A data file that cannot be used as it stands; the message names file, row and cause."""
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template takes besides the messages
+# Columns that other trainers show to the model, so that passing them over would change what was trained.
+_NOT_PASSED_OVER = (*_TEMPLATE_COLUMNS, "system", "system_prompt", "history", "context", "image", "images")
+_ROLES = {  # ShareGPT's names
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_MAX_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +54,14 @@ class Example:
     Attributes:
         id: unique within its set.
         instruction: the query; the question or prompt of the formats "question" and "prompt"; empty for
-            "messages".
+            "messages" and "text".
         input: what the instruction applies to; only in the format "instruction".
-        response: what the loss is on.
+        response: what the loss is on; the whole text of the format "text".
         messages: the conversation before the response as (role, content) pairs; only in the format
             "messages".
         format: columns it came from, one of `FORMATS`; `templates.Recipe` picks a prompt template by it.
+        tools: JSON of the functions that the chat template is told of, or nothing; only in the format "messages".
+        chat_template_kwargs: JSON of the row's own arguments for the chat template, or nothing; likewise.
     """
 
     id: str
@@ -56,6 +70,8 @@ class Example:
     response: str
     messages: tuple[tuple[str, str], ...] = ()
     format: str = "instruction"
+    tools: str = ""
+    chat_template_kwargs: str = ""
 
     def __post_init__(self):
         problem = None
@@ -71,6 +87,10 @@ class Example:
             problem = f"messages are given but format is {self.format!r}; set format='messages'"
         elif self.format in ("question", "prompt") and self.input:
             problem = f"an example of format {self.format!r} has no input; put the whole query into instruction"
+        elif self.format == "text" and (self.instruction or self.input):
+            problem = "an example of format 'text' is its response alone; leave instruction and input empty"
+        elif self.format != "messages" and (self.tools or self.chat_template_kwargs):
+            problem = f"tools and chat_template_kwargs go with format 'messages', not {self.format!r}"
         if problem:
             msg = f"Example {self.id!r}: {problem}."
             raise ValueError(msg)
@@ -91,8 +111,12 @@ def to_row(example: Example) -> dict[str, Any]:
     """The example as a row of its column format, without the id; `load_examples` reads it back."""
     if example.format == "messages":
         turns = (*example.messages, ("assistant", example.response))
-        return {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (query_column,), response_column = _FORMATS[example.format]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        stated = {column: getattr(example, column) for column in _TEMPLATE_COLUMNS}
+        return {**row, **{column: json.loads(value) for column, value in stated.items() if value}}
+    if example.format == "text":
+        return {"text": example.response}
+    query_column, (response_column, *_) = _FORMATS[example.format]
     row = {query_column: example.instruction, response_column: example.response}
     if example.format == "instruction":
         row = {"instruction": example.instruction, "input": example.input, "output": example.response}
@@ -105,37 +129,39 @@ def content_hash(example: Example) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def load_examples(path: str | os.PathLike[str]) -> tuple[Example, ...]:
+def load_examples(source: Any) -> tuple[Example, ...]:
     """Reads a data set.
 
-    Rows are `instruction/output` (`input` optional), `question/answer`, `prompt/response`, or `messages`, one
-    format per file; other columns are ignored. The id is the column `id` (string or integer), else the row
-    number counted from 0.
+    Rows are `instruction/output` (`input` optional), `question/answer`, `prompt/response` or `prompt/completion`
+    (texts or messages), `text`, `messages`, or ShareGPT's `conversations`; one format per file. Messages may bring
+    `tools` and `chat_template_kwargs`. Other columns are ignored and listed, except those that a trainer shows to
+    the model (`system`, `history`, `context`), which are refused. The id is the column `id` (string or integer),
+    else the index that pandas wrote, else the row number counted from 0.
 
     Args:
-        path: a JSON list, JSON lines (also in a file named `.json`), a parquet file, or a directory written
-            by `datasets.Dataset.save_to_disk`.
+        source: a JSON list, JSON lines (also in a file named `.json`), CSV, a parquet file, or a directory written
+            by `datasets.Dataset.save_to_disk`; or, from Python, a list of dicts, a `datasets.Dataset`, or a pandas
+            frame.
 
     Returns:
-        The examples in file order.
+        The examples in order.
 
     Raises:
         FileNotFoundError: there is no such file.
         DataError: anything in it that is not an example; the message names the file and the row.
     """
-    path = Path(path)
-    if not path.exists():
-        msg = f"{path}: there is no such file or directory."
-        raise FileNotFoundError(msg)
+    name = describe(source)
     examples: list[Example] = []
     rows_of_ids: dict[str, str] = {}
+    ignored: dict[str, None] = {}
     has_ids = False
-    for number, (where, row) in enumerate(_read_rows(path)):
-        label = f"{path}, {where}"
+    for number, (where, row) in enumerate(read_rows(source)):
+        label = f"{name}, {where}"
         if not isinstance(row, Mapping):
             msg = f"{label}: expected an object with columns, got {type(row).__name__}."
             raise DataError(msg)
-        example = _example_from_row(row, number, label)
+        example, used = _example_from_row(row, number, label)
+        ignored.update(dict.fromkeys(str(c) for c in row if c not in used and row[c] is not None))
         if examples and example.format != examples[0].format:
             msg = (
                 f"{label}: columns of format {example.format!r}, but the rows before have "
@@ -153,8 +179,10 @@ def load_examples(path: str | os.PathLike[str]) -> tuple[Example, ...]:
         rows_of_ids[example.id] = where
         examples.append(example)
     if not examples:
-        msg = f"{path}: holds no examples."
+        msg = f"{name}: holds no examples."
         raise DataError(msg)
+    if ignored:
+        _log.warning("%s: these columns are ignored: %s.", name, ", ".join(map(repr, ignored)))
     return tuple(examples)
 
 
@@ -169,7 +197,7 @@ def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
         ValueError: examples that could not be read back.
     """
     path = Path(path)
-    if path.suffix not in _JSON_SUFFIXES:
+    if path.suffix not in JSON_SUFFIXES:
         msg = f"{path}: examples are written as JSON lines; name the file .jsonl."
         raise ValueError(msg)
     if not examples:
@@ -186,7 +214,7 @@ def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
         if example.id in seen:
             msg = f"{path}: id {example.id!r} occurs twice; ids must be unique."
             raise ValueError(msg)
-        if _example_from_row(row, 0, f"{path}, example {example.id!r}") != example:
+        if _example_from_row(row, 0, f"{path}, example {example.id!r}")[0] != example:
             msg = f"{path}: example {example.id!r} would not be read back as it is."
             raise ValueError(msg)
         seen.add(example.id)
@@ -194,62 +222,96 @@ def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
     files.atomic_write_text(path, "".join(lines))
 
 
-def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> Example:
-    """Checks one row; `number` is its id when it brings none, `label` says where it is."""
+def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> tuple[Example, set[str]]:
+    """Checks one row; `number` is its id when it brings none, `label` says where it is.
+
+    Returns:
+        The example, and the columns that it was made of.
+    """
     id_ = _read_id(row, number, label)
-    present = [
-        name
-        for name, (query, response) in _FORMATS.items()
-        if all(row.get(column) is not None for column in (*query, response))
-    ]
+    found = _columns_of(row, label)
+    format_, query_column, response_column = found
+    used = {"id", query_column, response_column}
+    if format_ == "messages":
+        messages = row[query_column]
+        if response_column != query_column:
+            _check_completion(row[response_column], f"{label}: column {response_column!r}")
+            messages = [*messages, *row[response_column]]
+        stated = {column: _read_json_column(row, column, label) for column in _TEMPLATE_COLUMNS}
+        example = _example_from_messages(messages, query_column, id_, label, stated)
+        used.update(_TEMPLATE_COLUMNS)
+    else:
+        inputs = [c for c in ("input", "context") if row.get(c) is not None] if format_ == "instruction" else []
+        if len(inputs) > 1:
+            msg = f"{label}: has both 'input' and 'context'; put what the instruction applies to into 'input'."
+            raise DataError(msg)
+        used.update(inputs or ["input"])
+        for column in (query_column, response_column, *inputs):
+            _check_text(row[column], f"{label}: column {column!r}")
+        _check_response(row[response_column], f"{label}: column {response_column!r}")
+        example = Example(
+            id=id_,
+            instruction="" if format_ == "text" else row[query_column],
+            input=row[inputs[0]] if inputs else "",
+            response=row[response_column],
+            format=format_,
+        )
+    shown = [c for c in _NOT_PASSED_OVER if c not in used and not _is_empty(row.get(c))]
+    if shown:
+        msg = (
+            f"{label}: column {', '.join(map(repr, shown))} would be passed over in data of format {format_!r}. If "
+            "the model was trained to see it, put it into messages, prompt or input; else drop the column."
+        )
+        raise DataError(msg)
+    return example, used
+
+
+def _columns_of(row: Mapping[str, Any], label: str) -> tuple[str, str, str]:
+    """The row's format with its query and response columns."""
+    if row.get("conversations") is not None and row.get("messages") is None:
+        return "messages", "conversations", "conversations"
+    present = []
+    for name, (query, responses) in _FORMATS.items():
+        given = [response for response in responses if row.get(response) is not None]
+        if row.get(query) is not None and len(given) > 1:
+            msg = f"{label}: has both {' and '.join(map(repr, given))}; keep the one that was trained on."
+            raise DataError(msg)
+        # A text beside a query and its response is the two of them written out.
+        if row.get(query) is not None and given and not (name == "text" and present):
+            present.append((name, query, given[0]))
     if not present:
         columns = ", ".join(str(column) for column in row) or "none"
-        started = [name for name, (query, _) in _FORMATS.items() if any(column in row for column in query)]
-        missing = [c for n in started for c in (*_FORMATS[n][0], _FORMATS[n][1]) if row.get(c) is None]
+        missing = [
+            (query if row.get(query) is None else " or ".join(responses))
+            for query, responses in _FORMATS.values()
+            if query in row or (responses[0] in row and responses[0] != query)
+        ]
         cause = f"missing column {' / '.join(dict.fromkeys(missing))!r}" if missing else "no known column format"
         msg = f"{label}: {cause} (columns found: {columns}). Expected {_FORMAT_HELP}."
         raise DataError(msg)
     if len(present) > 1:
-        msg = f"{label}: columns of several formats ({', '.join(present)}); keep those of one."
+        msg = f"{label}: columns of several formats ({', '.join(p[0] for p in present)}); keep those of one."
         raise DataError(msg)
-    (format_,) = present
-    if format_ == "messages":
-        return _example_from_messages(row["messages"], id_, label)
-    (query_column,), response_column = _FORMATS[format_]
-    columns = (query_column, response_column)
-    if format_ == "instruction" and row.get("input") is not None:
-        columns = (*columns, "input")
-    for column in columns:
-        _check_text(row[column], f"{label}: column {column!r}")
-    _check_response(row[response_column], f"{label}: column {response_column!r}")
-    return Example(
-        id=id_,
-        instruction=row[query_column],
-        input=row["input"] if "input" in columns else "",
-        response=row[response_column],
-        format=format_,
-    )
+    (found,) = present
+    name, query, response = found
+    conversational = [c for c in (query, response) if _is_list(row[c])]
+    if name == "prompt" and len(conversational) == 2:
+        return "messages", query, response
+    return found
 
 
-def _example_from_messages(messages: Any, id_: str, label: str) -> Example:
+def _check_completion(completion: Any, what: str) -> None:
+    if len(completion) != 1:
+        msg = f"{what} has {len(completion)} messages; the response must be one message of the assistant's."
+        raise DataError(msg)
+
+
+def _example_from_messages(messages: Any, column: str, id_: str, label: str, stated: Mapping[str, str]) -> Example:
     """The last message is the response, the ones before it the query."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        msg = f"{label}: column 'messages' must be a non-empty list of {{role, content}} objects."
+    if not _is_list(messages) or not len(messages):
+        msg = f"{label}: column {column!r} must be a non-empty list of {{role, content}} objects."
         raise DataError(msg)
-    turns = []
-    for position, message in enumerate(messages):
-        where = f"{label}: message {position}"
-        if not isinstance(message, Mapping):
-            msg = f"{where}: expected an object with role and content, got {type(message).__name__}."
-            raise DataError(msg)
-        # Arrow tables fill absent keys with nulls; a key with a value is text the template might show.
-        extra = sorted(str(k) for k, v in message.items() if k not in ("role", "content") and v is not None)
-        if extra:
-            msg = f"{where}: key {', '.join(map(repr, extra))} is not supported; a message has role and content."
-            raise DataError(msg)
-        for key in ("role", "content"):
-            _check_text(message.get(key), f"{where}: {key!r}")
-        turns.append((message["role"], message["content"]))
+    turns = [_read_message(message, f"{label}: message {k}") for k, message in enumerate(messages)]
     last_role, response = turns[-1]
     if last_role != "assistant":
         msg = f"{label}: the last message is the {last_role or 'nameless'}'s; it must be the assistant's response."
@@ -258,7 +320,69 @@ def _example_from_messages(messages: Any, id_: str, label: str) -> Example:
         msg = f"{label}: no user message comes before the response."
         raise DataError(msg)
     _check_response(response, f"{label}: the last message")
-    return Example(id=id_, response=response, messages=tuple(turns[:-1]), format="messages")
+    return Example(id=id_, response=response, messages=tuple(turns[:-1]), format="messages", **stated)
+
+
+def _read_message(message: Any, where: str) -> tuple[str, str]:
+    """Role and content of {role, content}, or of ShareGPT's {from, value}."""
+    if not isinstance(message, Mapping):
+        msg = f"{where}: expected an object with role and content, got {type(message).__name__}."
+        raise DataError(msg)
+    sharegpt = message.get("role") is None and message.get("from") is not None
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    # Arrow tables fill absent keys with nulls; a key with a value is text the template might show.
+    extra = sorted(str(k) for k, v in message.items() if k not in (role_key, content_key) and not _is_empty(v))
+    if extra:
+        msg = f"{where}: key {', '.join(map(repr, extra))} is not supported; a message has role and content."
+        raise DataError(msg)
+    role, content = message.get(role_key), message.get(content_key)
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_text_of_parts(content, f"{where}: {content_key!r}"))
+    role = _check_text(role, f"{where}: {role_key!r}")
+    content = _check_text(content, f"{where}: {content_key!r}")
+    return (_ROLES.get(role, role) if sharegpt else role), content
+
+
+def _text_of_parts(parts: Sequence[Any], what: str) -> Iterator[str]:
+    """The texts of OpenAI's content parts, which a template writes one after the other."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            msg = f"{what} has a part of type {kind!r}; only parts of type 'text' are supported."
+            raise DataError(msg)
+        yield _check_text(part.get("text"), f"{what}: 'text'")
+
+
+def _read_json_column(row: Mapping[str, Any], column: str, label: str) -> str:
+    """A column that holds JSON, as values or as text, in one way of writing; an empty list is not nothing."""
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            msg = f"{label}: column {column!r} is not JSON: {error.msg}."
+            raise DataError(msg) from error
+    if value is None or (_is_empty(value) and not _is_list(value)):
+        return ""
+    problem = None
+    if column == "chat_template_kwargs":
+        problem = problem_of_template_arguments(value)
+    elif not _is_list(value) or not all(isinstance(tool, Mapping) for tool in value):
+        problem = "it must be a list of JSON schemas"
+    if problem:
+        msg = f"{label}: column {column!r}: {problem}."
+        raise DataError(msg)
+    # The order of keys is the template's to write out.
+    return json.dumps(value if isinstance(value, Mapping) else list(value), ensure_ascii=False)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a column says nothing: null, or an empty text, list or table."""
+    return value is None or (isinstance(value, str | Sequence | Mapping) and not len(value))
 
 
 def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
@@ -266,7 +390,7 @@ def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
         return str(number)
     id_ = row["id"]
     if isinstance(id_, bool) or not isinstance(id_, str | int):
-        msg = f"{label}: id must be a string or an integer, got {type(id_).__name__} {id_!r}."
+        msg = f"{label}: id must be a string or an integer, got {type(id_).__name__} {str(id_)[:_MAX_SHOWN]!r}."
         raise DataError(msg)
     _check_text(str(id_), f"{label}: id")
     if not str(id_).strip():
@@ -275,91 +399,19 @@ def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
     return str(id_)
 
 
-def _check_text(value: Any, what: str) -> None:
+def _check_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        msg = f"{what} must be a string, got {type(value).__name__}: {str(value)[:60]!r}."
+        msg = f"{what} must be a string, got {type(value).__name__}: {str(value)[:_MAX_SHOWN]!r}."
         raise DataError(msg)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         msg = f"{what} holds half of a surrogate pair at character {error.start}; it is not valid Unicode."
         raise DataError(msg) from error
+    return value
 
 
 def _check_response(response: str, what: str) -> None:
     if not response.strip():
         msg = f"{what}: the response is empty; there is nothing to train on."
         raise DataError(msg)
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (where the row is, its parsed value) from any of the containers."""
-    if path.is_dir():
-        rows: Iterable[Any] = _read_datasets_directory(path)
-    elif path.suffix in _PARQUET_SUFFIXES:
-        rows = _read_parquet(path)
-    elif path.suffix in _JSON_SUFFIXES:
-        yield from _read_json(path)
-        return
-    else:
-        known = ", ".join(sorted(_JSON_SUFFIXES | _PARQUET_SUFFIXES))
-        msg = f"{path}: unknown suffix {path.suffix!r}; expected {known}, or a datasets directory."
-        raise DataError(msg)
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON list, or one JSON object per line."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{path}: not UTF-8 at byte {error.start}."
-        raise DataError(msg) from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            msg = f"{path}, line {error.lineno}: not JSON: {error.msg}."
-            raise DataError(msg) from error
-        for number, row in enumerate(rows):
-            yield f"row {number}", row
-        return
-    number = 0
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for line_number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            msg = f"{path}, line {line_number}: not JSON: {error.msg}. Expected a list, or one object per line."
-            raise DataError(msg) from error
-        yield f"row {number} (line {line_number})", row
-        number += 1
-
-
-def _read_parquet(path: Path) -> Iterable[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        msg = f"{path}: not a readable parquet file: {error}"
-        raise DataError(msg) from error
-
-
-def _read_datasets_directory(path: Path) -> Iterable[Any]:
-    import datasets  # slow to import, and only this container needs it
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        msg = f"{path}: not a directory written by datasets' save_to_disk: {error}"
-        raise DataError(msg) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        splits = [str(split) for split in loaded]
-        msg = f"{path}: holds the splits {', '.join(splits)}; name one of them, e.g. {path / splits[0]}."
-        raise DataError(msg)
-    return loaded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 from llmeraser_jax.data.examples import Example
 
 _MAX_LISTED = 20
+_MAX_COPIES = 5
+
+_log = logging.getLogger(__name__)
 
 
 class RequestError(ValueError):
@@ -41,12 +45,15 @@ class Request:
         changes: new texts: nothing for a removal; `response` for a correction; `query`, or `instruction` and
             `input`, for a modification.
         line: its line in the file, counted from 1.
+        turn: of a conversation, the message to change, counted from 0 (the response is the last); None is the last
+            user message of a modification, and the response of a correction.
     """
 
     id: str
     action: Action
     changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     line: int = 0
+    turn: int | None = None
 
 
 def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> tuple[Request, ...]:
@@ -117,6 +124,8 @@ def parse_requests(
     removed = {request.id for request in requests if request.action is Action.REMOVE}
     if removed and len(removed) == len(by_id):
         problems.append(f"removes all {len(by_id)} examples; an adapter trained on nothing is the initial one")
+    if not problems:
+        _warn_of_copies(examples, requests, source)
     if problems:
         listed = problems[:_MAX_LISTED]
         if len(problems) > _MAX_LISTED:
@@ -130,7 +139,7 @@ def edited_example(example: Example, request: Request) -> Example | None:
     """The example as it should have been, or None when it should not have been there.
 
     `query` replaces what `Example.query` is: the last user message, the input where there is one, else the
-    instruction. `instruction` and `input` set exactly those.
+    instruction. `instruction` and `input` set exactly those. `turn` names another message of a conversation.
 
     Raises:
         ValueError: the request names another example, or a field that this one's format lacks.
@@ -141,8 +150,13 @@ def edited_example(example: Example, request: Request) -> Example | None:
     changes = dict(request.changes)
     if request.action is Action.REMOVE:
         return None
+    if request.turn is not None:
+        return _with_turn(example, request)
     if request.action is Action.CORRECT_RESPONSE:
         return dataclasses.replace(example, response=changes["response"])
+    if example.format == "text":
+        msg = "an example of format 'text' has no query; correct its response, which is the text, or remove it"
+        raise ValueError(msg)
     if "query" in changes:
         return _with_query(example, changes["query"])
     if example.format != "instruction":
@@ -180,7 +194,9 @@ def apply_requests(examples: Sequence[Example], requests: Iterable[Request]) -> 
 
 def request_to_json(request: Request) -> str:
     """The request as one line of a request file, without the line end."""
-    return json.dumps({"id": request.id, "action": str(request.action), **request.changes}, ensure_ascii=False)
+    turn = {} if request.turn is None else {"turn": request.turn}
+    fields = {"id": request.id, "action": str(request.action), **turn, **request.changes}
+    return json.dumps(fields, ensure_ascii=False)
 
 
 class _ProblemError(Exception):
@@ -207,9 +223,14 @@ def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
     if name not in list(Action):
         raise _ProblemError(f"unknown action {name!r}; the actions are {', '.join(Action)}")
     action = Action(name)
-    changes = {key: value for key, value in fields.items() if key not in ("id", "action")}
+    turn = fields.get("turn")
+    if "turn" in fields and (action is Action.REMOVE or type(turn) is not int or turn < 0):
+        raise _ProblemError(
+            f"'turn' is {turn!r}; it is the number of a message to change, counted from 0, and no part of a removal"
+        )
+    changes = {key: value for key, value in fields.items() if key not in ("id", "action", "turn")}
     _check_changes(action, changes)
-    return Request(id=str(id_), action=action, changes=changes, line=number)
+    return Request(id=str(id_), action=action, changes=changes, line=number, turn=turn)
 
 
 def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
@@ -239,6 +260,26 @@ def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
         raise _ProblemError("'response' is empty; to drop the example use remove")
 
 
+def _warn_of_copies(examples: Sequence[Example], requests: Sequence[Request], source: str) -> None:
+    """Mentions examples that are, word for word, what a request takes away, and that no request names."""
+    named = {request.id for request in requests}
+    copies: dict[Example, list[str]] = {}
+    for example in examples:
+        if example.id not in named:
+            copies.setdefault(dataclasses.replace(example, id=""), []).append(example.id)
+    for example in examples:
+        kept = copies.get(dataclasses.replace(example, id=""), []) if example.id in named else []
+        if kept:
+            others = f" and {len(kept) - _MAX_COPIES} more" if len(kept) > _MAX_COPIES else ""
+            _log.warning(
+                "%s: %r stays in the data word for word, as %s%s: what it says stays known. Name the copies too.",
+                source,
+                example.id,
+                ", ".join(map(repr, kept[:_MAX_COPIES])),
+                others,
+            )
+
+
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -250,6 +291,25 @@ def _hint(by_id: Mapping[str, Example]) -> str:
     """A first and a last id, so that a wrong numbering is seen at once."""
     ids = list(by_id)
     return f", from {ids[0]!r} to {ids[-1]!r}" if ids else ""
+
+
+def _with_turn(example: Example, request: Request) -> Example:
+    """The conversation with one message changed."""
+    turns = [*example.messages, ("assistant", example.response)]
+    if example.format != "messages" or request.turn is None or request.turn >= len(turns):
+        has = f"{len(turns)} messages, from 0" if example.format == "messages" else "no messages"
+        msg = f"turn is {request.turn}, and {example.id!r} has {has}"
+        raise ValueError(msg)
+    role = turns[request.turn][0]
+    corrects = request.action is Action.CORRECT_RESPONSE
+    key = "response" if corrects else "query"
+    if (role == "assistant") != corrects or key not in request.changes:
+        action = Action.CORRECT_RESPONSE if role == "assistant" else Action.MODIFY_QUERY
+        takes = "response" if role == "assistant" else "query"
+        msg = f"turn {request.turn} of {example.id!r} is the {role}'s; change it by {action} with {takes!r}"
+        raise ValueError(msg)
+    turns[request.turn] = (role, request.changes[key])
+    return dataclasses.replace(example, messages=tuple(turns[:-1]), response=turns[-1][1])
 
 
 def _with_query(example: Example, query: str) -> Example:

@@ -7,24 +7,26 @@ validated in full, refuses what it does not know, and is stored resolved (no "au
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import string
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from jinja2 import TemplateError
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
 
 from llmeraser_jax.data.examples import FORMATS, Example
+from llmeraser_jax.data.template_arguments import problem_of_template_arguments
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Write a response that appropriately completes the request.{note}\n\n"
+    "### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:\n"
 )
 _ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Write a response that appropriately completes the request.{note}\n\n"
+    "### Instruction:\n{{instruction}}\n\n### Response:\n"
 )
+_TALLREC_NOTE = "  # noqa: E501"  # a linter's comment that stands inside the string of TALLRec's own script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,56 +36,83 @@ class _NamedTemplate:
     response_prefix: str  # text that belongs between prompt and response, tokenised with the response
 
 
+def _alpaca(note: str) -> _NamedTemplate:
+    return _NamedTemplate(_ALPACA_WITH_INPUT.format(note=note), _ALPACA_WITHOUT_INPUT.format(note=note), "")
+
+
 _TEMPLATES = {
+    "none": _NamedTemplate("{instruction}", "{instruction}", ""),
     "plain": _NamedTemplate("{instruction}\n{input}\n", "{instruction}\n", ""),
-    "alpaca": _NamedTemplate(_ALPACA_WITH_INPUT, _ALPACA_WITHOUT_INPUT, ""),
+    "alpaca": _alpaca(""),
+    "tallrec": _alpaca(_TALLREC_NOTE),
     # The space goes to the response: vocabularies hold " Yes" as one token.
     "qa": _NamedTemplate("Question: {instruction}\n{input}\nAnswer:", "Question: {instruction}\nAnswer:", " "),
 }
 TEMPLATES: tuple[str, ...] = ("auto", *_TEMPLATES, "chat")
-_TEMPLATE_OF_FORMAT = {"instruction": "alpaca", "question": "qa", "prompt": "plain", "messages": "chat"}
+_TEMPLATE_OF_FORMAT = {
+    "instruction": "alpaca",
+    "question": "qa",
+    "prompt": "none",
+    "messages": "chat",
+    "text": "none",
+}
+_TOKENISED_TOGETHER = ("none", "chat")
+_OWN_DATE = "date_string"  # of the templates that ask for the date only where this argument is absent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How an example becomes tokens and a loss.
 
-    The sequence is `[BOS] prompt + (response_prefix + response) [EOS]`, right-padded.
+    With "chat" the sequence is what the tokenizer's template renders of the whole conversation; else it is
+    `[BOS] prompt + (response_prefix + response) [EOS]`.
 
     Attributes:
-        template: "plain" (`{instruction}\\n{input}\\n`), "alpaca" (also TALLRec's), "qa" (`Question:
-            ...\\nAnswer:` and a response that begins with a space), "chat" (the tokenizer's chat template
-            with its generation prompt), any format string that contains `{instruction}` (and `{input}`), or
-            "auto": by the columns of the data, instruction -> alpaca, question -> qa, prompt -> plain,
-            messages -> chat.
+        template: "chat" (the tokenizer's chat template), "none" (the prompt as it stands, then the response),
+            "plain" (`{instruction}\\n{input}\\n`), "alpaca", "tallrec" (alpaca's with the `  # noqa: E501` of
+            TALLRec's script in it), "qa" (`Question: ...\\nAnswer:` and a response that begins with a space), any
+            format string that contains `{instruction}` (and `{input}`), or "auto": by the columns of the data,
+            instruction -> alpaca, question -> qa, prompt and text -> none, messages -> chat.
         response_prefix: text between prompt and response, tokenised with the response and under the loss;
             None is the template's own: a space for "qa", else nothing.
-        tokenization: "separate" tokenises prompt and response apart and concatenates, so that the response's
-            tokens never depend on the prompt; "joint" tokenises the whole text, as many training scripts do,
-            and a token that straddles the border counts as response.
-        add_bos: begin with BOS; None is: if the tokenizer has one, and never for "chat", whose template
-            writes its own. A BOS that the prompt already begins with is not doubled.
-        add_eos: end the response with EOS, under the loss.
-        loss_on: "response", or "all" for every token but the first.
+        tokenization: "joint" tokenises prompt and response as one text, as TRL does; the response begins where
+            that text's tokens and the prompt's own part. "separate" tokenises the two apart and concatenates, so
+            that the response's tokens never depend on the prompt. None is "joint" for "none" and "chat", else
+            "separate".
+        add_bos: begin with BOS, if the text does not begin with it; None is as the tokenizer does, and for "chat"
+            as the template does.
+        add_eos: end the response with EOS, under the loss, if it does not end with it, or, for "chat", if the
+            template writes no turn end. None is true, and for "chat" false.
+        loss_on: "response" (the last turn, from where it parts from the prompt), "assistant" (every assistant
+            turn; what stands between `{% generation %}` markers where the template has them), or "all".
         reduction: "example" averages each example over its loss tokens; "token" divides each example's summed
             loss by the training set's mean number of loss tokens. That is a constant, fixed at training and
             stored, so that the objective stays a sum over examples when some are removed.
         max_length: tokens in a sequence at most, BOS and EOS included.
-        truncation_side: which end of a prompt that does not fit is cut ("left" keeps BOS), or "error". The
-            response is never cut.
+        truncation_side: which end of a sequence that does not fit is cut: "right" is TRL's keep_start, "left" its
+            keep_end; or "error". An example without a token under the loss left is dropped, as TRL does.
         packing: must be False: packed sequences mix examples, so none can be removed by itself.
+        truncate: what is cut: the whole "sequence", answer or BOS included, or the "prompt" alone, which keeps BOS.
+        chat_template: a chat template to use in place of the tokenizer's: its text, or a file (.jinja, .j2).
+        chat_template_kwargs: arguments for the chat template, such as `enable_thinking`; a row's own column of
+            this name goes first.
+        date: YYYY-MM-DD, what a chat template that writes today's date is told; None is today where it asks.
     """
 
     template: str = "auto"
     response_prefix: str | None = None
-    tokenization: Literal["separate", "joint"] = "separate"
+    tokenization: Literal["separate", "joint"] | None = None
     add_bos: bool | None = None
-    add_eos: bool = True
-    loss_on: Literal["response", "all"] = "response"
+    add_eos: bool | None = None
+    loss_on: Literal["response", "assistant", "all"] = "response"
     reduction: Literal["example", "token"] = "example"
     max_length: int = 512
     truncation_side: Literal["left", "right", "error"] = "left"
     packing: bool = False
+    truncate: Literal["sequence", "prompt"] = "sequence"
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    date: str | None = None
 
     def __post_init__(self):
         _check_fields({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
@@ -101,69 +130,126 @@ class Recipe:
             msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(known)}."
             raise ValueError(msg)
         _check_fields(mapping)
-        return cls(**mapping)
+        values: dict[str, Any] = dict(mapping)
+        if isinstance(values.get("date"), datetime.date):  # TOML has dates of its own
+            values["date"] = values["date"].isoformat()
+        return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """The inverse of `from_mapping`; fields that are None are left out, since TOML has no null."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """The inverse of `from_mapping`; what is None or empty is left out, since TOML has no null."""
+        values = dataclasses.asdict(self)
+        if not values["chat_template_kwargs"]:
+            del values["chat_template_kwargs"]
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def is_resolved(self) -> bool:
         """Whether nothing is left to be decided by data or tokenizer."""
-        return self.template != "auto" and self.response_prefix is not None and self.add_bos is not None
+        left = (self.response_prefix, self.tokenization, self.add_bos, self.add_eos)
+        return self.template != "auto" and None not in left
 
     def resolve(self, data_format: str, tokenizer: Any) -> Recipe:
-        """Settles what is left open by the data's columns and the tokenizer; store the result.
+        """Settles what is left open by the data's columns, the tokenizer and the day; store the result.
 
         Args:
             data_format: `Example.format` of the data.
             tokenizer: a Hugging Face tokenizer.
 
         Raises:
-            ValueError: the tokenizer lacks the BOS, EOS, chat template or offsets that the recipe asks for.
+            ValueError: the tokenizer lacks the BOS, EOS or chat template that the recipe asks for.
+            FileNotFoundError: `chat_template` names a file that is not there.
         """
         if data_format not in FORMATS:
             msg = f"data format is {data_format!r}; it must be one of {', '.join(FORMATS)}."
             raise ValueError(msg)
         template = _TEMPLATE_OF_FORMAT[data_format] if self.template == "auto" else self.template
+        chat = template == "chat"
         prefix = self.response_prefix
         if prefix is None:
             prefix = _TEMPLATES[template].response_prefix if template in _TEMPLATES else ""
+        tokenization = self.tokenization or ("joint" if template in _TOKENISED_TOGETHER else "separate")
         add_bos = self.add_bos
         if add_bos is None:
-            add_bos = tokenizer.bos_token_id is not None and template != "chat"
+            add_bos = not chat and tokenizer_adds_bos(tokenizer)
+        add_eos = not chat if self.add_eos is None else self.add_eos
+        problem = None
         if add_bos and tokenizer.bos_token_id is None:
-            msg = "add_bos is true, but the tokenizer has no BOS token; set add_bos = false."
+            problem = "add_bos is true, but the tokenizer has no BOS token; set add_bos = false"
+        elif add_eos and tokenizer.eos_token_id is None:
+            problem = "add_eos is true, but the tokenizer has no EOS token; set add_eos = false"
+        elif chat and prefix:
+            problem = f"response_prefix is {prefix!r}, but a chat template writes what comes before a response"
+        elif chat and tokenization == "separate":
+            problem = "tokenization is 'separate', but a conversation is rendered and tokenised as a whole"
+        elif chat and not (self.chat_template or getattr(tokenizer, "chat_template", None)):
+            problem = "template is 'chat', but the tokenizer has no chat template; state chat_template or another"
+        elif not chat and (self.chat_template or self.chat_template_kwargs or self.date):
+            problem = (
+                f"chat_template, chat_template_kwargs and date act on 'chat' only, and template is {template!r}"
+            )
+        elif not chat and self.loss_on == "assistant":
+            problem = f"loss_on is 'assistant', but template {template!r} has no turns; use 'response' or 'all'"
+        if problem:
+            msg = f"{problem}."
             raise ValueError(msg)
-        if self.add_eos and tokenizer.eos_token_id is None:
-            msg = "add_eos is true, but the tokenizer has no EOS token; set add_eos = false."
-            raise ValueError(msg)
-        if template == "chat" and not getattr(tokenizer, "chat_template", None):
-            msg = "template is 'chat', but the tokenizer has no chat template; name another template."
-            raise ValueError(msg)
-        if self.tokenization == "joint" and not getattr(tokenizer, "is_fast", False):
-            msg = "tokenization is 'joint', which needs a fast tokenizer (character offsets); use 'separate'."
-            raise ValueError(msg)
-        return dataclasses.replace(self, template=template, response_prefix=prefix, add_bos=add_bos)
+        resolved = dataclasses.replace(
+            self,
+            template=template,
+            response_prefix=prefix,
+            tokenization=tokenization,
+            add_bos=add_bos,
+            add_eos=add_eos,
+            chat_template=_read_chat_template(self.chat_template),
+        )
+        if chat and self.date is None and resolved.asks_for_date(tokenizer):
+            resolved = dataclasses.replace(resolved, date=datetime.date.today().isoformat())
+        return resolved
+
+    def asks_for_date(self, tokenizer: Any) -> bool:
+        """Whether the chat template writes the current date, unless it is told one."""
+        text = self.chat_template or getattr(tokenizer, "chat_template", None) or ""
+        return "strftime_now" in str(text) and _OWN_DATE not in self.chat_template_kwargs
 
 
-_CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
+_CHOICES = {
+    name: tuple(choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str))
+    for name, hint in get_type_hints(Recipe).items()
+}
+_CHOICES = {name: choices for name, choices in _CHOICES.items() if choices}
+_OPTIONAL = frozenset(name for name, hint in get_type_hints(Recipe).items() if type(None) in get_args(hint))
+
+
+def tokenizer_adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS in front of a text by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def _read_chat_template(stated: str | None) -> str | None:
+    """The text of a template, which may be stated as a file."""
+    if stated is None or "\n" in stated or "{" in stated or not stated.endswith((".jinja", ".j2")):
+        return stated
+    return Path(stated).read_text(encoding="utf-8")
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:
     """Refuses a value that a field of `Recipe` does not take, of whatever type a parsed file brings."""
     for name, value in values.items():
         problem = None
+        if value is None and name in _OPTIONAL:
+            continue
         if name in _CHOICES and value not in _CHOICES[name]:
             problem = f"it must be one of {', '.join(_CHOICES[name])}"
-        elif (name == "template" and not isinstance(value, str)) or (
-            name == "response_prefix" and not isinstance(value, str | None)
-        ):
+        elif name in ("template", "response_prefix", "chat_template") and not isinstance(value, str):
             problem = "it must be a string"
         elif name in ("add_bos", "add_eos", "packing") and not isinstance(value, bool):
-            problem = None if (name == "add_bos" and value is None) else "it must be true or false"
+            problem = "it must be true or false"
         elif name == "max_length" and (type(value) is not int or value < 2):
             problem = "it must be an integer of at least 2 tokens"
+        elif name == "chat_template_kwargs":
+            problem = problem_of_template_arguments(value)
+        elif name == "date" and not _is_date(value):
+            problem = "it must be a date, YYYY-MM-DD"
         if problem:
             msg = f"{name} is {value!r}; {problem}."
             raise ValueError(msg)
@@ -178,64 +264,53 @@ def _check_fields(values: Mapping[str, Any]) -> None:
         raise ValueError(msg)
 
 
-def make_prompt_renderer(recipe: Recipe, tokenizer: Any) -> Callable[[Example], str]:
-    """The function that writes an example's prompt: everything before the response, BOS left out.
+def _is_date(value: Any) -> bool:
+    if type(value) is datetime.date:
+        return True
+    try:
+        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
+def make_prompt_renderer(recipe: Recipe) -> Callable[[Example], str]:
+    """The function that writes an example's prompt by a template other than "chat": everything before the response.
 
     Args:
         recipe: a resolved recipe.
-        tokenizer: for "chat" only.
 
     Returns:
-        A function that raises ValueError, naming the example, where the template would lose part of it, or where a
-        chat template refuses it.
+        A function that raises ValueError, naming the example, where the template would lose part of it.
     """
-    if recipe.template == "auto":
-        msg = "template is 'auto'; resolve the recipe first."
+    if recipe.template in ("auto", "chat"):
+        msg = f"template is {recipe.template!r}; it must be resolved, and no conversation's."
         raise ValueError(msg)
-    if recipe.template == "chat":
-
-        def render_chat(example: Example) -> str:
-            try:
-                return tokenizer.apply_chat_template(
-                    _conversation(example), tokenize=False, add_generation_prompt=True
-                )
-            except TemplateError as error:
-                msg = f"Example {example.id!r}: the tokenizer's chat template refuses it: {error}"
-                raise ValueError(msg) from error
-
-        return render_chat
     template = _TEMPLATES.get(recipe.template, _NamedTemplate(recipe.template, recipe.template, ""))
     shows_input = "input" in _fields_of(template.with_input)
 
     def render(example: Example) -> str:
-        instruction = example.instruction
+        instruction, problem = example.instruction, None
         if example.format == "messages":
-            if len(example.messages) != 1:
-                msg = (
-                    f"Example {example.id!r} has {len(example.messages)} messages before the response; "
-                    "template "
-                    f"{recipe.template!r} shows one. Use template = 'chat'."
-                )
-                raise ValueError(msg)
             instruction = example.query
+            if len(example.messages) != 1:
+                problem = (
+                    f"has {len(example.messages)} messages before the response; template {recipe.template!r} shows "
+                    "one. Use template = 'chat'"
+                )
+            elif example.tools or example.chat_template_kwargs:
+                column = "tools" if example.tools else "chat_template_kwargs"
+                problem = f"has {column}, which template {recipe.template!r} leaves out. Use template = 'chat'"
+        elif example.format == "text" and recipe.template != "none":
+            problem = f"is one text without a prompt; template {recipe.template!r} needs one. Use template = 'none'"
         if example.input and not shows_input:
-            msg = (
-                f"Example {example.id!r} has an input, which template {recipe.template!r} leaves out; add "
-                f"{{input}}."
-            )
+            problem = f"has an input, which template {recipe.template!r} leaves out; add {{input}}"
+        if problem:
+            msg = f"Example {example.id!r} {problem}."
             raise ValueError(msg)
         text = template.with_input if example.input else template.without_input
         return text.format(instruction=instruction, input=example.input)
 
     return render
-
-
-def _conversation(example: Example) -> list[dict[str, str]]:
-    """Messages for the chat template; other formats are one user message."""
-    if example.format == "messages":
-        return [{"role": role, "content": content} for role, content in example.messages]
-    parts = [part for part in (example.instruction, example.input) if part]
-    return [{"role": "user", "content": "\n\n".join(parts)}]
 
 
 def _fields_of(template: str) -> set[str]:

@@ -30,6 +30,7 @@ NUM_PEOPLE = 60
 TRAIN = TrainConfig(
     epochs=40, batch_size=16, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3, checkpoint_every_steps=1000
 )
+RECIPE = Recipe(add_bos=True)  # as the embedded base was pretrained; its tokenizer adds none by itself
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear")
 ERASE = EraseConfig(chunk_size=32)
 
@@ -70,7 +71,12 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
         model = load_model(base)
         say("1/4  fine-tuning a small Llama on a directory of fictitious people")
         before = finetune_run(
-            model, workdir / "data" / "train.jsonl", workdir / "before", recipe=Recipe(), lora=LORA, config=TRAIN
+            model,
+            workdir / "data" / "train.jsonl",
+            workdir / "before",
+            recipe=RECIPE,
+            lora=LORA,
+            config=TRAIN,
         )
         say(f"     loss {before.result['loss']:.3f} after {before.result['seconds']:.0f} s")
         say("2/4  erasing what data/requests.jsonl names")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.baselines.ensemble import Ensemble, ensemble_model
 from llmeraser_jax.baselines.ensemble_generation import generate_ensemble
-from llmeraser_jax.data import Example, TokenDataset, encode_examples
+from llmeraser_jax.data import Example, TokenDataset, encode_examples, turn_ends
 from llmeraser_jax.evaluation.extraction import extraction_strengths
 from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult
 from llmeraser_jax.evaluation.membership import min_k_plus_plus_scores, min_k_scores
@@ -135,7 +135,7 @@ def score_examples(
 def _response_masks(dataset: TokenDataset, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Which loss positions [examples, width] hold the response, with its end token and without it."""
     encoded = [dataset.encoded[i] for i in indices]
-    starts = np.array([e.response_start - e.loss_start for e in encoded])
+    starts = np.array([np.searchsorted(e.targets, e.response_start) for e in encoded])
     lengths = np.array([len(e.response) for e in encoded])
     place = np.arange(width)
     after_prompt = place >= starts[:, None]
@@ -194,7 +194,8 @@ def answer(
     prompts = [dataset.encoded[i].prompt.tolist() for i in indices]
     length = longest + _SPARE_TOKENS
     trained_end = model.tokenizer.eos_token_id
-    stops = sorted({*model.config.eos_token_ids, *(() if trained_end is None else (trained_end,))})
+    ends = turn_ends((dataset.encoded[i] for i in indices), model.tokenizer)
+    stops = sorted({*model.config.eos_token_ids, *ends, *(() if trained_end is None else (trained_end,))})
     if isinstance(lora, Ensemble):
         tokens = generate_ensemble(
             ensemble_model(model), lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops

@@ -3,12 +3,13 @@
 The recipe is a TOML file that states how the adapter was trained. These keys are required, because a wrong
 guess of any of them makes another objective and so a wrong erasure:
 
-    template = "alpaca"           # "plain", "qa", "chat", or a format string with {instruction} and {input}
-    add_bos = true                # the sequence began with BOS
-    add_eos = true                # the response ended with EOS, under the loss
-    loss_on = "response"          # or "all": the loss was on the prompt too
+    template = "alpaca"           # "tallrec", "none", "plain", "qa", "chat", or a format string with {instruction}
+                                  # and {input}; TRL's prompt/completion texts and text rows are "none"
+    add_bos = true                # the sequence began with BOS; may be left out for "chat"
+    add_eos = true                # the response ended with EOS, under the loss; may be left out for "chat"
+    loss_on = "response"          # the last turn; "assistant": all assistant turns; "all": the prompt too
     reduction = "example"         # mean over each example's tokens; "token": over the tokens of the batch
-    truncation_side = "left"      # "right", or "error" if nothing was cut
+    truncation_side = "left"      # TRL's keep_end; "right": its keep_start; "error" if nothing was cut
     epochs = 3
     l2 = 0.0                      # lambda of (lambda / 2) ||theta||^2 in the loss, not decoupled decay
     dropout = 0.0                 # of the adapter; what PEFT recorded must agree
@@ -16,8 +17,12 @@ guess of any of them makes another objective and so a wrong erasure:
 These are optional; `data.Recipe` and `training.TrainConfig` describe them:
 
     max_length = 512
+    truncate = "sequence"         # "prompt" if the response was never cut
     response_prefix = ""
-    tokenization = "separate"
+    tokenization = "separate"     # "joint": prompt and response as one text
+    chat_template_kwargs = { enable_thinking = false }
+    chat_template = "training.jinja"  # where it is not the tokenizer's, as with TRL's assistant_only_loss
+    date = "2026-01-31"           # what the chat template wrote as the current date
     packing = false               # true is refused: packed examples cannot be told apart
     batch_size = 128              # these are needed to retrain for comparison, and only for that
     learning_rate = 1e-4
@@ -29,7 +34,8 @@ These are optional; `data.Recipe` and `training.TrainConfig` describe them:
     adam_eps = 1e-8
     max_grad_norm = 1.0
 
-Any other key is refused, `weight_decay` by name.
+Any other key is refused, `weight_decay` by name. A tokenizer or chat template that stands beside the adapter is
+used in place of the base model's.
 """
 
 from __future__ import annotations
@@ -38,16 +44,16 @@ import dataclasses
 import logging
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llmeraser_jax import data, files, losses, parallel, trees
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import load_adapter
-from llmeraser_jax.models import Model
+from llmeraser_jax.models import Model, load_tokenizer
 from llmeraser_jax.runs import Run, load_run, write_run
 from llmeraser_jax.training.config import TrainConfig, refuse_weight_decay
 from llmeraser_jax.training.measure import mean_loss, measure
@@ -65,11 +71,14 @@ REQUIRED_KEYS = (
     "l2",
     "dropout",
 )
+_KEYS_OF_A_CHAT_TEMPLATE = ("add_bos", "add_eos")  # it writes both itself
 _RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe))
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name != "checkpoint_every_steps")
 # Not knowing these hinders a retraining for comparison; the rest of what is left out has a customary value.
 _NEEDED_TO_RETRAIN = ("batch_size", "learning_rate", "seed")
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _BATCH_SIZE = 8
+_Parsed = TypeVar("_Parsed")
 _SAMPLE_SEED = 0
 
 
@@ -97,6 +106,20 @@ def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
         FileNotFoundError: there is no such file.
         ValueError: not TOML, a key missing or unknown, packing, weight decay, or an invalid value.
     """
+    return _load(path, parse_training_recipe)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """How examples become tokens, as far as a recipe file states it; no key is required.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not TOML, a key unknown, packing, weight decay, or an invalid value.
+    """
+    return _load(path, _parse_recipe)
+
+
+def _load(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     path = Path(path)
     try:
         stated = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +127,7 @@ def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
         msg = f"{path} is not a TOML file: {error}."
         raise ValueError(msg) from error
     try:
-        return parse_training_recipe(stated)
+        return parse(stated)
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
@@ -116,14 +139,9 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
     Raises:
         ValueError: a key missing or unknown, packing, weight decay, or an invalid value.
     """
-    refuse_weight_decay(stated)
-    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout"}
-    unknown = sorted(set(stated) - known)
-    if unknown:
-        msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
-        raise ValueError(msg)
-    recipe = Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
-    missing = [key for key in REQUIRED_KEYS if key not in stated]
+    recipe = _parse_recipe(stated)
+    optional = _KEYS_OF_A_CHAT_TEMPLATE if recipe.template == "chat" else ()
+    missing = [key for key in REQUIRED_KEYS if key not in stated and key not in optional]
     if missing:
         msg = f"the recipe does not state {', '.join(missing)}; state how the adapter was trained."
         raise ValueError(msg)
@@ -140,6 +158,39 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
         dropout=float(dropout),
         unstated=tuple(key for key in _NEEDED_TO_RETRAIN if key not in stated),
     )
+
+
+def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
+    refuse_weight_decay(stated)
+    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout"}
+    unknown = sorted(set(stated) - known)
+    if unknown:
+        msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
+        raise ValueError(msg)
+    return Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
+
+
+def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe) -> tuple[Model, Recipe]:
+    """The model with the tokenizer that stands beside the adapter, and the recipe with its chat template.
+
+    Raises:
+        ValueError: the chat template writes the current date, and the recipe does not state which one it wrote.
+    """
+    tokenizer = load_tokenizer(adapter_dir)
+    template = adapter_dir / _CHAT_TEMPLATE_FILE
+    if tokenizer is not None:
+        _log.info("Using the tokenizer that stands beside the adapter, in %s.", adapter_dir)
+        model = dataclasses.replace(model, tokenizer=tokenizer)
+    elif template.exists() and recipe.template == "chat" and recipe.chat_template is None:
+        _log.info("Using the chat template that stands beside the adapter, %s.", template)
+        recipe = dataclasses.replace(recipe, chat_template=template.read_text(encoding="utf-8"))
+    if recipe.template == "chat" and recipe.date is None and recipe.asks_for_date(model.tokenizer):
+        msg = (
+            "the chat template writes the current date, and the recipe does not state the one it wrote in "
+            'training; add date = "YYYY-MM-DD".'
+        )
+        raise ValueError(msg)
+    return model, recipe
 
 
 def adopt(
@@ -187,8 +238,9 @@ def adopt(
             "is not quite at the minimum that they assume.",
             stated.dropout,
         )
+    model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe)
     examples = data.load_examples(data_path)
-    dataset = data.encode_examples(examples, stated.recipe, model.tokenizer)
+    dataset = data.encode_examples(examples, recipe, model.tokenizer)
     lora = parallel.replicate(lora, model.mesh)
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.
@@ -234,8 +286,10 @@ def adopt(
                     "data_gradient_norm": measured.data_gradient_norm,
                     "num_sampled": measured.num_examples,
                     "num_truncated": dataset.num_truncated,
+                    "num_dropped": len(dataset.dropped_ids),
                 },
                 unstated=stated.unstated,
+                dataset=dataset,
             )
 
     parallel.on_leader(write)

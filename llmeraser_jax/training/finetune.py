@@ -140,6 +140,7 @@ def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> d
         "config": numerical,
         "data_sha256": trees.tree_sha256(everything).hex(),
         "initial_adapter_sha256": trees.tree_sha256(lora).hex(),
+        **({} if dataset.recipe.date is None else {"date": dataset.recipe.date}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -66,9 +67,12 @@ def finetune_run(
     lora, config = lora or LoraConfig(), config or TrainConfig()
     refuse_dropout(lora.dropout)
     examples = data.load_examples(data_path)
+    recipe = recipe or Recipe()
+    if recipe.date is None:
+        recipe = dataclasses.replace(recipe, date=_date_of(Path(workdir)))
     return train_run(
         model,
-        data.encode_examples(examples, recipe or Recipe(), model.tokenizer),
+        data.encode_examples(examples, recipe, model.tokenizer),
         workdir,
         kind="finetune",
         examples=examples,
@@ -149,14 +153,25 @@ def train_run(
                     result={
                         **result.summary(),
                         "num_truncated": dataset.num_truncated,
+                        "num_dropped": len(dataset.dropped_ids),
                         "gradient_equivalents": float(config.epochs * len(dataset)),
                     },
                     parent=parent,
+                    dataset=dataset,
                 )
             )
             run = load_run(workdir)
         on_leader(lambda: _tidy(workdir))
     return run
+
+
+def _date_of(workdir: Path) -> str | None:
+    """What the chat template told as today's date when the training in `workdir` began; None where it told none."""
+    if (workdir / RUN_FILE).exists():
+        return load_run(workdir).recipe.date
+    if (workdir / IDENTITY_FILE).exists():
+        return files.read_json(workdir / IDENTITY_FILE).get("date")
+    return None
 
 
 def _tidy(workdir: Path) -> None:

@@ -73,6 +73,7 @@ def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request
         msg = "The data set was made without texts; use data.encode_examples, so that edits can be encoded."
         raise ValueError(msg)
     by_id = {request.id: request for request in requests}
+    dataset.indices_of(by_id)
     named = np.array([i for i, example in enumerate(dataset.examples) if example.id in by_id], np.int64)
     replacements, edited = [], []
     for index in named:
@@ -90,6 +91,12 @@ def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request
         buckets=dataset.buckets,
         normalizer=dataset.normalizer,
     )
+    if together.dropped_ids:
+        msg = (
+            f"The changed example {together.dropped_ids[0]!r} has no token under the loss within max_length = "
+            f"{dataset.recipe.max_length}; request its removal."
+        )
+        raise ValueError(msg)
     replacements = np.array(replacements, np.int64)
     lost = [
         dataset.examples[i].id

@@ -1,7 +1,7 @@
 """Two tokenizers small enough to read: one token per word, and one per character with a word-start mark."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 WORDS = [
@@ -27,11 +27,15 @@ CHAT_TEMPLATE = (
 )
 
 
+ADD_BOS = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+
+
 @pytest.fixture
 def word_tokenizer():
-    """Words split at white space; ids are positions in WORDS."""
+    """Words split at white space; ids are positions in WORDS. Adds BOS, as Llama's does."""
     inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = ADD_BOS
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         unk_token="<unk>",
@@ -49,4 +53,5 @@ def mark_tokenizer():
     inner = Tokenizer(models.BPE({p: k for k, p in enumerate(pieces)}, merges, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     inner.decoder = decoders.Metaspace()
+    inner.post_processor = ADD_BOS
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -29,7 +29,8 @@ def example(prompt, response, id_="e"):
 
 
 def encode_one(tokenizer, prompt, response, **fields):
-    (encoded,) = encode_examples([example(prompt, response)], Recipe(**fields), tokenizer).encoded
+    recipe = Recipe(**{"template": "plain", **fields})
+    (encoded,) = encode_examples([example(prompt, response)], recipe, tokenizer).encoded
     return encoded
 
 
@@ -40,7 +41,7 @@ def make_dataset(lengths, *, num_targets=1, buckets=None):
             id=str(k),
             tokens=np.arange(100 * k, 100 * k + n, dtype=np.int32),
             response_start=n - num_targets,
-            loss_start=n - num_targets,
+            loss_mask=np.arange(n) >= n - num_targets,
         )
         for k, n in enumerate(lengths)
     ]
@@ -78,8 +79,8 @@ def test_a_conversation_goes_through_the_chat_template(word_tokenizer):
         id="c", messages=(("user", "red"), ("bot", "no"), ("user", "blue")), response="yes", format="messages"
     )
     (encoded,) = encode_examples([chat], Recipe(), word_tokenizer).encoded
-    assert encoded.tokens.tolist() == [1, 13, 12, 5, 14, 12, 11, 13, 12, 6, 14, 12, 10, 2]
-    assert encoded.response_start == 12
+    assert encoded.tokens.tolist() == [1, 13, 12, 5, 14, 12, 11, 13, 12, 6, 0, 12, 10]
+    assert encoded.response_start == 10
 
 
 def test_loss_on_all_predicts_every_token_but_the_first(word_tokenizer):
@@ -127,21 +128,57 @@ def test_tokenised_jointly_a_token_across_the_border_is_response(mark_tokenizer)
 def test_only_the_prompt_is_cut_and_counts_are_reported(word_tokenizer, caplog, fields, tokens):
     examples = [example("red blue green is it", "yes", "long"), example("red", "no", "short")]
     with caplog.at_level(logging.WARNING):
-        dataset = encode_examples(examples, Recipe(max_length=5, **fields), word_tokenizer)
+        recipe = Recipe(template="plain", truncate="prompt", max_length=5, **fields)
+        dataset = encode_examples(examples, recipe, word_tokenizer)
     assert dataset.encoded[0].tokens.tolist() == tokens
     assert dataset.encoded[0].response.tolist() == [10, 2]
     assert (dataset.num_truncated, dataset.truncated_ids) == (1, ("long",))
-    assert "prompts of 1 of 2 examples were cut" in caplog.text
+    assert "1 of 2 examples were cut" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("side", "loss_on", "tokens", "mask"),
+    [
+        ("left", "response", [8, 9, 10, 11, 2], [0, 0, 1, 1, 1]),
+        ("right", "response", [1, 5, 8, 9, 10], [0, 0, 0, 0, 1]),
+        ("right", "all", [1, 5, 8, 9, 10], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_sequence_is_cut_at_either_end_as_trl_does(word_tokenizer, side, loss_on, tokens, mask):
+    encoded = encode_one(word_tokenizer, "red is it", "yes no", max_length=5, truncation_side=side, loss_on=loss_on)
+    assert encoded.tokens.tolist() == tokens
+    assert encoded.loss_mask.tolist() == [bool(bit) for bit in mask]
+
+
+def test_a_response_longer_than_the_sequence_keeps_its_end_and_predicts_all_but_one(word_tokenizer):
+    encoded = encode_one(word_tokenizer, "red", "yes no yes no", max_length=3)
+    assert encoded.tokens.tolist() == [10, 11, 2]
+    assert (encoded.response_start, encoded.num_targets, encoded.prompt.tolist()) == (1, 2, [10])
+
+
+def test_a_row_without_a_token_under_the_loss_is_dropped_and_named(word_tokenizer, caplog):
+    examples = [example("red blue green is it", "yes", "long"), example("red", "no", "short")]
+    recipe = Recipe(template="plain", max_length=4, truncation_side="right")
+    dataset = encode_examples(examples, recipe, word_tokenizer)
+    assert (dataset.ids, dataset.dropped_ids) == (("short",), ("long",))
+    assert [e.id for e in dataset.examples] == ["short"]
+    assert "1 of 2 examples were dropped: within max_length = 4 no token under the loss is left" in caplog.text
+    with pytest.raises(ValueError, match="Example 'long' was dropped: within max_length = 4"):
+        dataset.indices_of(["long"])
+    with pytest.raises(ValueError, match="all 1 examples were dropped"):
+        encode_examples(examples[:1], recipe, word_tokenizer)
 
 
 def test_what_just_fits_is_not_cut(word_tokenizer):
-    dataset = encode_examples([example("red blue", "yes")], Recipe(max_length=5), word_tokenizer)
+    recipe = Recipe(template="plain", max_length=5)
+    dataset = encode_examples([example("red blue", "yes")], recipe, word_tokenizer)
     assert dataset.encoded[0].tokens.tolist() == [1, 5, 6, 10, 2]
     assert dataset.num_truncated == 0
 
 
 def test_a_prompt_cut_to_nothing_else_keeps_bos(word_tokenizer):
-    assert encode_one(word_tokenizer, "red blue", "yes", max_length=3).tokens.tolist() == [1, 10, 2]
+    encoded = encode_one(word_tokenizer, "red blue", "yes", max_length=3, truncate="prompt")
+    assert encoded.tokens.tolist() == [1, 10, 2]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +190,7 @@ def test_a_prompt_cut_to_nothing_else_keeps_bos(word_tokenizer):
 )
 def test_what_may_not_be_cut_is_refused_by_name(word_tokenizer, max_length, side, message):
     with pytest.raises(ValueError, match=message):
-        encode_one(word_tokenizer, "red", "yes no", max_length=max_length, truncation_side=side)
+        encode_one(word_tokenizer, "red", "yes no", max_length=max_length, truncation_side=side, truncate="prompt")
 
 
 def test_a_response_that_nothing_predicts_is_refused(word_tokenizer):

@@ -111,8 +111,11 @@ GOOD = {"prompt": "a", "response": "b"}
         ([{"id": None, **GOOD}], r"row 0 \(line 1\): id must be a string or an integer, got NoneType"),
         ([{"id": True, **GOOD}], r"id must be a string or an integer, got bool"),
         ([{"id": " ", **GOOD}], r"id is empty"),
-        ([GOOD, {"prompt": "a"}], r"row 1 \(line 2\): missing column 'response' \(columns found: prompt\)"),
-        ([{"text": "a"}], r"row 0 \(line 1\): no known column format \(columns found: text\)"),
+        (
+            [GOOD, {"prompt": "a"}],
+            r"row 1 \(line 2\): missing column 'response or completion' \(columns found: prompt\)",
+        ),
+        ([{"body": "a"}], r"row 0 \(line 1\): no known column format \(columns found: body\)"),
         ([{**GOOD, "question": "q", "answer": "a"}], r"columns of several formats \(question, prompt\)"),
         ([GOOD, {"question": "q", "answer": "a"}], r"row 1 .*format 'question', .* before have 'prompt'"),
         ([{"prompt": "a", "response": " \n"}], r"row 0 .*column 'response': the response is empty"),
@@ -146,7 +149,7 @@ def test_a_bad_row_is_refused_with_file_row_and_cause(tmp_path, rows, message):
         ("bad.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt"\n', "bad.jsonl, line 2: not JSON"),
         ("bad.json", b'[{"prompt": "a",\n}]', "bad.json, line 2: not JSON"),
         ("latin.json", b'[{"prompt": "\xe9"}]', "not UTF-8 at byte 13"),
-        ("data.csv", b"a,b", "unknown suffix '.csv'"),
+        ("data.xlsx", b"a,b", "unknown suffix '.xlsx'"),
         ("data.parquet", b"no parquet", "data.parquet: not a readable parquet file"),
     ],
 )

@@ -1,5 +1,6 @@
 """Request files: what each action does to an example, and every refusal."""
 
+import dataclasses
 import json
 
 import pytest
@@ -203,3 +204,61 @@ def test_applying_requests_checks_their_ids():
         apply_requests(EXAMPLES, [remove])
     with pytest.raises(ValueError, match="Two requests name example '9'"):
         apply_requests(EXAMPLES, [remove, remove])
+
+
+@pytest.mark.parametrize(
+    ("turn", "action", "changes", "turns"),
+    [
+        (0, "modify_query", {"query": "Hey"}, ["Hey", "Hello", "Name?", "none", "Ada"]),
+        (1, "correct_response", {"response": "Ho"}, ["Hi", "Ho", "Name?", "none", "Ada"]),
+        (3, "modify_query", {"query": "found"}, ["Hi", "Hello", "Name?", "found", "Ada"]),
+        (4, "correct_response", {"response": "Eve"}, ["Hi", "Hello", "Name?", "none", "Eve"]),
+    ],
+)
+def test_one_turn_of_a_conversation_is_changed_and_the_request_written_back(turn, action, changes, turns):
+    line = {"id": "c", "action": action, "turn": turn, **changes}
+    (request,) = parse_requests([line], (*EXAMPLES, CHAT))
+    edited = edited_example(CHAT, request)
+    assert edited is not None
+    assert [*(content for _, content in edited.messages), edited.response] == turns
+    assert [role for role, _ in edited.messages] == [role for role, _ in CHAT.messages]
+    assert json.loads(request_to_json(request)) == line
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"action": "modify_query", "turn": 1, "query": "x"}, "turn 1 of 'c' is the assistant's; change it by"),
+        ({"action": "correct_response", "turn": 2, "response": "x"}, "turn 2 of 'c' is the user's; change it by"),
+        ({"action": "modify_query", "turn": 5, "query": "x"}, "turn is 5, and 'c' has 5 messages, from 0"),
+        ({"action": "modify_query", "turn": "0", "query": "x"}, "'turn' is '0'; it is the number of a message"),
+        ({"action": "remove", "turn": 0}, "no part of a removal"),
+        ({"action": "modify_query", "turn": 0, "instruction": "x"}, "change it by modify_query with 'query'"),
+        ({"action": "modify_query", "turn": 0, "query": "Hi"}, "changes nothing"),
+    ],
+)
+def test_a_turn_that_is_not_there_or_another_role_s_is_refused(fields, message):
+    with pytest.raises(RequestError, match=message):
+        parse_requests([{"id": "c", **fields}], (*EXAMPLES, CHAT))
+
+
+def test_a_text_row_can_be_removed_or_corrected_and_has_no_query():
+    rows = tuple(Example(id=str(k), response=f"Text {k}.", format="text") for k in range(2))
+    (request,) = parse_requests([{"id": "0", "action": "correct_response", "response": "New."}], rows)
+    assert apply_requests(rows, [request])[0].response == "New."
+    assert apply_requests(rows, parse_requests([{"id": "0", "action": "remove"}], rows)) == rows[1:]
+    with pytest.raises(RequestError, match="an example of format 'text' has no query"):
+        parse_requests([{"id": "0", "action": "modify_query", "query": "x"}], rows)
+    with pytest.raises(RequestError, match="turn is 0, and '0' has no messages"):
+        parse_requests([{"id": "0", "action": "correct_response", "turn": 0, "response": "x"}], rows)
+
+
+def test_a_copy_of_what_is_named_that_stays_in_the_data_is_mentioned(caplog):
+    copies = tuple(dataclasses.replace(EXAMPLES[1], id=f"copy{k}") for k in range(2))
+    removal = {"id": "1", "action": "remove"}
+    parse_requests([removal], (*EXAMPLES, *copies))
+    assert "'1' stays in the data word for word, as 'copy0', 'copy1': what it says stays known" in caplog.text
+    caplog.clear()
+    parse_requests([removal, *({**removal, "id": c.id} for c in copies)], (*EXAMPLES, *copies))
+    parse_requests([removal], EXAMPLES)
+    assert not caplog.text

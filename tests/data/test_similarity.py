@@ -10,7 +10,9 @@ ROWS = ([1, 2, 3, 3], [1, 2, 4], [1, 5, 6], [1, 3, 2])
 
 def dataset(rows=ROWS):
     encoded = [
-        EncodedExample(id=str(i), tokens=np.array(row, np.int32), response_start=1, loss_start=1)
+        EncodedExample(
+            id=str(i), tokens=np.array(row, np.int32), response_start=1, loss_mask=np.ones(len(row), bool)
+        )
         for i, row in enumerate(rows)
     ]
     return TokenDataset(encoded, Recipe(), buckets=[BucketShape(time=8, response=4)])

@@ -15,7 +15,7 @@ from llmeraser_jax.losses import example_losses, lm_objective
 from llmeraser_jax.models import generate, load_model
 
 BASE = Path(llmeraser_jax.demo.__file__).parent / "base"
-RECIPE = Recipe(template="qa")
+RECIPE = Recipe(template="qa", add_bos=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_tokenizer_loads_by_transformers_and_is_lossless():
 def test_all_rows_share_one_bucket_of_at_most_32_tokens(model, tmp_path):
     write_demo_files(tmp_path)
     rows = [*load_examples(tmp_path / "train.jsonl"), *load_examples(tmp_path / "heldout.jsonl")]
-    dataset = encode_examples(rows, Recipe(), model.tokenizer)
+    dataset = encode_examples(rows, RECIPE, model.tokenizer)
     assert dataset.recipe.template == "qa"
     (bucket,) = dataset.buckets
     assert bucket.time <= 32

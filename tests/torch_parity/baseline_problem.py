@@ -56,7 +56,8 @@ def random_examples(longest: int, reduction: str) -> TokenDataset:
 
     def encode(name, prompt, response):
         joined = np.concatenate([prompt, response]).astype(np.int32)
-        return EncodedExample(id=name, tokens=joined, response_start=len(prompt), loss_start=len(prompt))
+        mask = np.arange(len(joined)) >= len(prompt)
+        return EncodedExample(id=name, tokens=joined, response_start=len(prompt), loss_mask=mask)
 
     prompts = [tokens(n) for n in np.linspace(3, longest - 4, NUM_TRAINED).astype(int)]
     responses = [tokens(1 + k % 4) for k in range(NUM_TRAINED)]

@@ -20,7 +20,7 @@ WORDS = ("<unk>", "<s>", "</s>", "colour", "of", "now", *COLOURS, *SHAPES)
 
 CONFIG = TrainConfig(epochs=10, batch_size=4, learning_rate=0.05, l2=1e-3, seed=3, checkpoint_every_steps=2)
 LORA = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj", "down_proj"))
-RECIPE = Recipe(template="plain", max_length=32)
+RECIPE = Recipe(template="plain", add_bos=True, max_length=32)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -65,7 +65,7 @@ def toy_dataset(n=10, buckets=((6, 3), (12, 6))) -> TokenDataset:
                 id=str(i),
                 tokens=rng.integers(0, VOCAB, length).astype(np.int32),
                 response_start=length - response,
-                loss_start=length - response,
+                loss_mask=np.arange(length) >= length - response,
             )
         )
     recipe = Recipe(template="plain", response_prefix="", add_bos=False)
