@@ -172,7 +172,8 @@ def quantize(kernel: Float[Array, "*layers inputs outputs"], quantization: str) 
     name = str(kernel.dtype)
     if quantization == "int8":
         absmax = jnp.max(jnp.abs(weight), axis=-1)
-        scale = 127 / jnp.maximum(absmax, _TINY)
+        # A reciprocal, rounded, times 127, as PyTorch divides a number by a tensor.
+        scale = 127 * jax.lax.optimization_barrier(1 / jnp.maximum(absmax, _TINY))
         return Int8Kernel(jnp.round(weight * scale[:, None]).astype(jnp.int8), absmax, dtype_name=name)
     rows, blocks = nf4_layout(weight.shape, NF4_BLOCK)
     flat = jnp.pad(weight.reshape(rows, -1), ((0, 0), (0, blocks * NF4_BLOCK - weight.size // rows)))
