@@ -70,3 +70,26 @@ def test_int8_is_bit_equal():
     theirs = functional.int8_vectorwise_dequant(codes, scales).numpy()
     got = jax.jit(lambda k: k.replace(dtype_name="float32").dequantized())(ours)
     np.testing.assert_array_equal(np.asarray(got).T, theirs)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-double"])
+def test_an_adapter_on_a_quantised_base_gives_the_logits_of_peft_on_bitsandbytes(name, tmp_path):
+    from llmeraser_jax.lora import load_adapter
+    from llmeraser_jax.models import load_model
+    from tests.golden.cases import QUANTIZED, case_tokens
+    from tests.golden.make_quantization_golden import quantize as quantize_with_bitsandbytes
+    from tests.torch_parity import reference
+
+    model = quantize_with_bitsandbytes(QUANTIZED[name], tmp_path / "plain")
+    model.save_pretrained(tmp_path / "saved")
+    before = reference.logits(model)
+    adapted = reference.adapt(model, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
+    adapted.save_pretrained(tmp_path / "adapter")
+    theirs = reference.logits(adapted)
+    assert np.abs(theirs - before).max() > 0.1
+    tokens, mask = case_tokens()
+    # As bitsandbytes saved it, and quantised here from the same weights.
+    for base in (load_model(tmp_path / "saved"), load_model(tmp_path / "plain", quantization=name)):
+        assert base.quantization == name
+        ours = jax.jit(base.apply)(base.base, load_adapter(tmp_path / "adapter", base), tokens, mask)
+        np.testing.assert_allclose(np.where(mask[..., None], ours, theirs), theirs, rtol=1e-5, atol=1e-5)
