@@ -71,7 +71,7 @@ class QuantizedSource:
                     self._states[weight] = {"scales": name}
                     self._shapes[weight] = (self._shapes[weight][0], dtype)
                     del self._shapes[name]
-                    if self._shapes.pop(f"{weight}_format", None) and int(source.read(f"{weight}_format")) != 0:
+                    if self._shapes.pop(f"{weight}_format", None) and np.any(source.read(f"{weight}_format")):
                         msg = f"{weight} is stored in a layout of rows and columns that only its GPU reads."
                         raise ValueError(msg)
 

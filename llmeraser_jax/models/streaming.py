@@ -111,7 +111,8 @@ def copy_finite(tensor: np.ndarray, out: np.ndarray, name: str) -> None:
     rows = max(_PIECE_BYTES // row_bytes, 1)
     raw = out.view(np.uint16) if out.dtype in _EXPONENTS else out
     for start in range(0, len(tensor), rows):
-        piece = tensor[start : start + rows].astype(out.dtype, copy=False)
+        with np.errstate(over="ignore"):  # found below
+            piece = tensor[start : start + rows].astype(out.dtype, copy=False)
         if out.dtype in _EXPONENTS:
             piece, exponent = piece.view(np.uint16), _EXPONENTS[out.dtype]
             finite = ((piece & exponent) != exponent).all()
