@@ -46,9 +46,9 @@ class Devices:
         processes: where the devices are those of several processes, each started with this same command: auto on a
             cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
             All of them must see the same files. Empty is one process.
-        matmul_precision: of products with the base's matrices: float32; tf32 (what GPUs call so; three bfloat16 passes
-            on a TPU); bfloat16 (operands rounded, sums in float32); or auto: bfloat16 on accelerators where the base is
-            stored so, else float32. Default: as the run was made, and auto for a new one.
+        matmul_precision: of products with the base's matrices: float32; tf32 (what GPUs call so; three bfloat16
+            passes on a TPU); bfloat16 (operands rounded, sums in float32); or auto: bfloat16 on accelerators where
+            the base is stored so, else float32. Default: as the run was made, and auto for a new one.
     """
 
     mesh: str = ""
@@ -83,9 +83,9 @@ class Finetune:
             instruction/input/output, question/answer, prompt/response, or messages; optional id.
         workdir: the run directory to make, or to go on in.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
-        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4, nf4-double
-            (the scales are quantised too) or int8. Later commands on the run do the same. Default: as they are in the
-            checkpoint.
+        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
+            nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
+            they are in the checkpoint.
         devices: what to compute on.
         tensorboard: also write TensorBoard events (extra tensorboard).
         recipe: how examples become tokens and a loss.
@@ -146,9 +146,9 @@ class Adopt:
             epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
         workdir: the run directory to make.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
-        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4, nf4-double
-            (the scales are quantised too) or int8. Later commands on the run do the same. Default: as they are in the
-            checkpoint.
+        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
+            nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
+            they are in the checkpoint.
         devices: what to compute on.
         force: adopt it although it does not lower the loss on the data.
     """

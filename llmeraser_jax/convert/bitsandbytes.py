@@ -40,8 +40,8 @@ def check_quantization_config(config: Any) -> None:
         problems.append(f"bnb_4bit_quant_storage = {given['bnb_4bit_quant_storage']!r}")
     if problems:
         msg = (
-            f"quantization_config has {'; '.join(problems)}; readable are bitsandbytes' NF4 (stored as uint8) and int8. "
-            "Save the model unquantised (in transformers: model.dequantize()) and name --base-quantization instead."
+            f"quantization_config has {'; '.join(problems)}; readable are bitsandbytes' NF4 (stored as uint8) and "
+            "int8. Save the model unquantised (in transformers: model.dequantize()) and name --base-quantization instead."
         )
         raise ValueError(msg)
 
@@ -123,7 +123,8 @@ class QuantizedSource:
         if "scales" in state:
             absmax = self._scales(state["scales"], len(stored))
             return Int8Kernel(np.array(stored), absmax, dtype_name=self._dtype)
-        out_in, block = tuple(map(int, state["shape"])), int(state["blocksize"])
+        outputs, inputs = map(int, state["shape"])
+        out_in, block = (outputs, inputs), int(state["blocksize"])
         rows, blocks = nf4_layout(out_in, block)
         codes = np.zeros(rows * blocks * block // 2, np.uint8)
         if not 0 <= len(codes) - stored.size < block // 2:

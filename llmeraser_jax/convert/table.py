@@ -29,8 +29,8 @@ class Transform:
         to_leaf: from disk.
         to_disk: its inverse.
         disk_shape: shape on disk of a leaf's layer of the given shape.
-        disk_index: index on disk of a part of a leaf's layer; then `to_leaf` and `to_disk` are views, so that a part
-            can be read alone. None: a tensor is read whole.
+        disk_index: index on disk of a part of a leaf's layer; then `to_leaf` and `to_disk` are views, so that a
+            part can be read alone. None: a tensor is read whole.
     """
 
     name: str

@@ -19,7 +19,6 @@ from llmeraser_jax.models.precision import narrow_product_p
 Policy = Callable[..., bool]  # as `jax.checkpoint` takes it
 
 
-
 def _narrow_products(primitive, *_, **__) -> bool:
     return primitive is narrow_product_p
 

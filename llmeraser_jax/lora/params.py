@@ -102,8 +102,8 @@ def add_delta(lora: Lora, delta: Lora) -> Lora:
 def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
     """The base with `scaling * B A` added to each targeted kernel, in the kernel's own dtype.
 
-    A base narrower than float32 rounds the sum; a quantised kernel is dequantised first, and its sum is not quantised
-    again. The adapter itself is not changed.
+    A base narrower than float32 rounds the sum; a quantised kernel is dequantised first, and its sum is not
+    quantised again. The adapter itself is not changed.
 
     Raises:
         ValueError: the base lacks a targeted module.

@@ -21,7 +21,8 @@ and of the adapter, for each targeted linear layer:
     layers/{name}/a                             [layers, rank, in]
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
-A kernel of the seven layers may be quantised: see `models.quantization`. The effective weight is `kernel + scaling * (B A)'`.
+A kernel of the seven layers may be quantised, see `models.quantization`. The effective weight is
+`kernel + scaling * (B A)'`.
 """
 
 from __future__ import annotations

@@ -252,7 +252,9 @@ def _read_kernel(
             structure = now
             stacks = [aligned_empty((len(tensors), *np.shape(part)), np.asarray(part).dtype) for part in parts]
         if now != structure:
-            msg = f"{name} is quantised otherwise than the same kernel of the first layer; all layers have to agree."
+            msg = (
+                f"{name} is quantised otherwise than the same kernel of the first layer; all layers have to agree."
+            )
             raise ValueError(msg)
         for stack, part in zip(stacks, parts, strict=True):
             stack[layer] = part

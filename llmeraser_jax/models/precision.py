@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import jax
+import jax.core as jax_core
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
@@ -75,7 +76,7 @@ def _narrow_product(x, kernel, *, transposed):
 
 @narrow_product_p.def_abstract_eval
 def _narrow_product_shape(x, kernel, *, transposed):
-    return jax.core.ShapedArray((*x.shape[:-1], kernel.shape[0 if transposed else 1]), x.dtype)
+    return jax_core.ShapedArray((*x.shape[:-1], kernel.shape[0 if transposed else 1]), x.dtype)
 
 
 def _transpose_by_x(cotangent, _, kernel, *, transposed):

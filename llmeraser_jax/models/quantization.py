@@ -5,9 +5,10 @@ of layers in front, so that the scan over layers hands each layer its own, and o
 backward pass again. Embedding, head, norms and biases stay as they are, which is bitsandbytes' choice too.
 
 NF4: the weight [out, in], row after row, is cut into blocks of 64; a block is its largest absolute value times
-entries of a table of 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA). With double quantisation
-the blocks' scales, less their mean, are quantised to 8 bits in blocks of 256. int8: each row of the weight, which is
-an output channel, is its largest absolute value times integers over 127 (Dettmers et al. 2022, LLM.int8()).
+entries of a table of 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA). With double
+quantisation the blocks' scales, less their mean, are quantised to 8 bits in blocks of 256. int8: each row of the
+weight, which is an output channel, is its largest absolute value times integers over 127 (Dettmers et al. 2022,
+LLM.int8()).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ DYNAMIC_TABLE = _dynamic_table()
 
 
 class QuantizedKernel:
-    """What `NF4Kernel` and `Int8Kernel` have in common. `shape` and `dtype` are those of the kernel they stand for."""
+    """What `NF4Kernel` and `Int8Kernel` share; `shape` and `dtype` are those of the kernel they stand for."""
 
     shape: Any
     dtype: Any
@@ -114,7 +115,7 @@ class NF4Kernel(QuantizedKernel):
         *lead, rows, blocks = self.absmax.shape
         groups = jnp.repeat(self.nested_absmax, self.nested_block, axis=-1)[..., : rows * blocks]
         scaled = jnp.asarray(DYNAMIC_TABLE)[self.absmax] * groups.reshape(*lead, rows, blocks)
-        # Kept apart from the sum: fused into one operation it would be rounded once, and not twice as in bitsandbytes.
+        # Kept apart from the sum: fused into one operation it would be rounded once, in bitsandbytes it is twice.
         return jax.lax.optimization_barrier(scaled) + self.nested_offset[..., None, None]
 
 
@@ -175,13 +176,16 @@ def quantize(kernel: Float[Array, "*layers inputs outputs"], quantization: str) 
         # A reciprocal, rounded, times 127, as PyTorch divides a number by a tensor.
         scale = 127 * jax.lax.optimization_barrier(1 / jnp.maximum(absmax, _TINY))
         return Int8Kernel(jnp.round(weight * scale[:, None]).astype(jnp.int8), absmax, dtype_name=name)
+    outputs, inputs = weight.shape
     rows, blocks = nf4_layout(weight.shape, NF4_BLOCK)
     flat = jnp.pad(weight.reshape(rows, -1), ((0, 0), (0, blocks * NF4_BLOCK - weight.size // rows)))
     scaled, absmax = _normalized(flat.reshape(rows, blocks, NF4_BLOCK))
-    codes = sum(((scaled > edge).astype(jnp.uint8) for edge in _edges(NF4_TABLE)), start=jnp.uint8(0))
+    codes = jnp.zeros(scaled.shape, jnp.uint8)
+    for edge in _edges(NF4_TABLE):
+        codes += scaled > edge
     codes = (codes[..., ::2] << 4) | codes[..., 1::2]
     if quantization == "nf4":
-        return NF4Kernel(codes, absmax, out_in=weight.shape, dtype_name=name)
+        return NF4Kernel(codes, absmax, out_in=(outputs, inputs), dtype_name=name)
     offset = jnp.mean(absmax)
     groups = -(-absmax.size // NESTED_BLOCK)
     centred = jnp.pad((absmax - offset).reshape(-1), (0, groups * NESTED_BLOCK - absmax.size))
@@ -190,7 +194,7 @@ def quantize(kernel: Float[Array, "*layers inputs outputs"], quantization: str) 
     even = jnp.floor((scaled + 1) * np.float32(32767.5) + np.float32(0.5)) * 2 / 65535 - 1
     entries = jnp.searchsorted(jnp.asarray(_edges(DYNAMIC_TABLE)), even).astype(jnp.uint8)
     entries = entries.reshape(-1)[: absmax.size].reshape(absmax.shape)
-    return NF4Kernel(codes, entries, nested, offset, out_in=weight.shape, dtype_name=name)
+    return NF4Kernel(codes, entries, nested, offset, out_in=(outputs, inputs), dtype_name=name)
 
 
 _TINY = np.float32(1e-38)  # bitsandbytes' least divisor; a block of zeros has no scale

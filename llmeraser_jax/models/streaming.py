@@ -125,4 +125,3 @@ def copy_finite(tensor: np.ndarray, out: np.ndarray, name: str) -> None:
             )
             raise ValueError(msg)
         raw[start : start + rows] = piece  # as integers: NumPy copies those several times as fast
-

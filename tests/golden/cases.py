@@ -120,6 +120,7 @@ def largest_relative_difference(got, expected, mask=None):
     keep = slice(None) if mask is None else np.asarray(mask).astype(bool)
     return np.abs(got[keep] - expected[keep]).max() / np.abs(expected[keep]).max()
 
+
 # Inputs of 64 (blocks of NF4 inside the rows of a weight) and of 40 (over rows).
 QUANTIZED_CASE = {
     "model_type": "llama",

@@ -1,13 +1,14 @@
 """Makes `quantized_*.npz`, with PyTorch and bitsandbytes: `python -m tests.golden.make_quantization_golden`.
 
 Each holds a checkpoint that transformers saved after bitsandbytes had quantised it: "config" and "w:*"; "d:*", its
-quantised weights as bitsandbytes dequantises them; and "logits" of the shared token rows, which for int8 are those of
-the dequantised weights: bitsandbytes itself quantises activations too there.
+quantised weights as bitsandbytes dequantises them; and "logits" of the shared token rows, which for int8 are those
+of the dequantised weights: bitsandbytes itself quantises activations too there.
 """
 
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def quantize(settings, directory):
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # inference in bfloat16
+            module.support_avx512bf16_for_cpu = False  # noqa: B010; it is inference in bfloat16
     return model.eval()
 
 
@@ -51,8 +52,13 @@ def main():
             model.save_pretrained(directory)
             config = json.loads((pathlib.Path(directory) / "config.json").read_text())
             stored = load_file(pathlib.Path(directory) / "model.safetensors")
-        content = {"config": np.array(json.dumps(config)), **{f"w:{key}": value for key, value in stored.items()}}
-        weights = {key: module for key, module in model.named_modules() if "bitsandbytes" in type(module).__module__}
+        content: dict[str, Any] = {
+            "config": np.array(json.dumps(config)),
+            **{f"w:{key}": value for key, value in stored.items()},
+        }
+        weights = {
+            key: module for key, module in model.named_modules() if "bitsandbytes" in type(module).__module__
+        }
         plain = reference.build(QUANTIZED_CASE)
         with torch.no_grad():
             for key, module in weights.items():

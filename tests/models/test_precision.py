@@ -1,6 +1,7 @@
 """How products with frozen matrices are computed, read from the programs and compared with NumPy."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ SIZES = {"hidden_size": 20, "num_attention_heads": 4, "head_dim": 14, "intermedi
 FROZEN = {(20, 56), (20, 28), (56, 20), (20, 36), (36, 20), (20, 32)}
 
 
-def equations(jaxpr) -> Iterator[core.JaxprEqn]:
+def equations(jaxpr) -> Iterator[Any]:
     """All equations of a program, those of inner programs included."""
     for equation in jaxpr.eqns:
         yield equation
@@ -51,7 +52,7 @@ def programs(setting, stored):
     yield "decode", jax.make_jaxpr(lambda b, l, t: greedy_decode(config, b, l, t, t, stops, 2))(base, lora, tokens)
 
 
-def frozen_products(program) -> Iterator[tuple]:
+def frozen_products(program) -> Iterator[tuple[Any, ...]]:
     """Name, operand dtypes and precision of every product with one of the base's matrices."""
     for equation in equations(program.jaxpr):
         if equation.primitive.name in ("dot_general", "narrow_product"):
@@ -60,7 +61,9 @@ def frozen_products(program) -> Iterator[tuple]:
                 yield equation.primitive.name, left.dtype, right.dtype, equation.params.get("precision")
 
 
-@pytest.mark.parametrize(("setting", "stored"), [("float32", "bfloat16"), ("tf32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("setting", "stored"), [("float32", "bfloat16"), ("tf32", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_every_product_with_a_frozen_matrix_is_as_the_setting_says(setting, stored):
     expected = {
         "float32": ("dot_general", jnp.float32, stored, (HIGHEST, HIGHEST)),
@@ -74,7 +77,9 @@ def test_every_product_with_a_frozen_matrix_is_as_the_setting_says(setting, stor
             (expected[0], str(jnp.dtype(expected[1])), str(jnp.dtype(expected[2])), str(expected[3]))
         }, name
         # Stacked kernels stay as they are stored: nothing converts one before the loop over layers.
-        converted = [e.outvars[0].aval for e in equations(program.jaxpr) if e.primitive.name == "convert_element_type"]
+        converted = [
+            e.outvars[0].aval for e in equations(program.jaxpr) if e.primitive.name == "convert_element_type"
+        ]
         assert not [aval for aval in converted if aval.ndim == 3 and aval.shape[1:] in FROZEN], name
         assert not [aval for aval in converted if aval.ndim == 2 and aval.shape in FROZEN], name
 

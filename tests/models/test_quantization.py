@@ -1,8 +1,9 @@
-"""A quantised base: read as bitsandbytes saved it, quantised here, and differentiated like its dequantised weights."""
+"""A quantised base: as bitsandbytes saved it, quantised here, and differentiated like its dequantised weights."""
 
 import dataclasses
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +75,16 @@ def test_layers_are_dequantised_one_at_a_time():
     base = jax.eval_shape(lambda: quantize_base(init_base(config, jax.random.key(0)), "nf4-double"))
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     program = jax.make_jaxpr(lambda b, t: ApplyDecoder(config)(b, None, t, t))(base, tokens)
-    kernels = {leaf.shape for path, leaf in flatten_dict(base, sep="/").items() if path.endswith("_proj/kernel")}
+    leaves: dict[str, Any] = flatten_dict(base, sep="/")
+    kernels = {leaf.shape for path, leaf in leaves.items() if path.endswith("_proj/kernel")}
     made = [out.aval for equation in equations(program.jaxpr) for out in equation.outvars]
     assert not [aval for aval in made if aval.shape in kernels]
     assert {shape[1:] for shape in kernels} <= {aval.shape for aval in made}
 
 
-@pytest.mark.parametrize(("name", "least_gib", "most_gib"), [("nf4", 3.5, 5), ("nf4-double", 3.4, 4), ("int8", 6, 7)])
+@pytest.mark.parametrize(
+    ("name", "least_gib", "most_gib"), [("nf4", 3.5, 5), ("nf4-double", 3.4, 4), ("int8", 6, 7)]
+)
 def test_memory_of_seven_billion_parameters(name, least_gib, most_gib):
     config = ModelConfig(
         vocab_size=32000, width=4096, mlp_width=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128
@@ -109,14 +113,20 @@ def test_quantising_while_loading_is_quantising_what_was_loaded(name, tmp_path):
     for got, wanted in zip(*map(jax.tree.leaves, (again, plain)), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
     lora = random_lora(loaded)
-    for got, wanted in zip(*(jax.tree.leaves(merge_lora(base, lora)) for base in (loaded.base, plain)), strict=True):
-        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-6)
+    for got, wanted in zip(
+        *(jax.tree.leaves(merge_lora(base, lora)) for base in (loaded.base, plain)), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_mesh_shares_a_quantised_base_out(name, tmp_path):
     save_model(tmp_path / "m", tiny_model(width=64, mlp_width=128, head_dim=32, vocab_size=32))
-    whole, shared = (load_model(tmp_path / "m", quantization=name, mesh=m) for m in (None, make_mesh(data=2, model=2)))
+    whole, shared = (
+        load_model(tmp_path / "m", quantization=name, mesh=m) for m in (None, make_mesh(data=2, model=2))
+    )
     parts = {
         module: shared.base["layers"][module]["kernel"].codes.addressable_shards[0].data.shape
         for module in ("up_proj", "down_proj")

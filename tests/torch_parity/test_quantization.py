@@ -1,4 +1,4 @@
-"""Quantised kernels against bitsandbytes on a CPU: the same codes, the same scales, the same weights, bit by bit."""
+"""Quantised kernels against bitsandbytes on a CPU: the same codes, scales and weights, bit by bit."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ def test_nf4_is_bit_equal(out_in, dtype):
     np.testing.assert_array_equal(np.asarray(weight, np.float32).T, theirs)
 
 
-@pytest.mark.parametrize("out_in", [shape for shape in SHAPES if shape != (5, 7)])  # a mean of one scale is that scale
+@pytest.mark.parametrize(
+    "out_in", [shape for shape in SHAPES if shape != (5, 7)]
+)  # a mean of one scale is that scale
 def test_double_quantisation_is_bit_equal_from_the_mean_scale_on(out_in):
     weight, kernel = weights(out_in, "float32")
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
