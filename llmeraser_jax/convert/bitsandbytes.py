@@ -41,7 +41,8 @@ def check_quantization_config(config: Any) -> None:
     if problems:
         msg = (
             f"quantization_config has {'; '.join(problems)}; readable are bitsandbytes' NF4 (stored as uint8) and "
-            "int8. Save the model unquantised (in transformers: model.dequantize()) and name --base-quantization instead."
+            "int8. Save the model unquantised (in transformers: model.dequantize()) and name --base-quantization "
+            "instead."
         )
         raise ValueError(msg)
 

@@ -38,8 +38,8 @@ def quantize(settings, directory):
         directory, quantization_config=config, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
     )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # noqa: B010; it is inference in bfloat16
+        # Inference in bfloat16 else.
+        vars(module).update({"support_avx512bf16_for_cpu": False})
     return model.eval()
 
 
