@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.parallel import leads, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.unlearning import EraseConfig, Receipt
@@ -46,10 +47,14 @@ class Devices:
         processes: where the devices are those of several processes, each started with this same command: auto on a
             cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
             All of them must see the same files. Empty is one process.
+        matmul_precision: of products with the base's matrices: float32; tf32 (what GPUs call so; three bfloat16
+            passes on a TPU); bfloat16 (operands rounded, sums in float32); or auto: bfloat16 on accelerators where
+            the base is stored so, else float32. Default: as the run was made, and auto for a new one.
     """
 
     mesh: str = ""
     processes: str = ""
+    matmul_precision: MatmulPrecision | None = None
 
     def open(self) -> Mesh | None:
         """Connects the processes and lays out their devices; before anything is computed."""
@@ -57,6 +62,13 @@ class Devices:
         if not leads():
             _log.setLevel(logging.WARNING)
         return parse_mesh(self.mesh)
+
+    def load_run(self, path: Path):
+        """The run at `path`, to be computed with as these flags say."""
+        from llmeraser_jax.runs import load_run
+
+        run = load_run(path)
+        return dataclasses.replace(run, matmul_precision=self.matmul_precision or run.matmul_precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +137,9 @@ class Finetune:
             conversations; optional id.
         workdir: the run directory to make, or to go on in.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
+        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
+            nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
+            they are in the checkpoint.
         devices: what to compute on.
         tensorboard: also write TensorBoard events (extra tensorboard).
         recipe: how examples become tokens and a loss.
@@ -136,6 +151,7 @@ class Finetune:
     data: Path
     workdir: Path
     dtype: str = "float32"
+    base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     tensorboard: bool = False
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
@@ -146,7 +162,13 @@ class Finetune:
         from llmeraser_jax.models import load_model
         from llmeraser_jax.training.job import finetune_run
 
-        model = load_model(self.model, dtype=self.dtype, mesh=self.devices.open())
+        model = load_model(
+            self.model,
+            dtype=self.dtype,
+            mesh=self.devices.open(),
+            quantization=self.base_quantization,
+            matmul_precision=self.devices.matmul_precision or "auto",
+        )
         run = finetune_run(
             model,
             self.data,
@@ -180,6 +202,9 @@ class Adopt:
             epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
         workdir: the run directory to make.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
+        base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
+            nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
+            they are in the checkpoint.
         devices: what to compute on.
         force: adopt it although it does not lower the loss on the data.
     """
@@ -190,6 +215,7 @@ class Adopt:
     recipe: Path
     workdir: Path
     dtype: str = "float32"
+    base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     force: bool = False
 
@@ -197,7 +223,13 @@ class Adopt:
         from llmeraser_jax.models import load_model
         from llmeraser_jax.training.adopt import adopt
 
-        model = load_model(self.model, dtype=self.dtype, mesh=self.devices.open())
+        model = load_model(
+            self.model,
+            dtype=self.dtype,
+            mesh=self.devices.open(),
+            quantization=self.base_quantization,
+            matmul_precision=self.devices.matmul_precision or "auto",
+        )
         run = adopt(model, self.adapter, self.data, self.recipe, self.workdir, force=self.force)
         result = run.result
         _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
@@ -251,7 +283,7 @@ class Erase:
         from llmeraser_jax.unlearning import IncompleteError
 
         mesh = self.devices.open()
-        run = _load_run(self.run_directory)
+        run = self.devices.load_run(self.run_directory)
         try:
             receipt = self._erase(run, mesh)
         except IncompleteError as error:
@@ -300,7 +332,7 @@ class Retrain:
         from llmeraser_jax.data import load_requests
 
         mesh = self.devices.open()
-        run = _load_run(self.run_directory)
+        run = self.devices.load_run(self.run_directory)
         requests = load_requests(self.requests, run.load_examples(self.data))
         model = run.load_model(mesh=mesh)
         runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
@@ -340,8 +372,8 @@ class Evaluate:
         from llmeraser_jax.evaluation.job import evaluate_runs, retrained_runs
 
         report = evaluate_runs(
-            _load_run(self.before),
-            _load_run(self.after),
+            self.devices.load_run(self.before),
+            self.devices.load_run(self.after),
             self.workdir,
             retrained=() if self.retrained is None else retrained_runs(self.retrained),
             heldout_path=self.data,
@@ -421,12 +453,6 @@ def _load_tokenizer(model: str):
 
         directory = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"]))
     return load_tokenizer(directory)
-
-
-def _load_run(path: Path):
-    from llmeraser_jax.runs import load_run
-
-    return load_run(path)
 
 
 def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, mesh: Mesh | None = None, **kwargs):

@@ -34,6 +34,7 @@ from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.models import Model, load_model, load_tokenizer
+from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class Run:
         model_path: directory or hub id of the base model.
         model_dtype: the dtype that the base was stored in while it was used.
         model_sha256: fingerprint of the base model, see `model_fingerprint`.
+        model_quantization: how its kernels were quantised, one of `models.quantization.QUANTIZATIONS`, or None.
+        matmul_precision: the setting for products with its matrices, see `models.precision`.
         recipe: how examples become tokens, resolved.
         normalizer: with reduction "token", the constant that sums over tokens are divided by; else None.
         lora_config: of the adapter.
@@ -94,6 +97,8 @@ class Run:
     model_path: str
     model_dtype: str
     model_sha256: str
+    model_quantization: str | None
+    matmul_precision: MatmulPrecision
     recipe: Recipe
     normalizer: float | None
     lora_config: LoraConfig
@@ -245,18 +250,30 @@ class Run:
             RunError: the files have changed.
         """
         self._verify_fingerprint(self.model_path)
-        model = load_model(self.model_path, dtype=dtype or self.model_dtype, mesh=mesh)
+        model = load_model(
+            self.model_path,
+            dtype=dtype or self.model_dtype,
+            mesh=mesh,
+            quantization=self.model_quantization,
+            matmul_precision=self.matmul_precision,
+        )
         return model if self.tokenizer is None else dataclasses.replace(model, tokenizer=self.tokenizer)
 
     def verify_model(self, model: Model) -> None:
         """Refuses a loaded base model that is not the one that was used.
 
         Raises:
-            RunError: its files or its dtype differ.
+            RunError: its files, its dtype or its quantisation differ.
         """
         self._verify_fingerprint(model.path)
         if base_dtype(model) != self.model_dtype:
             msg = f"The base model is in {base_dtype(model)}; {self.path} was trained in {self.model_dtype}."
+            raise RunError(msg)
+        if model.quantization != self.model_quantization:
+            msg = (
+                f"The base model's quantisation is {model.quantization}; {self.path} was trained with "
+                f"{self.model_quantization}."
+            )
             raise RunError(msg)
         if self.tokenizer is not None and _tokenizer_source(model) is None:
             msg = (
@@ -293,6 +310,8 @@ class Run:
             kind=self.kind,
             model_sha256=self.model_sha256,
             model_dtype=self.model_dtype,
+            model_quantization=self.model_quantization,
+            matmul_precision=self.matmul_precision,
             recipe=self.recipe,
             lora_config=self.lora_config,
             train_config=self.train_config,
@@ -307,6 +326,8 @@ def run_settings(
     kind: str,
     model_sha256: str,
     model_dtype: str,
+    model_quantization: str | None,
+    matmul_precision: str,
     recipe: Recipe,
     lora_config: LoraConfig,
     train_config: TrainConfig,
@@ -323,6 +344,8 @@ def run_settings(
         "kind": kind,
         "model_sha256": model_sha256,
         "model_dtype": model_dtype,
+        "model_quantization": model_quantization,
+        "matmul_precision": matmul_precision,
         "training data": examples.hexdigest(),
         "parent": None if parent is None else parent["sha256"],
     }
@@ -415,6 +438,8 @@ def write_run(
             "path": _absolute_if_local(model.path),
             "dtype": base_dtype(model),
             "sha256": model_fingerprint(model.path),
+            "quantization": model.quantization,
+            "matmul_precision": model.config.matmul_precision,
         },
         "recipe": recipe.to_mapping(),
         "normalizer": normalizer,
@@ -484,6 +509,8 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
         model_path=recorded["model"]["path"],
         model_dtype=recorded["model"]["dtype"],
         model_sha256=recorded["model"]["sha256"],
+        model_quantization=recorded["model"].get("quantization"),
+        matmul_precision=recorded["model"].get("matmul_precision", "auto"),
         recipe=_read_recipe(recorded["recipe"]),
         normalizer=recorded["normalizer"],
         lora_config=LoraConfig(**lora),

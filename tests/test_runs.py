@@ -130,6 +130,12 @@ def test_a_loaded_model_is_compared_too(tmp_path, finished_run, model_path):
     finished_run.verify_model(load_model(model_path))
     with pytest.raises(runs.RunError, match=r"in bfloat16; .* was trained in float32"):
         finished_run.verify_model(load_model(model_path, dtype="bfloat16"))
+    with pytest.raises(runs.RunError, match="quantisation is nf4"):
+        finished_run.verify_model(load_model(model_path, quantization="nf4"))
+    quantised = dataclasses.replace(finished_run, model_quantization="int8", matmul_precision="tf32")
+    model = quantised.load_model()
+    assert (model.quantization, model.config.matmul_precision) == ("int8", "tf32")
+    quantised.verify_model(model)
     other = tiny.save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(runs.RunError, match="fingerprint"):
         finished_run.verify_model(load_model(other))

@@ -1,5 +1,6 @@
 """Conversion between checkpoints on disk and pytrees: declarative tables, read in both directions."""
 
+from llmeraser_jax.convert.bitsandbytes import QuantizedSource, check_quantization_config
 from llmeraser_jax.convert.files import SafetensorsSource, write_safetensors
 from llmeraser_jax.convert.huggingface import BASE_TABLES, PEFT_TABLE
 from llmeraser_jax.convert.table import (
@@ -10,6 +11,7 @@ from llmeraser_jax.convert.table import (
     Target,
     TensorSource,
     Transform,
+    check_tensors,
     export_tensors,
     import_tensors,
     numpy_dtype,
@@ -20,12 +22,15 @@ __all__ = [
     "KEEP",
     "PEFT_TABLE",
     "TRANSPOSE",
+    "QuantizedSource",
     "Rule",
     "SafetensorsSource",
     "Table",
     "Target",
     "TensorSource",
     "Transform",
+    "check_quantization_config",
+    "check_tensors",
     "export_tensors",
     "import_tensors",
     "numpy_dtype",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -14,10 +17,12 @@ from llmeraser_jax import files
 from llmeraser_jax.convert.table import Shape
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_NUMPY_NAMES = {**_DTYPE_NAMES, "U8": "uint8", "I8": "int8"}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class SafetensorsSource:
-    """Tensors of one or several safetensors files; a file is opened once, a tensor read when asked for."""
+    """Tensors of one or several safetensors files; a file is opened once, a tensor's numbers are read when used."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         """Opens files.
@@ -26,9 +31,7 @@ class SafetensorsSource:
             paths: file of each tensor.
         """
         self._paths = dict(paths)
-        self._open = {}
-        for path in sorted(set(self._paths.values())):
-            self._open[path] = _open(path)
+        self._headers = {path: _read_header(path) for path in sorted(set(self._paths.values()))}
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SafetensorsSource:
@@ -39,7 +42,7 @@ class SafetensorsSource:
             ValueError: it is not a safetensors file.
         """
         path = Path(path)
-        return cls(dict.fromkeys(_open(path).keys(), path))
+        return cls(dict.fromkeys(_read_header(path), path))
 
     @classmethod
     def from_checkpoint(cls, directory: str | os.PathLike[str]) -> SafetensorsSource:
@@ -47,7 +50,8 @@ class SafetensorsSource:
 
         Raises:
             FileNotFoundError: neither is there, or a shard that the index names is not.
-            ValueError: a file is not what its name says, or a shard lacks a tensor the index places there.
+            ValueError: a file is not what its name says, the index names one outside of the directory, or a shard
+                lacks a tensor the index places there.
         """
         directory = Path(directory)
         single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
@@ -62,7 +66,12 @@ class SafetensorsSource:
         if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
             msg = f"{index} has no weight_map from tensor names to files."
             raise ValueError(msg)
-        paths = {str(name): directory / str(file) for name, file in content["weight_map"].items()}
+        named = {str(name): Path(str(file)) for name, file in content["weight_map"].items()}
+        outside = sorted({str(file) for file in named.values() if file.is_absolute() or ".." in file.parts})
+        if outside:
+            msg = f"{index} names {', '.join(outside[:3])}, outside of its directory; weights must lie inside it."
+            raise ValueError(msg)
+        paths = {name: directory / file for name, file in named.items()}
         source = cls(paths)
         absent = [f"{name} in {path.name}" for name, path in paths.items() if name not in source._names_in(path)]
         unlisted = [
@@ -77,31 +86,57 @@ class SafetensorsSource:
         return source
 
     def _names_in(self, path: Path) -> frozenset[str]:
-        return frozenset(self._open[path].keys())
+        return frozenset(self._headers[path])
 
     def shapes(self) -> dict[str, tuple[Shape, str]]:
         """Shape and dtype name of every tensor; a dtype unknown here keeps the file's own name for it."""
         out = {}
         for name, path in self._paths.items():
-            view = self._open[path].get_slice(name)
-            stored = view.get_dtype()
-            out[name] = (tuple(view.get_shape()), _DTYPE_NAMES.get(stored, stored))
+            entry = self._headers[path][name]
+            out[name] = (tuple(entry["shape"]), _DTYPE_NAMES.get(entry["dtype"], entry["dtype"]))
         return out
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._open[self._paths[name]].get_tensor(name)
+        """One tensor, mapped from its file: only what is used of it is read, and forgotten with the array.
+
+        Raises:
+            ValueError: its dtype has no counterpart in NumPy.
+        """
+        path = self._paths[name]
+        entry = self._headers[path][name]
+        if entry["dtype"] not in _NUMPY_NAMES:
+            msg = f"{name} in {path} is stored as {entry['dtype']}; readable are {', '.join(_NUMPY_NAMES)}."
+            raise ValueError(msg)
+        stored, shape = _NUMPY_NAMES[entry["dtype"]], tuple(entry["shape"])
+        dtype = np.dtype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, mode="r", offset=entry["offset"], shape=shape)
 
 
-def _open(path: Path):
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Dtype, shape and place in the file of every tensor of a safetensors file."""
     if not path.exists():
         msg = f"{path} does not exist."
         raise FileNotFoundError(msg)
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        msg = f"{path} is not a safetensors file: {error}."
-        raise ValueError(msg) from error
+    if path.is_dir():
+        msg = f"{path} is a directory; expected a safetensors file."
+        raise ValueError(msg)
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            msg = f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`."
+            raise ValueError(msg)
+        try:
+            safe_open(path, framework="numpy")  # checks that the header fits the file
+        except SafetensorError as error:
+            msg = f"{path} is not a safetensors file: {error}."
+            raise ValueError(msg) from error
+        size = int.from_bytes(start[:8], "little")
+        file.seek(8)
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return {name: {**entry, "offset": 8 + size + entry["data_offsets"][0]} for name, entry in entries.items()}
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:

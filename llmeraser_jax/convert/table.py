@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 Shape = tuple[int, ...]
+Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,30 @@ class Transform:
         to_leaf: from disk.
         to_disk: its inverse.
         disk_shape: shape on disk of a leaf's layer of the given shape.
+        disk_index: index on disk of a part of a leaf's layer; then `to_leaf` and `to_disk` are views, so that a
+            part can be read alone. None: a tensor is read whole.
     """
 
     name: str
     to_leaf: Callable[[np.ndarray], np.ndarray]
     to_disk: Callable[[np.ndarray], np.ndarray]
     disk_shape: Callable[[Shape], Shape]
+    disk_index: Callable[[Index], Index] | None = None
 
 
-KEEP = Transform(name="keep", to_leaf=lambda x: x, to_disk=lambda x: x, disk_shape=lambda shape: shape)
+KEEP = Transform(
+    name="keep",
+    to_leaf=lambda x: x,
+    to_disk=lambda x: x,
+    disk_shape=lambda shape: shape,
+    disk_index=lambda index: index,
+)
 TRANSPOSE = Transform(
-    name="transpose", to_leaf=lambda x: x.T, to_disk=lambda x: x.T, disk_shape=lambda shape: shape[::-1]
+    name="transpose",
+    to_leaf=lambda x: x.T,
+    to_disk=lambda x: x.T,
+    disk_shape=lambda shape: shape[::-1],
+    disk_index=lambda index: index[::-1],
 )
 
 
@@ -184,6 +198,28 @@ def import_tensors(
         ValueError: tensors are missing, unexpected, misshapen or of a dtype that cannot be read; all of them
             are listed.
     """
+    expected = check_tensors(table, source, shapes, what)
+    leaves = {path: np.empty(shape, numpy_dtype(dtype)) for path, shape in shapes.items()}
+    for name in expected:
+        # By the regular expressions and not by `expected`, so that a table is used as it is written.
+        target = table.match(name)
+        assert target is not None
+        leaf = leaves[target.path] if target.layer is None else leaves[target.path][target.layer]
+        leaf[...] = target.transform.to_leaf(source.read(name))
+    return leaves
+
+
+def check_tensors(
+    table: Table, source: TensorSource, shapes: Mapping[str, Shape], what: str
+) -> dict[str, tuple[Target, Shape]]:
+    """Place and shape on disk of every tensor that the leaves need, after comparing them with what is there.
+
+    Args:
+        table, source, shapes, what: see `import_tensors`.
+
+    Raises:
+        ValueError: see `import_tensors`.
+    """
     on_disk = source.shapes()
     expected = {name: (target, shape) for name, target, shape in table.entries(shapes)}
     problems = []
@@ -206,14 +242,7 @@ def import_tensors(
             problems
         )
         raise ValueError(msg)
-    leaves = {path: np.empty(shape, numpy_dtype(dtype)) for path, shape in shapes.items()}
-    for name in expected:
-        # By the regular expressions and not by `expected`, so that a table is used as it is written.
-        target = table.match(name)
-        assert target is not None
-        leaf = leaves[target.path] if target.layer is None else leaves[target.path][target.layer]
-        leaf[...] = target.transform.to_leaf(source.read(name))
-    return leaves
+    return expected
 
 
 def export_tensors(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,6 +20,8 @@ from jax.extend.core.primitives import dot_general_p
 from llmeraser_jax.curvature.programs import equations_of, rewrite_equations
 from llmeraser_jax.types import LoraParams, Operator
 
+_WIDE = jnp.dtype("float32")
+
 
 @flax.struct.dataclass
 class NarrowProducts:
@@ -53,7 +55,9 @@ def narrow_products(fn: Callable) -> Callable:
 
     def narrow(equation):
         is_product = equation.primitive is dot_general_p
-        if is_product and all(atom.aval.dtype == jnp.float32 for atom in equation.invars):
+        dtypes = {atom.aval.dtype for atom in equation.invars}
+        # A frozen kernel may be stored in bfloat16 already.
+        if is_product and _WIDE in dtypes and dtypes <= {_WIDE, jnp.dtype("bfloat16")}:
             return _narrow_product(equation)
         return [equation]
 

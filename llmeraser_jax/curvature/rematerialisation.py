@@ -14,11 +14,20 @@ import jax
 from jax.extend.core.primitives import remat_p
 
 from llmeraser_jax.curvature.programs import rewrite_equations
+from llmeraser_jax.models.precision import narrow_product_p
 
 Policy = Callable[..., bool]  # as `jax.checkpoint` takes it
 
-PRODUCTS: Policy = jax.checkpoint_policies.dots_saveable
-PRODUCTS_WITH_MATRICES: Policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # not those of attention
+
+def _narrow_products(primitive, *_, **__) -> bool:
+    return primitive is narrow_product_p
+
+
+_either = jax.checkpoint_policies.save_from_both_policies
+PRODUCTS: Policy = _either(jax.checkpoint_policies.dots_saveable, _narrow_products)
+PRODUCTS_WITH_MATRICES: Policy = _either(  # not those of attention
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _narrow_products
+)
 
 
 def set_checkpoints(fn: Callable, policy: Policy) -> Callable:

@@ -30,6 +30,7 @@ from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import LINEAR_NAMES, Model
+from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 
@@ -220,7 +221,7 @@ def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group
     merged: BaseParams = base if lora is None else merge_lora(base, lora)
     layers: dict[str, Any] = dict(merged["layers"])
     for name in LINEAR_NAMES:
-        kernel = round_to_nearest(layers[name]["kernel"], bits=bits, group_size=group_size)
+        kernel = round_to_nearest(dequantized(layers[name]["kernel"]), bits=bits, group_size=group_size)
         layers[name] = dict(layers[name], kernel=kernel)
     return dict(merged, layers=layers)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from llmeraser_jax import trees
 from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
 from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.types import BaseParams, Key
 
 
@@ -101,7 +102,8 @@ def add_delta(lora: Lora, delta: Lora) -> Lora:
 def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
     """The base with `scaling * B A` added to each targeted kernel, in the kernel's own dtype.
 
-    A base narrower than float32 rounds the sum; the adapter itself is not changed.
+    A base narrower than float32 rounds the sum; a quantised kernel is dequantised first, and its sum is not
+    quantised again. The adapter itself is not changed.
 
     Raises:
         ValueError: the base lacks a targeted module.
@@ -111,7 +113,7 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
         if name not in merged["layers"]:
             msg = f"The adapter targets layers/{name}, which the base lacks."
             raise ValueError(msg)
-        kernel = merged["layers"][name]["kernel"]
+        kernel = dequantized(merged["layers"][name]["kernel"])
         product = jnp.einsum("lri,lor->lio", leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
         dtype = jnp.promote_types(kernel.dtype, product.dtype)
         total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)

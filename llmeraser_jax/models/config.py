@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
+
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -194,6 +196,8 @@ class ModelConfig:
         bos_token_id: first token of a text, or None.
         eos_token_ids: any of these ends a generation.
         pad_token_id: padding token, or None.
+        matmul_precision: how products with the base's matrices are computed, see `models.precision`; a choice of
+            whoever computes, so that config.json has no field for it.
     """
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
@@ -217,8 +221,12 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    matmul_precision: MatmulPrecision = "auto"
 
     def __post_init__(self) -> None:
+        if self.matmul_precision not in MATMUL_PRECISIONS:
+            msg = f"matmul_precision is {self.matmul_precision!r}; choose one of {', '.join(MATMUL_PRECISIONS)}."
+            raise ValueError(msg)
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "max_position"):
             if getattr(self, name) < 1:

@@ -21,7 +21,8 @@ and of the adapter, for each targeted linear layer:
     layers/{name}/a                             [layers, rank, in]
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
-The effective weight is `kernel + scaling * (B A)'`.
+A kernel of the seven layers may be quantised, see `models.quantization`. The effective weight is
+`kernel + scaling * (B A)'`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig
+from llmeraser_jax.models.precision import frozen_product
+from llmeraser_jax.models.quantization import QuantizedKernel, dequantized
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
@@ -81,11 +84,11 @@ class Linear(nn.Module):
     init_range: float
     lora_scaling: float
     lora_dropout: float
+    matmul_precision: str
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.normal(self.init_range)
-        out = layers.project(x, self.param("kernel", init, (x.shape[-1], self.features)))
+        out = frozen_product(x, dequantized(self._kernel(x.shape[-1])), self.matmul_precision)
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.has_variable("lora", "a"):
@@ -95,6 +98,13 @@ class Linear(nn.Module):
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
             out = out + layers.low_rank(x, a, b_t, self.lora_scaling)
         return out
+
+    def _kernel(self, inputs):
+        if not self.is_initializing():
+            kernel = self.get_variable("params", "kernel")
+            if isinstance(kernel, QuantizedKernel):  # no array, as linen would have a parameter be
+                return kernel
+        return self.param("kernel", nn.initializers.normal(self.init_range), (inputs, self.features))
 
 
 class DecoderLayer(nn.Module):
@@ -120,9 +130,8 @@ class DecoderLayer(nn.Module):
         batch, time, _ = x.shape
 
         def linear(name, features, use_bias):
-            return Linear(
-                features, use_bias, config.initializer_range, self.lora_scaling, self.lora_dropout, name=name
-            )
+            scales = config.initializer_range, self.lora_scaling, self.lora_dropout
+            return Linear(features, use_bias, *scales, config.matmul_precision, name=name)
 
         def heads(name, count):
             out = linear(name, count * config.head_dim, config.qkv_bias)(h)
@@ -174,7 +183,7 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
 
     def attend(self, x):
-        return jnp.einsum("btd,vd->btv", x, self.embedding.astype(x.dtype), precision=layers.PRECISION)
+        return frozen_product(x, self.embedding, self.config.matmul_precision, transposed=True)
 
 
 class Decoder(nn.Module):
@@ -206,7 +215,8 @@ class Decoder(nn.Module):
         self.layers = scanned(config, self.lora_scaling, self.lora_dropout)
         self.final_norm = Scale(config.norm_eps)
         if not config.tied_embeddings:
-            self.lm_head = Linear(config.vocab_size, False, config.initializer_range, 1.0, 0.0)
+            scales = config.initializer_range, 1.0, 0.0
+            self.lm_head = Linear(config.vocab_size, False, *scales, config.matmul_precision)
 
     def __call__(self, tokens, attention_mask, positions=None, embeds=None):
         """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only.

@@ -2,7 +2,7 @@
 
 No parameters and no modules here. Everything runs in the dtype of the activations, which is float32 or wider;
 products ask for full precision, because the default of accelerators (bfloat16 or TF32 passes) makes a
-curvature product asymmetric enough to stop conjugate gradients.
+curvature product asymmetric enough to stop conjugate gradients. Products with frozen matrices: `models.precision`.
 """
 
 from __future__ import annotations
@@ -64,11 +64,6 @@ def rotate(
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def project(x: Float[Array, "*lead n"], kernel: Float[Array, "n m"]) -> Float[Array, "*lead m"]:
-    """`x @ kernel` in the dtype of `x`, however narrow the kernel is stored."""
-    return jnp.einsum("...n,nm->...m", x, kernel.astype(x.dtype), precision=PRECISION)
 
 
 def low_rank(

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
+from llmeraser_jax.models.precision import MatmulPrecision
+from llmeraser_jax.models.quantization import (
+    QuantizedKernel,
+    base_quantization,
+    check_quantization,
+    dequantize_base,
+    quantize,
+)
+from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
+from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.types import BaseParams, Key
 
 _log = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+_KERNELS = tuple(f"layers/{name}/kernel" for name in LINEAR_NAMES)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -49,6 +62,11 @@ class Model:
         return ApplyDecoder(self.config)
 
     @property
+    def quantization(self) -> str | None:
+        """How the base is quantised: one of `quantization.QUANTIZATIONS`, or None."""
+        return base_quantization(self.base)
+
+    @property
     def adapter_extras(self) -> tuple[str, ...]:
         """Names in an adapter's `params` besides "layers": none, unless a subclass's `apply` reads more."""
         return ()
@@ -69,36 +87,45 @@ class Model:
         return init_lora(key, config, self.config)
 
 
-def load_model(path_or_hub_id: str | os.PathLike[str], dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+def load_model(
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    *,
+    quantization: str | None = None,
+    matmul_precision: MatmulPrecision = "auto",
+) -> Model:
     """Reads a model from a directory, or from the Hugging Face hub where no such directory exists.
+
+    Tensors go to the devices one by one; a process reads what its own devices hold. Where kernels are quantised on
+    the way, it reads all, and keeps one stack of quantised kernels at a time.
 
     Args:
         path_or_hub_id: a directory with config.json and safetensors, or a hub id such as "org/name".
-        dtype: storage dtype of the base: float32, bfloat16, float16, or float64 (with 64-bit JAX). Products are
-            computed in float32 or wider whatever it is.
+        dtype: storage dtype of the base: float32, bfloat16, float16, or float64 (with 64-bit JAX). What is added up
+            is float32 or wider whatever it is.
         mesh: shares the base out over its devices.
+        quantization: how the kernels of the layers are stored, one of `quantization.QUANTIZATIONS`; they are
+            dequantised to `dtype`. None: as they are on disk, where bitsandbytes may have quantised them already.
+        matmul_precision: how products with the base's matrices are computed, see `precision.frozen_product`.
 
     Returns:
         The model, its tokenizer None where there are no tokenizer files.
 
     Raises:
         FileNotFoundError: config.json or the weights are not there.
-        ValueError: a config field that is not honoured, or tensors that do not fit; all are listed.
+        ValueError: a config field that is not honoured, tensors that do not fit (all are listed), a number that is
+            not finite, or a checkpoint that is quantised otherwise.
     """
+    if quantization is not None:
+        check_quantization(quantization)
     numpy_dtype = convert.numpy_dtype(dtype)
     if jax.dtypes.canonicalize_dtype(numpy_dtype) != numpy_dtype:
         msg = f"dtype is {dtype!r}, which needs jax.config.update('jax_enable_x64', True)."
         raise ValueError(msg)
     directory = _local_directory(path_or_hub_id)
-    config = read_config(directory)
-    leaves = _read_base(directory, config, dtype)
-    base = unflatten_dict(leaves, sep="/")
-    if mesh is None:
-        base = jax.tree.map(jnp.asarray, base)
-    else:
-        from llmeraser_jax.parallel import shard_base
-
-        base = shard_base(base, mesh)
+    config = dataclasses.replace(read_config(directory), matmul_precision=matmul_precision)
+    base = unflatten_dict(_read_base(directory, config, dtype, quantization, mesh), sep="/")
     is_local = Path(path_or_hub_id).is_dir()
     return Model(
         config=config,
@@ -128,7 +155,7 @@ def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: a field that is not honoured; see `ModelConfig.from_hf`.
+        ValueError: a field that is not honoured; see `ModelConfig.from_hf` and `check_quantization_config`.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -136,25 +163,128 @@ def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
         msg = f"{directory} has no config.json; name a directory in Hugging Face's layout."
         raise FileNotFoundError(msg)
     generation = directory / "generation_config.json"
-    return ModelConfig.from_hf(files.read_json(path), files.read_json(generation) if generation.exists() else None)
+    stated = files.read_json(path)
+    if isinstance(stated, dict) and "quantization_config" in stated:
+        stated = dict(stated)
+        convert.check_quantization_config(stated.pop("quantization_config"))
+    return ModelConfig.from_hf(stated, files.read_json(generation) if generation.exists() else None)
 
 
-def _read_base(directory: Path, config: ModelConfig, dtype: str) -> dict[str, np.ndarray]:
-    source = convert.SafetensorsSource.from_checkpoint(directory)
+def _read_base(
+    directory: Path, config: ModelConfig, dtype: str, quantization: str | None, mesh: Mesh | None
+) -> dict[str, Any]:
+    """The base's leaves by path, on the devices."""
+    source = convert.QuantizedSource(convert.SafetensorsSource.from_checkpoint(directory), dtype)
     shapes = base_shapes(config)
-    table = convert.BASE_TABLES[config.model_type]
     what = f"The checkpoint {directory}"
+    table = _table(config, source, what)
+    tensors: dict[str, list[tuple[str, convert.Target]]] = {path: [] for path in shapes}
+    for name, (target, _) in convert.check_tensors(table, source, shapes, what).items():
+        tensors[target.path].append((name, target))
+
+    def place(path, shape, part=None):
+        return None if mesh is None else sharding_for(path if part is None else f"{path}/{part}", shape, mesh)
+
+    def size_of_a_tensor(path):
+        return math.prod(shapes[path]) // len(tensors[path])
+
+    leaves: dict[str, Any] = {}
+    # What is mapped of a tensor comes on top of what is there already: the largest first.
+    for path in sorted(shapes, key=size_of_a_tensor, reverse=True):
+        shape = shapes[path]
+        try:
+            if path in _KERNELS:
+                leaves[path] = _read_kernel(source, tensors[path], shape, dtype, quantization, partial(place, path))
+            else:
+                numpy_dtype = convert.numpy_dtype(dtype)
+                leaves[path] = read_leaf(source, tensors[path], shape, numpy_dtype, place(path, shape))
+        except ValueError as error:
+            msg = f"{what}: {error}"
+            raise ValueError(msg) from error
+    return leaves
+
+
+def _table(config: ModelConfig, source: convert.QuantizedSource, what: str) -> convert.Table:
+    """The table of names, for a tied checkpoint as it happens to store its embedding."""
+    table = convert.BASE_TABLES[config.model_type]
     head = table.rule_of("lm_head/kernel").name
     if not (config.tied_embeddings and head in source.shapes()):
-        return convert.import_tensors(table, source, shapes, dtype, what)
-    # Some tied checkpoints carry the head as well. Passing over it is right only where it is the embedding.
-    embedding = table.rule_of("embed_tokens/embedding").name
-    tied = dataclasses.replace(table, ignored=(*table.ignored, head.replace(".", r"\.")))
-    leaves = convert.import_tensors(tied, source, shapes, dtype, what)
-    if not np.array_equal(source.read(head), source.read(embedding)):
-        msg = f"{what} states tie_word_embeddings, but its {head} differs from {embedding}."
+        return table
+    embedding = table.rule_of("embed_tokens/embedding")
+    if embedding.name not in source.shapes():
+        rules = [rule for rule in table.rules if rule.path != "lm_head/kernel"]
+        rules[rules.index(embedding)] = dataclasses.replace(embedding, name=head)
+        return dataclasses.replace(table, rules=tuple(rules))
+    # Passing over a head that is there as well is right only where it is the embedding.
+    left, right = source.read(head), source.read(embedding.name)
+    if left.shape != right.shape or not all(
+        np.array_equal(left[row : row + 1024], right[row : row + 1024]) for row in range(0, len(left), 1024)
+    ):
+        msg = f"{what} states tie_word_embeddings, but its {head} differs from {embedding.name}."
         raise ValueError(msg)
-    return leaves
+    return dataclasses.replace(table, ignored=(*table.ignored, head.replace(".", r"\.")))
+
+
+def _read_kernel(
+    source: convert.QuantizedSource,
+    tensors: Sequence[tuple[str, convert.Target]],
+    shape: tuple[int, ...],
+    dtype: str,
+    quantization: str | None,
+    place: Callable[..., Any],
+) -> Any:
+    """The kernels of all layers: an array, or a quantised kernel, as they are stored or as is asked for."""
+    numpy_dtype = convert.numpy_dtype(dtype)
+    stored = [source.kernel(tensors[0][0])]  # says how the others are
+    if stored[0] is None and quantization is None:
+        return read_leaf(source, tensors, shape, numpy_dtype, place(shape))
+    stacks: list[np.ndarray] = []
+    structure = None
+    for layer, (name, target) in enumerate(tensors):
+        kernel = stored.pop() if stored else source.kernel(name)
+        if kernel is None and quantization is not None:
+            weight = target.transform.to_leaf(source.read(name)).T
+            finite = aligned_empty(weight.shape, numpy_dtype)
+            copy_finite(weight, finite, name)
+            kernel = jax.device_get(_quantize(finite, quantization))
+        parts, now = jax.tree.flatten(kernel)
+        if layer == 0:
+            structure = now
+            stacks = [aligned_empty((len(tensors), *np.shape(part)), np.asarray(part).dtype) for part in parts]
+        if now != structure:
+            msg = (
+                f"{name} is quantised otherwise than the same kernel of the first layer; all layers have to agree."
+            )
+            raise ValueError(msg)
+        for stack, part in zip(stacks, parts, strict=True):
+            stack[layer] = part
+    assert structure is not None
+    kernel = jax.tree.unflatten(structure, stacks)
+    _check_quantized_as(kernel, quantization)
+
+    def on_devices(path, stack):
+        sharding = place(stack.shape, path[-1].name)
+        if sharding is None:
+            return jax.device_put(stack)
+
+        def fill(index, out):
+            out[...] = stack[index]
+
+        return make_leaf(fill, stack.shape, stack.dtype, sharding)
+
+    return jax.tree_util.tree_map_with_path(on_devices, kernel)
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize(weight, quantization: str) -> QuantizedKernel:
+    return quantize(weight.T, quantization)
+
+
+def _check_quantized_as(kernel: QuantizedKernel, quantization: str | None) -> None:
+    found = base_quantization({"layers": {LINEAR_NAMES[0]: {"kernel": kernel}}})
+    if quantization not in (None, found):
+        msg = f"it is quantised as {found} already, where {quantization} is asked for; leave the quantisation out."
+        raise ValueError(msg)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -173,14 +303,15 @@ def save_model(directory: str | os.PathLike[str], model: Model) -> None:
 
     Args:
         directory: created; may exist if it is empty.
-        model: its base is written in the dtype that it has.
+        model: its base is written in the dtype that it has, quantised kernels in the one that they stand for.
 
     Raises:
         FileExistsError: the directory holds something.
         ValueError: the base does not have the parameters of its configuration; all differences are listed.
     """
     expected = base_shapes(model.config)
-    leaves = {str(path): np.asarray(leaf) for path, leaf in flatten_dict(model.base, sep="/").items()}
+    base = dequantize_base(model.base)
+    leaves = {str(path): np.asarray(leaf) for path, leaf in flatten_dict(base, sep="/").items()}
     got = {path: leaf.shape for path, leaf in leaves.items()}
     if got != expected:
         wrong = [p for p in {**expected, **got} if expected.get(p) != got.get(p)]

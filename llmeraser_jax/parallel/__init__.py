@@ -8,6 +8,7 @@ from llmeraser_jax.parallel.sharding import (
     place_stack,
     replicate,
     shard_base,
+    sharding_for,
     spec_for,
 )
 from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
@@ -24,6 +25,7 @@ __all__ = [
     "place_stack",
     "replicate",
     "shard_base",
+    "sharding_for",
     "spec_for",
     "start_processes",
     "sum_over_devices",

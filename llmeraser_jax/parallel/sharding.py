@@ -25,6 +25,11 @@ DEFAULT_RULES: Rules = (
     (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
     (r"layers/(o|down)_proj/kernel", P(None, "model", None)),
     (r"layers/(o|down)_proj/bias", P()),
+    # Quantised kernels are [layers, out, in], the inputs in blocks or not, with scales beside them.
+    (r"layers/(q|k|v|gate|up)_proj/kernel/(codes|absmax)", P(None, "model")),
+    (r"layers/(o|down)_proj/kernel/codes", P(None, None, "model")),
+    (r"layers/(o|down)_proj/kernel/absmax", P()),
+    (r"layers/.*_proj/kernel/nested_(absmax|offset)", P()),
     (r"embed_tokens/embedding", P("model", None)),
     (r"lm_head/kernel", P(None, "model")),
     (r".*norm/scale", P()),
@@ -56,6 +61,17 @@ def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> 
             raise ValueError(msg)
 
 
+def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """Where the leaf at `path` lives on the mesh.
+
+    Raises:
+        ValueError: no rule matches, or a dimension that its mesh axis does not divide.
+    """
+    spec = spec_for(path, rules)
+    _check_divisible(f"Parameter {path!r}", shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+
 def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> BaseParams:
     """Places the base on the mesh, each leaf as its rule says.
 
@@ -64,10 +80,7 @@ def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Ba
     """
 
     def place(path, leaf):
-        name = _path_name(path)
-        spec = spec_for(name, rules)
-        _check_divisible(f"Parameter {name!r}", leaf.shape, spec, mesh)
-        return _put(leaf, NamedSharding(mesh, spec))
+        return _put(leaf, sharding_for(_path_name(path), leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(place, base)
 

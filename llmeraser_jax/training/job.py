@@ -119,6 +119,8 @@ def train_run(
         kind=kind,
         model_sha256=model_fingerprint(model.path),
         model_dtype=base_dtype(model),
+        model_quantization=model.quantization,
+        matmul_precision=model.config.matmul_precision,
         recipe=dataset.recipe,
         lora_config=initial_lora.config,
         train_config=config,

@@ -119,3 +119,25 @@ def largest_relative_difference(got, expected, mask=None):
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     keep = slice(None) if mask is None else np.asarray(mask).astype(bool)
     return np.abs(got[keep] - expected[keep]).max() / np.abs(expected[keep]).max()
+
+
+# Inputs of 64 (blocks of NF4 inside the rows of a weight) and of 40 (over rows).
+QUANTIZED_CASE = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}

@@ -9,6 +9,7 @@ from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import DecoderLayer, Model, decoder, init_base, layers
 from llmeraser_jax.models.decoder import ApplyDecoder, Context, Decoder, adapter_variables, token_positions
 from llmeraser_jax.models.generation import generate
+from llmeraser_jax.models.precision import frozen_product
 from tests.models.tiny import MASK, TOKENS, apply, random_lora, tiny_config, tiny_model
 
 
@@ -29,7 +30,7 @@ def test_the_scan_equals_an_explicit_loop_over_layers(with_lora):
         variables = {"params": model.base["layers"]} | ({} if lora is None else {"lora": adapted["layers"]})
         x, _ = layer.apply(jax.tree.map(lambda leaf: leaf[index], variables), x, None, context)  # noqa: B023
     x = layers.rms_norm(x, model.base["final_norm"]["scale"], config.norm_eps)
-    logits = layers.project(x, model.base["lm_head"]["kernel"])
+    logits = frozen_product(x, model.base["lm_head"]["kernel"])
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 

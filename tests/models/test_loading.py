@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import tracemalloc
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from llmeraser_jax.convert import write_safetensors
-from llmeraser_jax.models import base_shapes, load_model, loading, save_model
+from llmeraser_jax.convert import BASE_TABLES, SafetensorsSource, write_safetensors
+from llmeraser_jax.models import base_shapes, load_model, loading, save_model, streaming
 from llmeraser_jax.parallel import make_mesh
 from tests.golden import files
 from tests.golden.cases import CASES, write_checkpoint
@@ -240,3 +242,104 @@ def test_bfloat16_on_disk_is_bit_exact(tmp_path):
     assert kernel.dtype == ml_dtypes.bfloat16
     _assert_same(again.base, model.base)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def _values(dtype="float32"):
+    """A checkpoint's worth of a model with sizes that devices divide."""
+    return tiny_model(dtype=dtype, vocab_size=32, width=32, mlp_width=64, head_dim=8)
+
+
+def test_a_number_that_is_not_finite_is_found_on_reading_and_its_tensor_named(tmp_path):
+    _, tensors, config = _golden("llama_mha_untied", tmp_path / "m")
+    name = "model.layers.1.mlp.down_proj.weight"
+    for value in (np.nan, np.inf, 1e6):
+        weight = tensors[name].copy()
+        weight[7, 3] = value
+        directory = write_checkpoint(tmp_path / f"with {value}", config, {**tensors, name: weight})
+        for dtype in ("float16", "float32", "bfloat16") if value != 1e6 else ("float16",):
+            with pytest.raises(ValueError, match=f"{name} holds NaN, Inf or a number beyond {dtype}"):
+                load_model(directory, dtype=dtype)
+    load_model(directory)
+
+
+def test_weights_outside_of_the_directory_are_refused(tmp_path):
+    directory, tensors, config = _golden("llama_mha_untied", tmp_path / "m")
+    other = write_checkpoint(tmp_path / "other", config, {})
+    (other / "model.safetensors").unlink()
+    for outside in ("../m/model.safetensors", str(directory / "model.safetensors"), "a/../../m/model.safetensors"):
+        index = {"weight_map": dict.fromkeys(tensors, outside)}
+        (other / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="outside of its directory"):
+            load_model(other)
+
+
+def test_a_weights_file_that_is_something_else_is_named_in_one_line(tmp_path):
+    _, _, config = _golden("llama_mha_untied", tmp_path / "m")
+    other = write_checkpoint(tmp_path / "other", config, {})
+    file = other / "model.safetensors"
+    for content, match in [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "Git LFS pointer.*git lfs pull"),
+        (b"", "not a safetensors file"),
+        (None, "is a directory"),
+    ]:
+        file.unlink()
+        file.mkdir() if content is None else file.write_bytes(content)
+        with pytest.raises(ValueError, match=match) as error:
+            load_model(other)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tied_checkpoint_may_hold_its_head_alone(tmp_path):
+    directory, tensors, config = _golden("qwen2_gqa_tied", tmp_path / "m")
+    renamed = {("lm_head.weight" if "embed_tokens" in name else name): value for name, value in tensors.items()}
+    _assert_same(load_model(write_checkpoint(tmp_path / "h", config, renamed)).base, load_model(directory).base)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_part_of_a_leaf_is_read_for_the_devices_that_hold_it(dtype, tmp_path, monkeypatch):
+    save_model(tmp_path / "m", _values())
+    read = {}
+    copy = streaming.copy_finite
+
+    def spy(tensor, out, name):
+        read[name] = read.get(name, 0) + tensor.size
+        copy(tensor, out, name)
+
+    monkeypatch.setattr(streaming, "copy_finite", spy)
+    mesh = make_mesh(data=2, model=4)
+    base = load_model(tmp_path / "m", dtype=dtype, mesh=mesh).base
+    whole = load_file(tmp_path / "m" / "model.safetensors")
+    # Once each, though two devices hold every part.
+    assert read == {name: tensor.size for name, tensor in whole.items()}
+    _assert_same(base, load_model(tmp_path / "m", dtype=dtype).base)
+    assert base["layers"]["down_proj"]["kernel"].addressable_shards[0].data.shape == (2, 16, 32)
+
+    read.clear()
+    mine = make_mesh(model=4).devices.flat[0]
+    part = NamedSharding(make_mesh(model=4), PartitionSpec(None, "model"))
+    monkeypatch.setattr(
+        NamedSharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: {mine: (slice(None), slice(16, 32), slice(None))},
+    )
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, parts: parts[0])
+    source = SafetensorsSource.from_checkpoint(tmp_path / "m")
+    table = BASE_TABLES["llama"]
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+    tensors = [(name, target) for name in names if (target := table.match(name)) is not None]
+    got = streaming.read_leaf(source, tensors, (2, 64, 32), np.dtype(np.float32), part)
+    assert read == dict.fromkeys(names, 16 * 32)
+    np.testing.assert_array_equal(got, np.stack([whole[name].T[16:32] for name in names]))
+
+
+def test_the_host_holds_no_more_than_its_share_and_the_largest_tensor(tmp_path):
+    model = tiny_model(vocab_size=4096, width=256, mlp_width=512, num_layers=6)
+    save_model(tmp_path / "m", model)
+    share = sum(leaf.nbytes for leaf in jax.tree.leaves(model.base))
+    load_model(tmp_path / "m")
+    tracemalloc.start()
+    loaded = load_model(tmp_path / "m")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert share < peak < share + 4096 * 256 * 4
+    del loaded

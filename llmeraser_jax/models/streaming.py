@@ -1,0 +1,127 @@
+"""Owns how a base's tensors get from their files to the devices: each process reads what its devices hold.
+
+A leaf stacks tensors of all layers, and a device holds a part of it. That part is allocated once, filled tensor by
+tensor in pieces, and handed over; on a CPU the device takes the memory itself. Nothing else is kept on the host.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+
+from llmeraser_jax.convert.table import Index, Shape, Target, TensorSource
+
+_PIECE_BYTES = 256 * 1024  # fits in a core's cache, where it is checked, converted and transposed
+_ALIGNMENT = 64  # what a CPU device asks for to take memory as it is
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_EXPONENTS = {_BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}  # all set: not finite
+
+
+def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array of any content, whose memory a CPU device can take."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def make_leaf(
+    fill: Callable[[Index, np.ndarray], None], shape: Shape, dtype: np.dtype, sharding: Sharding | None
+) -> jax.Array:
+    """A leaf, of which each process makes its devices' parts, one after the other.
+
+    Args:
+        fill: `(index, out)` writes the part of the leaf at `index` to `out`.
+        shape: of the leaf.
+        dtype: of the leaf.
+        sharding: where it lives; None is the default device.
+    """
+    if sharding is None:
+        whole = aligned_empty(shape, dtype)
+        fill(tuple(slice(0, size) for size in shape), whole)
+        return jax.block_until_ready(jax.device_put(whole))
+    sharers = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        sharers[bounds].append(device)
+    parts = []
+    for bounds, devices in sharers.items():
+        part = aligned_empty(tuple(end - start for start, end in bounds), dtype)
+        fill(tuple(slice(*pair) for pair in bounds), part)
+        # Waited for, so that the host holds one part at a time.
+        parts += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def read_leaf(
+    source: TensorSource,
+    tensors: Sequence[tuple[str, Target]],
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """A leaf made of one tensor, or of one tensor per layer.
+
+    Args:
+        source: tensors on disk.
+        tensors: name and place of each.
+        shape: of the leaf.
+        dtype: of the leaf.
+        sharding: see `make_leaf`.
+
+    Raises:
+        ValueError: a number is not finite; the tensor is named.
+    """
+
+    def fill(index, out):
+        for name, target in tensors:
+            part, place = index, out
+            if target.layer is not None:
+                first, part = index[0], index[1:]
+                if not first.start <= target.layer < first.stop:
+                    continue
+                place = out[target.layer - first.start]
+            transform, tensor = target.transform, source.read(name)
+            if transform.disk_index is None:
+                copy_finite(transform.to_leaf(np.asarray(tensor))[part], place, name)
+            else:
+                copy_finite(tensor[transform.disk_index(part)], transform.to_disk(place), name)
+
+    return make_leaf(fill, shape, dtype, sharding)
+
+
+def copy_finite(tensor: np.ndarray, out: np.ndarray, name: str) -> None:
+    """Copies a tensor in pieces, into any dtype.
+
+    Args:
+        tensor: from a file, perhaps.
+        out: of the same shape, in any layout.
+        name: of the tensor, for the message.
+
+    Raises:
+        ValueError: a number is not finite, or is not in the new dtype.
+    """
+    row_bytes = max(tensor[:1].nbytes, 1)
+    rows = max(_PIECE_BYTES // row_bytes, 1)
+    raw = out.view(np.uint16) if out.dtype in _EXPONENTS else out
+    for start in range(0, len(tensor), rows):
+        with np.errstate(over="ignore"):  # found below
+            piece = tensor[start : start + rows].astype(out.dtype, copy=False)
+        if out.dtype in _EXPONENTS:
+            piece, exponent = piece.view(np.uint16), _EXPONENTS[out.dtype]
+            finite = ((piece & exponent) != exponent).all()
+        else:
+            finite = np.isfinite(piece).all()
+        if not finite:
+            msg = (
+                f"{name} holds NaN, Inf or a number beyond {out.dtype.name} near row {start}; its file is damaged, "
+                "or the dtype too narrow."
+            )
+            raise ValueError(msg)
+        raw[start : start + rows] = piece  # as integers: NumPy copies those several times as fast
