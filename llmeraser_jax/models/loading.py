@@ -145,10 +145,13 @@ def _read_base(directory: Path, config: ModelConfig, dtype: str) -> dict[str, np
     table = convert.BASE_TABLES[config.model_type]
     what = f"The checkpoint {directory}"
     head = table.rule_of("lm_head/kernel").name
+    embedding = table.rule_of("embed_tokens/embedding").name
+    if config.tied_embeddings and embedding not in source.shapes():
+        table = table.renamed("embed_tokens/embedding", head)  # the one matrix under its other name
+        return convert.import_tensors(table, source, shapes, dtype, what)
     if not (config.tied_embeddings and head in source.shapes()):
         return convert.import_tensors(table, source, shapes, dtype, what)
     # Some tied checkpoints carry the head as well. Passing over it is right only where it is the embedding.
-    embedding = table.rule_of("embed_tokens/embedding").name
     tied = dataclasses.replace(table, ignored=(*table.ignored, head.replace(".", r"\.")))
     leaves = convert.import_tensors(tied, source, shapes, dtype, what)
     if not np.array_equal(source.read(head), source.read(embedding)):
