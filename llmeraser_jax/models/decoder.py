@@ -55,8 +55,7 @@ from llmeraser_jax.types import BaseParams, Key, LoraParams
 class Context:
     """What every layer needs besides the activations: where tokens stand and which keys are real.
 
-    Cosines and sines have a leading axis of rotations where layers differ in theirs. Those of keys are given where
-    a rotation depends on the length of the text, which grows: the cache then holds keys before their rotation.
+    Cosines and sines have a leading axis of rotations where layers differ in theirs.
     """
 
     cos: Float[Array, "batch time half"] | Float[Array, "ropes batch time half"]
@@ -65,8 +64,6 @@ class Context:
     key_positions: Int[Array, "batch keys"]
     key_valid: Bool[Array, "batch keys"] | Bool[Array, "batch time keys"]
     write_at: Int[Array, ""] | None  # slot of the cache that the first token of this call goes to
-    key_cos: Float[Array, "batch keys half"] | Float[Array, "ropes batch keys half"] | None = None
-    key_sin: Float[Array, "batch keys half"] | Float[Array, "ropes batch keys half"] | None = None
 
 
 @flax.struct.dataclass
@@ -79,7 +76,7 @@ class Variation:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys, rotated unless that depends on how long the text gets, and values, of all layers; written once each."""
+    """Rotated keys, and values, of all layers."""
 
     keys: Float[Array, "layers batch slots kv_heads head_dim"]
     values: Float[Array, "layers batch slots kv_heads head_dim"]
@@ -188,11 +185,6 @@ class DecoderLayer(nn.Module):
         def heads(out, count):
             return out.reshape(batch, time, count, config.head_dim)
 
-        def rotate(x, cos, sin):
-            if variation.rope is not None:
-                cos, sin = cos[variation.rope], sin[variation.rope]
-            return layers.rotate(x, cos, sin)
-
         h = norm("input_norm", x, config.input_norms)
         query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if config.fused_projections:
@@ -208,15 +200,15 @@ class DecoderLayer(nn.Module):
         q, k, v = heads(q, config.num_heads), heads(k, config.num_kv_heads), heads(v, config.num_kv_heads)
         if config.qk_norm and not config.qk_norm_joint:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        q = rotate(q, context.cos, context.sin)
-        if context.key_cos is None:
-            k = rotate(k, context.cos, context.sin)
+        cos, sin = context.cos, context.sin
+        if variation.rope is not None:
+            cos, sin = cos[variation.rope], sin[variation.rope]
+        q = layers.rotate(q, cos, sin)
+        k = layers.rotate(k, cos, sin)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, context.write_at, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, context.write_at, axis=1)
             cache = (k, v)
-        if context.key_cos is not None:
-            k = rotate(k, context.key_cos, context.key_sin)
         attended = layers.attention(
             q,
             k,
@@ -313,6 +305,9 @@ class Decoder(nn.Module):
     def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions, embeds=None):
         """Appends tokens to a cache.
 
+        Where rotations depend on the length of a text, one that grows beyond a length at which they change (see
+        `RopeConfig.changes_at`) has to be read again from its beginning: the cache holds what a shorter one gave.
+
         Args:
             tokens: [batch, time] new tokens.
             where: [batch, time] their positions in their texts.
@@ -335,16 +330,10 @@ class Decoder(nn.Module):
         config = self.config
         embedding = self.embed_tokens.embedding
         dtype = jnp.promote_types(jnp.float32, embedding.dtype) if self.dtype is None else self.dtype
-        lengths = jnp.max(where, axis=1) + 1
-        cos, sin = _angles(config, where, dtype, lengths)
-        key_cos = key_sin = None
-        if cache is not None and any(rope is not None and rope.depends_on_length for rope in config.ropes):
-            key_cos, key_sin = _angles(config, key_positions, dtype, lengths)
+        cos, sin = _angles(config, where, dtype)
         context = Context(
             cos=cos,
             sin=sin,
-            key_cos=key_cos,
-            key_sin=key_sin,
             query_positions=where,
             key_positions=key_positions,
             key_valid=key_valid,
@@ -364,11 +353,11 @@ class Decoder(nn.Module):
         return logits if config.logit_softcap is None else layers.soft_cap(logits, config.logit_softcap)
 
 
-def _angles(config, positions, dtype, lengths):
+def _angles(config, positions, dtype):
     """Cosines and sines of the model's rotations, with a leading axis where there are several."""
     plain = jnp.zeros((*positions.shape, config.rope.num_frequencies(config.head_dim)), dtype)
     pairs = [
-        (plain + 1, plain) if rope is None else layers.rope_angles(rope, config.head_dim, positions, dtype, lengths)
+        (plain + 1, plain) if rope is None else layers.rope_angles(rope, config.head_dim, positions, dtype)
         for rope in config.ropes
     ]
     if len(pairs) == 1:

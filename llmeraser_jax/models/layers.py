@@ -66,26 +66,15 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, long: bool = False) -> np.
 
 
 def rope_angles(
-    rope: RopeConfig,
-    head_dim: int,
-    positions: Int[Array, "batch time"],
-    dtype: jnp.dtype,
-    lengths: Int[Array, " batch"] | None = None,
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "batch time"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
     """Cosines and sines of the rotations at `positions`, times the attention factor.
 
     Where a rotation depends on the length of the text (dynamic, longrope), it is each row's own: padding and the
     other rows of a batch change nothing. Differs from transformers, where it is the padded batch's.
-
-    Args:
-        rope: rotary positions.
-        head_dim: numbers per head.
-        positions: places in texts.
-        dtype: of the angles.
-        lengths: tokens of each text; None is one more than its last position.
     """
     if rope.depends_on_length:
-        lengths = jnp.max(positions, axis=1) + 1 if lengths is None else lengths
+        lengths = jnp.max(positions, axis=1) + 1
         frequencies = _frequencies_by_length(rope, head_dim, lengths, dtype)[:, None]
     else:
         frequencies = jnp.asarray(rope_frequencies(rope, head_dim), dtype)

@@ -29,8 +29,8 @@ class RopeConfig:
         scaling: "default" (none), "linear" (positions divided by `factor`), "dynamic" (`theta` grows with the
             length of a text beyond `original_max_position`), "yarn" (long wavelengths are stretched by `factor`,
             short ones kept, with a ramp over the index between), "longrope" (each frequency has its own divisor,
-            one for texts of up to `original_max_position` tokens and one for longer ones) or "llama3" (long wavelengths
-            are stretched by `factor`, short ones kept, those between blended).
+            one for texts of up to `original_max_position` tokens and one for longer ones) or "llama3" (long
+            wavelengths are stretched by `factor`, short ones kept, those between blended).
         factor: the stretch.
         low_freq_factor: llama3: wavelengths above `original_max_position / low_freq_factor` are stretched.
         high_freq_factor: llama3: wavelengths below `original_max_position / high_freq_factor` are kept.
@@ -82,6 +82,12 @@ class RopeConfig:
     def depends_on_length(self) -> bool:
         """Whether a token's rotation depends on how long its text is."""
         return self.scaling in ("dynamic", "longrope")
+
+    def changes_at(self, lengths: Any) -> Any:
+        """Whether texts of `lengths` (an array) are rotated otherwise than when they were one token shorter."""
+        if self.scaling == "longrope":
+            return lengths == self.original_max_position + 1
+        return lengths > self.original_max_position if self.scaling == "dynamic" else lengths < 0
 
     def num_frequencies(self, head_dim: int) -> int:
         """Rotations of a head; an odd number of rotated entries is rounded up."""
