@@ -206,6 +206,36 @@ def test_layers_have_the_windows_and_rotary_positions_that_config_json_gives_the
     assert smol.ropes[1] is None
 
 
+def test_published_fields_of_phi_3_and_4_are_read():
+    published = {
+        **LLAMA,
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "head_dim": 8,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 262144,
+        "rope_scaling": {"type": "su", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]},
+        "partial_rotary_factor": 0.75,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    }
+    config = ModelConfig.from_hf(published)
+    assert config.rope.scaling == "longrope"
+    assert (config.rope.original_max_position, config.rope.rotated_share) == (4096, 0.75)
+    assert config.rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)  # of 2^17 to 2^12 positions
+    assert list(config.linear_shapes) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    with pytest.raises(ValueError, match="short_factor has 3 entries; 4 frequencies"):
+        ModelConfig.from_hf({**published, "partial_rotary_factor": 1.0})
+    with pytest.raises(ValueError, match="lm_head_bias = True"):
+        ModelConfig.from_hf({**published, "lm_head_bias": True})
+
+
 def test_all_refused_fields_are_listed_at_once():
     with pytest.raises(ValueError, match=r"hidden_act.*quantization_config.*intermediate_size is missing"):
         ModelConfig.from_hf(
