@@ -15,7 +15,7 @@ from llmeraser_jax.models.generation import generate
 from tests.models.tiny import MASK, TOKENS, VARIED, apply, random_lora, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("changes", [VARIED[name] for name in ("gemma2", "gemma3", "smollm3")])
+@pytest.mark.parametrize("changes", [VARIED[name] for name in ("gemma3", "smollm3")])
 def test_layers_that_differ_are_scanned_as_if_each_were_written_out(changes):
     model = tiny_model(**changes)
     config, lora = model.config, random_lora(model)
@@ -200,7 +200,7 @@ def test_gradient_and_hessian_products_match_finite_differences():
         chex.assert_trees_all_close(product, differences, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_hessian_products_are_those_of_the_dense_hessian(name):
     with jax.enable_x64(True):
         model = tiny_model(dtype="float64", **VARIED[name])
@@ -211,9 +211,10 @@ def test_hessian_products_are_those_of_the_dense_hessian(name):
         v = np.random.default_rng(0).standard_normal(flat.shape)
         v = jnp.asarray(v / np.linalg.norm(v))
         hessian = jax.jit(jax.hessian(loss))(flat)
-        product = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,))[1])(flat, v)
+        gradient = jax.jit(jax.grad(loss))
+        product = jax.jit(lambda p, d: jax.jvp(gradient, (p,), (d,))[1])(flat, v)
         np.testing.assert_allclose(product, hessian @ v, rtol=1e-9, atol=1e-12)
-        differences = (jax.grad(loss)(flat + 1e-5 * v) - jax.grad(loss)(flat - 1e-5 * v)) / 2e-5
+        differences = (gradient(flat + 1e-5 * v) - gradient(flat - 1e-5 * v)) / 2e-5
         assert float(jnp.linalg.norm(product - differences)) < 1e-6 * float(jnp.linalg.norm(product))
 
 
