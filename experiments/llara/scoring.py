@@ -25,7 +25,7 @@ from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
 from llmeraser_jax.models import Model
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
-from llmeraser_jax.models.generation import empty_cache, greedy_search, pad_left
+from llmeraser_jax.models.generation import empty_cache, greedy_search, make_stale, pad_left
 from llmeraser_jax.types import LoraParams
 
 _PROMPT_BLOCK = 128  # prompt tokens read at a time
@@ -265,6 +265,11 @@ class Scorer:
             raise ValueError(msg)
         if like.recipe.tokenization != "separate":
             msg = f"tokenization is {like.recipe.tokenization!r}; a title's tokens would depend on its prompt."
+            raise ValueError(msg)
+        if make_stale(model.config) is not None:
+            msg = (
+                f"rope_type is {model.config.rope.scaling!r}; a prompt read in blocks would be rotated differently."
+            )
             raise ValueError(msg)
         self.model = model
         self.questions = tuple(questions)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
 from llmeraser_jax.models import ModelConfig
 from llmeraser_jax.models.decoder import KVCache, bind
-from llmeraser_jax.models.generation import append, empty_cache, generate_batches, greedy_search
+from llmeraser_jax.models.generation import append, empty_cache, generate_batches, greedy_search, make_stale
 from llmeraser_jax.types import BaseParams
 
 
@@ -77,6 +77,7 @@ def _decode(
         mask,
         stop_ids,
         max_new_tokens,
+        make_stale(config),
     )
 
 
@@ -89,6 +90,7 @@ def greedy_search_of_members(
     mask: Bool[Array, "batch time"],
     stop_ids: Int[Array | np.ndarray, " stops"],
     max_new_tokens: int,
+    stale: Callable[[Array], Array] | None = None,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """`models.generation.greedy_search` with all members; a pure function, to be jitted.
 
@@ -99,6 +101,7 @@ def greedy_search_of_members(
         ensemble: the adapters.
         log_weights: see `ApplyEnsemble.log_weights`.
         tokens, mask, stop_ids, max_new_tokens: see `models.generation.greedy_decode`.
+        stale: see `models.generation.greedy_search`.
 
     Returns:
         New tokens (0 after the end), and how many each row has, the stop token not counted.
@@ -120,4 +123,4 @@ def greedy_search_of_members(
         one = make_cache(batch, slots)
         return tuple(jnp.stack([leaf] * ensemble.num_members) for leaf in (one.keys, one.values))
 
-    return greedy_search(append_to_all, make_caches, tokens, mask, stop_ids, max_new_tokens)
+    return greedy_search(append_to_all, make_caches, tokens, mask, stop_ids, max_new_tokens, stale)

@@ -1,8 +1,8 @@
 """Owns conversion tables: one list of rules that reads in one direction and writes in the other.
 
-A rule pairs a tensor name on disk, with `{layer}` where the layer's number stands, with the path of a leaf and
-a transform. The regular expression that recognises the name, and the inverse that produces it, both come from
-that one line.
+A rule pairs a tensor name on disk, with `{layer}` where the layer's number stands, and `{expert}` where each expert
+of a layer has a tensor, with the path of a leaf and a transform. The regular expression that recognises the name,
+and the inverse that produces it, both come from that one line.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+_INDICES = ("layer", "expert")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform:
-    """An invertible change of layout between a tensor on disk and one layer of a leaf.
+    """An invertible change of layout between a tensor on disk and one layer, or one layer's expert, of a leaf.
 
     Attributes:
         name: for messages.
@@ -61,8 +62,9 @@ class Rule:
     """One line of a table.
 
     Attributes:
-        name: tensor name on disk; `{layer}` stands for the layer's number.
-        path: leaf; with `{layer}` in `name`, the leaf stacks all layers on its first axis.
+        name: tensor name on disk; `{layer}` stands for the layer's number, `{expert}` for that of an expert in it.
+        path: leaf; with `{layer}` in `name`, the leaf stacks all layers on its first axis, with `{expert}` all
+            experts on the second.
         transform: layout change.
     """
 
@@ -73,20 +75,23 @@ class Rule:
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
         """Matches exactly the names of this rule."""
-        return re.compile(re.escape(self.name).replace(re.escape("{layer}"), r"(?P<layer>0|[1-9]\d*)"))
+        pattern = re.escape(self.name)
+        for index in _INDICES:
+            pattern = pattern.replace(re.escape(f"{{{index}}}"), rf"(?P<{index}>0|[1-9]\d*)")
+        return re.compile(pattern)
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the leaf has an axis of layers."""
-        return "{layer}" in self.name
+    @functools.cached_property
+    def indices(self) -> tuple[str, ...]:
+        """What the first axes of the leaf count."""
+        return tuple(index for index in _INDICES if f"{{{index}}}" in self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a tensor on disk belongs: a leaf, the layer in it (None if unstacked), and the layout change."""
+    """Where a tensor on disk belongs: a leaf, the layer (and expert) in it, and the layout change."""
 
     path: str
-    layer: int | None
+    place: tuple[int, ...]
     transform: Transform
 
 
@@ -116,8 +121,8 @@ class Table:
         for rule in self.rules:
             found = rule.pattern.fullmatch(name)
             if found:
-                layer = int(found["layer"]) if rule.stacked else None
-                return Target(path=rule.path, layer=layer, transform=rule.transform)
+                place = tuple(int(found[index]) for index in rule.indices)
+                return Target(path=rule.path, place=place, transform=rule.transform)
         return None
 
     def is_ignored(self, name: str) -> bool:
@@ -136,19 +141,27 @@ class Table:
         msg = f"No conversion rule writes the parameter {path!r}."
         raise ValueError(msg)
 
+    def renamed(self, path: str, name: str) -> Table:
+        """The table with the leaf at `path` called `name` on disk, and without the rule that has that name."""
+        rule = dataclasses.replace(self.rule_of(path), name=name)
+        kept = (rule if old.path == path else old for old in self.rules if old.path == path or old.name != name)
+        return dataclasses.replace(self, rules=tuple(kept))
+
     def entries(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Target, Shape]]:
         """Every tensor on disk that the given leaves need: its name, its place, its shape on disk.
 
         Args:
-            shapes: leaf shapes by path, the axis of layers included.
+            shapes: leaf shapes by path, the axes of layers and experts included.
         """
         for path, shape in shapes.items():
             rule = self.rule_of(path)
-            layers: tuple[int | None, ...] = tuple(range(shape[0])) if rule.stacked else (None,)
-            disk_shape = rule.transform.disk_shape(shape[1:] if rule.stacked else shape)
-            for layer in layers:
-                name = rule.name.replace("{layer}", str(layer))
-                yield name, Target(path=path, layer=layer, transform=rule.transform), disk_shape
+            axes = len(rule.indices)
+            disk_shape = rule.transform.disk_shape(shape[axes:])
+            for place in np.ndindex(shape[:axes]):
+                name = rule.name
+                for index, number in zip(rule.indices, place, strict=True):
+                    name = name.replace(f"{{{index}}}", str(number))
+                yield name, Target(path=path, place=place, transform=rule.transform), disk_shape
 
 
 @runtime_checkable
@@ -204,8 +217,7 @@ def import_tensors(
         # By the regular expressions and not by `expected`, so that a table is used as it is written.
         target = table.match(name)
         assert target is not None
-        leaf = leaves[target.path] if target.layer is None else leaves[target.path][target.layer]
-        leaf[...] = target.transform.to_leaf(source.read(name))
+        leaves[target.path][target.place] = target.transform.to_leaf(source.read(name))
     return leaves
 
 
@@ -261,6 +273,5 @@ def export_tensors(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, 
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     out = {}
     for name, target, _ in table.entries({path: array.shape for path, array in arrays.items()}):
-        array = arrays[target.path] if target.layer is None else arrays[target.path][target.layer]
-        out[name] = np.ascontiguousarray(target.transform.to_disk(array))
+        out[name] = np.ascontiguousarray(target.transform.to_disk(arrays[target.path][target.place]))
     return out

@@ -29,7 +29,7 @@ from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora, merge_lora
-from llmeraser_jax.models import LINEAR_NAMES, Model
+from llmeraser_jax.models import Model
 from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
@@ -220,9 +220,11 @@ def quantise_merged(
 def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group_size: int) -> BaseParams:
     merged: BaseParams = base if lora is None else merge_lora(base, lora)
     layers: dict[str, Any] = dict(merged["layers"])
-    for name in LINEAR_NAMES:
-        kernel = round_to_nearest(dequantized(layers[name]["kernel"]), bits=bits, group_size=group_size)
-        layers[name] = dict(layers[name], kernel=kernel)
+    for name, leaves in layers.items():
+        kernels = [leaf for leaf in leaves if leaf == "kernel" or (name == "experts" and leaf != "router")]
+        rounded = {k: round_to_nearest(dequantized(leaves[k]), bits=bits, group_size=group_size) for k in kernels}
+        if rounded:
+            layers[name] = {**leaves, **rounded}
     return dict(merged, layers=layers)
 
 

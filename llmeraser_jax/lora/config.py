@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig, hf_module_names
+from llmeraser_jax.models.config import ModelConfig, hf_module_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,13 @@ def resolve_target_modules(
             does; right for an adapter that PEFT wrote, and hides a misspelling in one's own configuration.
 
     Raises:
-        ValueError: nothing is selected; a name selects nothing; something that is not one of the seven linear
+        ValueError: nothing is selected; a name selects nothing; something that is not one of the model's linear
             layers is selected (an embedding, the head, a norm, a whole block); or a module is selected in some
             layers only. The message names it.
     """
+    linear = tuple(model_config.linear_shapes)
     if target_modules == "all-linear":
-        return LINEAR_NAMES
+        return linear
     names = hf_module_names(model_config)
     selected: dict[str, set[int]] = {}
     refused: list[str] = []
@@ -93,21 +94,21 @@ def resolve_target_modules(
             unmatched.append(pattern)
         for name in hits:
             parts = name.split(".")
-            if parts[-1] in LINEAR_NAMES:
+            if parts[-1] in linear:
                 selected.setdefault(parts[-1], set()).add(int(parts[2]))
             else:
                 refused.append(name)
     if unmatched and not (allow_unmatched and (selected or refused)):
         msg = (
             f"target_modules: {', '.join(repr(pattern) for pattern in unmatched)} selects no module of this "
-            f"{model_config.model_type} model; its linear layers are {', '.join(LINEAR_NAMES)}, named as in "
-            "'model.layers.0.self_attn.q_proj'."
+            f"{model_config.model_type} model; its linear layers are {', '.join(linear)}, named as in "
+            f"'model.layers.0.self_attn.{linear[0]}'."
         )
         raise ValueError(msg)
     if refused:
         msg = (
             f"target_modules selects {', '.join(repr(name) for name in sorted(refused)[:5])}; only "
-            f"{', '.join(LINEAR_NAMES)} can carry an adapter here."
+            f"{', '.join(linear)} can carry an adapter here."
         )
         raise ValueError(msg)
     for name, layers in selected.items():
@@ -118,4 +119,4 @@ def resolve_target_modules(
                 "here covers a module in every layer or in none (as with PEFT's layers_to_transform unset)."
             )
             raise ValueError(msg)
-    return tuple(name for name in LINEAR_NAMES if name in selected)
+    return tuple(name for name in linear if name in selected)

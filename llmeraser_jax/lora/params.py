@@ -74,17 +74,8 @@ def resolve_config(config: LoraConfig, model_config: ModelConfig) -> LoraConfig:
 
 
 def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """Inputs and outputs of one of the seven linear layers."""
-    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (config.width, query),
-        "k_proj": (config.width, key_value),
-        "v_proj": (config.width, key_value),
-        "o_proj": (query, config.width),
-        "gate_proj": (config.width, config.mlp_width),
-        "up_proj": (config.width, config.mlp_width),
-        "down_proj": (config.mlp_width, config.width),
-    }[name]
+    """Inputs and outputs of a linear layer."""
+    return config.linear_shapes[name]
 
 
 def add_delta(lora: Lora, delta: Lora) -> Lora:

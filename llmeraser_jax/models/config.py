@@ -1,4 +1,4 @@
-"""Owns what a model is: `ModelConfig`, read from and written to Hugging Face's config.json.
+"""Owns what a model is: `ModelConfig`, read from and written to Hugging Face's config.json, one `Family` each.
 
 Reading is strict. Every field of config.json is honoured, known to change nothing here, or refused by name:
 a field that is silently ignored means a model that silently differs.
@@ -7,35 +7,223 @@ a field that is silently ignored means a model that silently differs.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from llmeraser_jax.models.fields import Fields, show
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
+from llmeraser_jax.models.rope import RopeConfig
+
+_log = logging.getLogger(__name__)
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_MOST_LAYERS = 10_000
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets the models of one `model_type` apart, as transformers has them.
+
+    Attributes:
+        architecture: transformers' class.
+        structure: fields of `ModelConfig` that every model of the family has at this value.
+        own_fields: fields of config.json that not every family has and this one honours; see `_OWN_FIELDS`.
+        biases: (on q/k/v, on o): which attention biases a model can have.
+        scaled_embeddings: embeddings are multiplied by the root of the width.
+        window: whether there is a sliding window: in no layer, in "all", or in those that "layer_types" names.
+        switched_window: the window counts only where use_sliding_window is true.
+        unrotated: no_rope_layers names layers without rotary positions.
+        local_rope: layers with a window have rotary positions of their own.
+        partial_rope: heads can be rotated in part.
+        activation_name: the field of config.json that names the activation.
+        defaults: what transformers assumes where config.json is silent.
+        theta: the same for rope_theta.
+    """
+
+    architecture: str
+    structure: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_fields: tuple[str, ...] = ()
+    biases: frozenset[tuple[bool, bool]] = frozenset({(False, False)})
+    scaled_embeddings: bool = False
+    window: Literal["all", "layer_types"] | None = None
+    switched_window: bool = False
+    unrotated: bool = False
+    local_rope: bool = False
+    partial_rope: bool = False
+    activation_name: str = "hidden_act"
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    theta: float = 10000.0
+
+
+_ANY_BIAS = frozenset({(False, False), (True, True)})
+_GEMMA: dict[str, Any] = {
+    "biases": _ANY_BIAS,
+    "scaled_embeddings": True,
+    "window": "layer_types",
+    "activation_name": "hidden_activation",
+}
+_GEMMA_STRUCTURE = {"activation": "gelu_tanh", "norm_offset": True, "output_norms": True}
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
 }
 
-# (on q/k/v, on o): which attention biases a family can have.
-_ATTENTION_BIASES = {
-    "llama": {(False, False), (True, True)},
-    "mistral": {(False, False)},
-    "qwen2": {(True, False)},
-    "qwen3": {(False, False), (True, True)},
+_FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        own_fields=("mlp_bias",),
+        biases=_ANY_BIAS,
+        defaults={"max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        window="all",
+        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        biases=frozenset({(True, False)}),
+        window="layer_types",
+        switched_window=True,
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        structure={"qk_norm": True},
+        biases=_ANY_BIAS,
+        window="layer_types",
+        switched_window=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+        },
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        structure=_GEMMA_STRUCTURE,
+        own_fields=("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        structure={**_GEMMA_STRUCTURE, "qk_norm": True},
+        own_fields=("query_pre_attn_scalar", "final_logit_softcapping"),
+        local_rope=True,
+        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
+        theta=1e6,
+        **_GEMMA,
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        structure={"fused_projections": True},
+        window="all",
+        partial_rope=True,
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        structure={"input_norms": False, "output_norms": True, "qk_norm": True, "qk_norm_joint": True},
+        biases=_ANY_BIAS,
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        own_fields=("mlp_bias",),
+        biases=_ANY_BIAS,
+        window="layer_types",
+        switched_window=True,
+        unrotated=True,
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        theta=2e6,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        own_fields=(
+            "mlp_bias",
+            "attention_multiplier",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        ),
+        biases=_ANY_BIAS,
+        defaults={
+            "max_position_embeddings": 2048,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        structure={"normalised_routing": True},
+        own_fields=("num_local_experts", "num_experts_per_tok"),
+        window="all",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+        },
+        theta=1e6,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        structure={"qk_norm": True},
+        own_fields=("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+        biases=_ANY_BIAS,
+        window="all",
+        switched_window=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "intermediate_size": 6144,
+            "sliding_window": 4096,
+        },
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+
+_ELSEWHERE = {
+    "gemma3": "its text part is gemma3_text: save the language model alone with Gemma3ForCausalLM",
+    "llama4": "neither it nor its text part llama4_text, with chunked attention and a shared expert, is supported",
 }
 
-# What transformers assumes where config.json is silent.
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+# Fields of config.json that some families have: the field of `ModelConfig`, and how it is read.
+_OWN_FIELDS: dict[str, tuple[str, str]] = {
+    "mlp_bias": ("mlp_bias", "boolean"),
+    "query_pre_attn_scalar": ("attention_scale", "number"),
+    "attention_multiplier": ("attention_scale", "number"),
+    "embedding_multiplier": ("embedding_multiplier", "number"),
+    "residual_multiplier": ("residual_multiplier", "number"),
+    "logits_scaling": ("logit_divisor", "number"),
+    "attn_logit_softcapping": ("attention_softcap", "optional_number"),
+    "final_logit_softcapping": ("logit_softcap", "optional_number"),
+    "num_local_experts": ("num_experts", "integer"),
+    "num_experts": ("num_experts", "integer"),
+    "num_experts_per_tok": ("experts_per_token", "integer"),
+    "norm_topk_prob": ("normalised_routing", "boolean"),
+    "moe_intermediate_size": ("mlp_width", "integer"),
 }
 
 _HONOURED = frozenset(
@@ -61,12 +249,13 @@ _INERT = frozenset(
         "bad_words_ids", "num_return_sequences", "exponential_decay_length_penalty", "suppress_tokens",
         "begin_suppress_tokens", "remove_invalid_values", "tf_legacy_loss", "torchscript",
         "use_bfloat16", "is_decoder", "unsloth_version", "unsloth_fixed", "auto_map",
+        "is_llama_config", "transformers.js_config", "max_sequence_length", "cache_implementation",
+        "router_aux_loss_coef", "router_jitter_noise",
     }
 )  # fmt: skip
 
 # Fields whose other values would change the model; only these values are supported, in every family.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
     "attention_dropout": (0, None),
     "hidden_dropout": (0, None),
     "resid_pdrop": (0, None),
@@ -76,109 +265,29 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, None),
+    "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "lm_head_bias": (False, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: base frequency and how it is stretched for long contexts.
-
-    Attributes:
-        theta: base of the geometric series of wavelengths.
-        scaling: "default" (none), "linear" (positions divided by `factor`) or "llama3" (long wavelengths are
-            stretched by `factor`, short ones kept, those between blended).
-        factor: the stretch.
-        low_freq_factor: llama3: wavelengths above `original_max_position / low_freq_factor` are stretched.
-        high_freq_factor: llama3: wavelengths below `original_max_position / high_freq_factor` are kept.
-        original_max_position: llama3: context length of the first pretraining.
-    """
-
-    theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def __post_init__(self) -> None:
-        if not self.theta > 0 or not self.factor >= 1:
-            msg = f"rope_theta is {self.theta} and factor {self.factor}; they must be above 0 and at least 1."
-            raise ValueError(msg)
-        if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
-            msg = (
-                f"rope high_freq_factor is {self.high_freq_factor} and low_freq_factor {self.low_freq_factor}; "
-                "the first must be the larger and both above 0."
-            )
-            raise ValueError(msg)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> RopeConfig:
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
-
-        Raises:
-            ValueError: a kind of scaling or a parameter that is not honoured, one that is missing, or the two
-                spellings contradict each other. The message names the field.
-        """
-        where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-        given = dict(hf.get(where) or {})
-        kind = given.pop("rope_type", given.pop("type", "default")) or "default"
-        given.pop("type", None)
-        kinds: dict[str, tuple[str, ...]] = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        if kind not in kinds:
-            msg = f"{where}.rope_type is {kind!r}; only {', '.join(kinds)} are supported."
-            raise ValueError(msg)
-        theta = given.pop("rope_theta", hf.get("rope_theta"))
-        if hf.get("rope_theta") not in (None, theta):
-            msg = f"config.json states rope_theta {hf['rope_theta']} and {where}.rope_theta {theta}; keep one."
-            raise ValueError(msg)
-        if given.pop("partial_rotary_factor", None) not in (None, 1):
-            msg = f"{where}.partial_rotary_factor is not honoured; only 1 is supported."
-            raise ValueError(msg)
-        missing = [key for key in kinds[kind] if given.get(key) is None]
-        unknown = [key for key, value in given.items() if key not in kinds[kind] and value is not None]
-        if missing or unknown:
-            msg = (
-                f"{where} of rope_type {kind!r}: "
-                + "; ".join(
-                    [f"{key} is missing" for key in missing]
-                    + [f"{key} = {given[key]!r} is not honoured" for key in unknown]
-                )
-                + "."
-            )
-            raise ValueError(msg)
-        renamed = {"original_max_position_embeddings": "original_max_position"}
-        values: dict[str, Any] = {renamed.get(key, key): float(given[key]) for key in kinds[kind]}
-        if "original_max_position" in values:
-            values["original_max_position"] = int(values["original_max_position"])
-        return cls(theta=float(10000.0 if theta is None else theta), scaling=kind, **values)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `rope_parameters` of a config.json; `from_hf` reads it back."""
-        out: dict[str, Any] = {"rope_type": self.scaling, "rope_theta": self.theta}
-        if self.scaling != "default":
-            out["factor"] = self.factor
-        if self.scaling == "llama3":
-            out["low_freq_factor"] = self.low_freq_factor
-            out["high_freq_factor"] = self.high_freq_factor
-            out["original_max_position_embeddings"] = self.original_max_position
-        return out
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
+_PLAIN_ROPE = RopeConfig()
+_WINDOWED = {"full_attention": False, "sliding_attention": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama kind: RMS norms, rotary positions, gated SiLU feed-forward.
+    """A decoder-only transformer: RMS norms, rotary positions, gated feed-forward, and what families add to that.
 
     Attributes:
         model_type: family, one of `FAMILIES`; decides the tensor names on disk.
         vocab_size: rows of the embedding.
         width: numbers per token between layers.
-        mlp_width: numbers per token inside the feed-forward block.
+        mlp_width: numbers per token inside the feed-forward block, or inside one expert.
         num_layers: decoder layers.
         num_heads: query heads.
         num_kv_heads: key/value heads; divides `num_heads`.
@@ -189,8 +298,26 @@ class ModelConfig:
         qkv_bias: q_proj, k_proj and v_proj have biases.
         o_bias: o_proj has one.
         mlp_bias: gate_proj, up_proj and down_proj have biases.
-        qk_norm: queries and keys are RMS-normalised per head before rotation.
+        qk_norm: queries and keys are RMS-normalised before rotation, per head.
+        qk_norm_joint: over all heads instead.
         sliding_window: a token sees itself and this many minus one tokens before it; None sees all.
+        windowed_layers: which layers have the window; None is all.
+        local_rope: rotary position embedding of the layers with a window; None is `rope`.
+        unrotated_layers: which layers have no rotary positions; None is none.
+        activation: of the feed-forward gate: SiLU, or GELU in its tanh form.
+        norm_offset: norms multiply by one plus their scale.
+        input_norms: attention and feed-forward read the normalised residual stream.
+        output_norms: what they add to it is normalised.
+        fused_projections: q, k and v are one linear layer, `qkv_proj`, and gate and up another, `gate_up_proj`.
+        attention_scale: what scores are multiplied by; None is `head_dim ** -0.5`.
+        attention_softcap: scores become `cap * tanh(score / cap)`; None leaves them.
+        logit_softcap: the same for logits.
+        embedding_multiplier: what embeddings are multiplied by.
+        residual_multiplier: what attention and feed-forward outputs are multiplied by.
+        logit_divisor: what logits are divided by.
+        num_experts: feed-forward blocks that a router chooses from; 0 is one block without a router.
+        experts_per_token: how many it chooses.
+        normalised_routing: the weights of those chosen sum to one.
         max_position: the context length that the model was made for; recorded, not enforced.
         initializer_range: standard deviation of a fresh base's matrices.
         bos_token_id: first token of a text, or None.
@@ -200,7 +327,7 @@ class ModelConfig:
             whoever computes, so that config.json has no field for it.
     """
 
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    model_type: str = "llama"
     vocab_size: int
     width: int
     mlp_width: int
@@ -209,13 +336,31 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = _PLAIN_ROPE
     tied_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False
     sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] | None = None
+    local_rope: RopeConfig | None = None
+    unrotated_layers: tuple[bool, ...] | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: bool = False
+    input_norms: bool = True
+    output_norms: bool = False
+    fused_projections: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_divisor: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalised_routing: bool = False
     max_position: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -226,6 +371,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.matmul_precision not in MATMUL_PRECISIONS:
             msg = f"matmul_precision is {self.matmul_precision!r}; choose one of {', '.join(MATMUL_PRECISIONS)}."
+            raise ValueError(msg)
+        if self.model_type not in FAMILIES:
+            msg = f"model_type is {self.model_type!r}; supported are {', '.join(FAMILIES)}."
             raise ValueError(msg)
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "max_position"):
@@ -241,25 +389,109 @@ class ModelConfig:
         if self.sliding_window is not None and self.sliding_window < 1:
             msg = f"sliding_window is {self.sliding_window}; it must be at least 1, or None."
             raise ValueError(msg)
-        if self.model_type not in FAMILIES:
-            msg = f"model_type is {self.model_type!r}; supported are {', '.join(FAMILIES)}."
+        if self.windowed_layers is not None and self.sliding_window is None:
+            msg = "windowed_layers says which layers have a sliding window, but sliding_window is None."
             raise ValueError(msg)
-        # A family's config.json has no field for these elsewhere, so such a model could not be saved.
-        problems = []
-        if (self.qkv_bias, self.o_bias) not in _ATTENTION_BIASES[self.model_type]:
-            problems.append(f"qkv_bias = {self.qkv_bias} with o_bias = {self.o_bias}")
-        if self.mlp_bias and self.model_type != "llama":
-            problems.append("mlp_bias = True")
-        if self.qk_norm != (self.model_type == "qwen3"):
-            problems.append(f"qk_norm = {self.qk_norm}")
-        if self.sliding_window is not None and self.model_type != "mistral":
-            problems.append(f"sliding_window = {self.sliding_window}")
+        for name in ("windowed_layers", "unrotated_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_layers:
+                msg = f"{name} has {len(layers)} entries; there are {self.num_layers} layers."
+                raise ValueError(msg)
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            msg = (
+                f"experts_per_token is {self.experts_per_token} and num_experts {self.num_experts}; not 1 to that."
+            )
+            raise ValueError(msg)
+        for rope in (self.rope, self.local_rope):
+            problem = None if rope is None else rope.problem(self.head_dim)
+            if problem:
+                msg = f"Rotary positions: {problem}."
+                raise ValueError(msg)
+        problems = self._beyond_the_family()
         if problems:
             msg = f"A {self.model_type} model does not have {' or '.join(problems)}."
             raise ValueError(msg)
 
+    def _beyond_the_family(self) -> list[str]:
+        """Fields with values that the family's config.json cannot state; such a model could not be saved."""
+        family = self.family
+        problems = []
+        if (self.qkv_bias, self.o_bias) not in family.biases:
+            problems.append(f"qkv_bias = {self.qkv_bias} with o_bias = {self.o_bias}")
+        free = {_OWN_FIELDS[name][0] for name in family.own_fields}
+        free |= {"sliding_window"} if family.window else set()
+        free |= {"windowed_layers"} if family.window == "layer_types" else set()
+        free |= {"local_rope"} if family.local_rope else set()
+        free |= {"unrotated_layers"} if family.unrotated else set()
+        expected = {name: _DEFAULTS[name] for name in _FEATURES} | dict(family.structure)
+        if family.scaled_embeddings:
+            expected["embedding_multiplier"] = self.width**0.5
+        problems += [
+            f"{name} = {getattr(self, name)}"
+            for name, value in expected.items()
+            if name not in free and getattr(self, name) != value
+        ]
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None]
+        if any(rope.rotated_share != 1 for rope in ropes) and not family.partial_rope:
+            problems.append("a partial rotary_factor")
+        if any(rope.scaling == "dynamic" and rope.original_max_position != self.max_position for rope in ropes):
+            problems.append("an original_max_position of dynamic rotary positions apart from max_position")
+        if bool(self.num_experts) != ("num_experts" in free):
+            problems.append(f"num_experts = {self.num_experts}")
+        return problems
+
+    @property
+    def family(self) -> Family:
+        """The family's."""
+        return _FAMILIES[self.model_type]
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        windowed = self.windowed_layers or (True,) * self.num_layers
+        return tuple(self.sliding_window if here else None for here in windowed)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """Rotary positions that layers choose from; None is no rotation."""
+        others = [self.local_rope] if self.local_rope is not None else []
+        return (self.rope, *others, *([None] if any(self.unrotated_layers or ()) else []))
+
+    @property
+    def layer_ropes(self) -> tuple[int, ...]:
+        """Index into `ropes` for each layer."""
+        unrotated = self.unrotated_layers or (False,) * self.num_layers
+        local = (window is not None and self.local_rope is not None for window in self.layer_windows)
+        last = len(self.ropes) - 1
+        return tuple(last if plain else int(own) for plain, own in zip(unrotated, local, strict=True))
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a decoder layer, in its order: those an adapter can target."""
+        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.fused_projections:
+            return {
+                "qkv_proj": (self.width, query + 2 * key_value),
+                "o_proj": (query, self.width),
+                "gate_up_proj": (self.width, 2 * self.mlp_width),
+                "down_proj": (self.mlp_width, self.width),
+            }
+        attention = {
+            "q_proj": (self.width, query),
+            "k_proj": (self.width, key_value),
+            "v_proj": (self.width, key_value),
+            "o_proj": (query, self.width),
+        }
+        if self.num_experts:
+            return attention
+        return attention | {
+            "gate_proj": (self.width, self.mlp_width),
+            "up_proj": (self.width, self.mlp_width),
+            "down_proj": (self.mlp_width, self.width),
+        }
+
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    def from_hf(cls, hf: Any, generation: Any = None) -> ModelConfig:
         """Reads a Hugging Face config.json, of transformers 4 or 5.
 
         Args:
@@ -270,54 +502,76 @@ class ModelConfig:
             ValueError: a field that is missing, that is unknown, or whose value is not honoured; all of
                 them are listed by name.
         """
-        family = hf.get("model_type")
-        if family not in FAMILIES:
-            msg = f"model_type is {family!r}; supported are {', '.join(FAMILIES)}."
+        generation = {} if generation is None else generation
+        for content, file in ((hf, "config.json"), (generation, "generation_config.json")):
+            if not isinstance(content, Mapping):
+                msg = f"{file} holds {show(content)}; expected an object of fields."
+                raise ValueError(msg)
+        name = hf.get("model_type")
+        if not isinstance(name, str) or name not in _FAMILIES:
+            hint = f" ({_ELSEWHERE[name]})" if isinstance(name, str) and name in _ELSEWHERE else ""
+            msg = f"config.json: model_type is {show(name)}{hint}; supported are {', '.join(FAMILIES)}."
             raise ValueError(msg)
-        problems = _unhonoured(hf, family)
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        problems += [f"{name} is missing" for name in required if hf.get(name) is None]
-        if problems:
-            msg = f"config.json of a {family} model cannot be honoured: {'; '.join(problems)}."
-            raise ValueError(msg)
-        given = {**_FAMILY_DEFAULTS[family], **hf}
-        heads = int(given["num_attention_heads"])
-        width = int(given["hidden_size"])
-        if given.get("head_dim") is None and width % heads:
-            msg = f"head_dim is missing and hidden_size {width} is no multiple of num_attention_heads {heads}."
-            raise ValueError(msg)
-        attention_bias = bool(given.get("attention_bias", False))
-        window = given.get("sliding_window") if family == "mistral" else None
-        eos = _token_ids(hf.get("eos_token_id")) + _token_ids((generation or {}).get("eos_token_id"))
-        return cls(
-            model_type=family,
-            vocab_size=int(given["vocab_size"]),
-            width=width,
-            mlp_width=int(given["intermediate_size"]),
-            num_layers=int(given["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(given.get("num_key_value_heads") or heads),
-            head_dim=int(given.get("head_dim") or width // heads),
-            norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-            rope=RopeConfig.from_hf(given),
-            tied_embeddings=bool(given.get("tie_word_embeddings", False)),
-            qkv_bias=True if family == "qwen2" else attention_bias,
-            o_bias=False if family == "qwen2" else attention_bias,
-            mlp_bias=bool(given.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            sliding_window=None if window is None else int(window),
-            max_position=int(given["max_position_embeddings"]),
-            initializer_range=float(given.get("initializer_range", 0.02)),
-            bos_token_id=next(iter(_token_ids(given.get("bos_token_id"))), None),
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            pad_token_id=next(iter(_token_ids(given.get("pad_token_id"))), None),
-        )
+        family = _FAMILIES[name]
+        hf = dict(hf)
+        if "num_experts" in family.own_fields and "num_local_experts" in hf:
+            hf["num_experts"] = hf.pop("num_local_experts")  # transformers 5 writes one name for every family
+        fields = Fields({**family.defaults, **hf})
+        values: dict[str, Any] = {**family.structure, "model_type": name}
+        fields.problems += _unhonoured(hf, name)
+        values |= {
+            "vocab_size": fields.integer("vocab_size"),
+            "width": fields.integer("hidden_size"),
+            "mlp_width": fields.integer("intermediate_size"),
+            "num_layers": fields.integer("num_hidden_layers", most=_MOST_LAYERS),
+            "num_heads": fields.integer("num_attention_heads"),
+            "norm_eps": fields.number("rms_norm_eps", 1e-6),
+            "max_position": fields.integer("max_position_embeddings", 2048),
+            "initializer_range": fields.number("initializer_range", 0.02),
+            "tied_embeddings": fields.boolean("tie_word_embeddings"),
+        }
+        values["num_kv_heads"] = fields.optional_integer("num_key_value_heads") or values["num_heads"]
+        head_dim = fields.optional_integer("head_dim")
+        if head_dim is None and values["width"] % values["num_heads"]:
+            fields.problems.append(
+                f"head_dim is missing and hidden_size {values['width']} is no multiple of num_attention_heads "
+                f"{values['num_heads']}"
+            )
+        values["head_dim"] = head_dim or max(values["width"] // values["num_heads"], 1)
+        bias = fields.boolean("attention_bias") if len(family.biases) > 1 else next(iter(family.biases))
+        values["qkv_bias"], values["o_bias"] = (bias, bias) if isinstance(bias, bool) else bias
+        for own in family.own_fields:
+            attribute, kind = _OWN_FIELDS[own]
+            default = None if kind.startswith("optional") else family.defaults.get(own)
+            values[attribute] = getattr(fields, kind)(own, *(() if default is None else (default,)))
+        if "query_pre_attn_scalar" in family.own_fields:
+            values["attention_scale"] = values["attention_scale"] ** -0.5
+        if family.scaled_embeddings:
+            values["embedding_multiplier"] = values["width"] ** 0.5
+        if family.unrotated:
+            values["unrotated_layers"] = _unrotated_layers(fields, values["num_layers"])
+        if family.window:
+            values |= _windows(fields, family, values)
+        values |= _ropes(fields, family, values["max_position"])
+        eos = fields.token_ids("eos_token_id")
+        values |= {key: next(iter(fields.token_ids(key)), None) for key in ("bos_token_id", "pad_token_id")}
+        more = Fields(generation, "generation_config.json: ")
+        values["eos_token_ids"] = tuple(dict.fromkeys(eos + more.token_ids("eos_token_id")))
+        problems = fields.problems + more.problems
+        if not problems:
+            try:
+                return cls(**values)
+            except ValueError as error:
+                problems = [str(error).rstrip(".")]
+        msg = f"config.json of a {name} model cannot be honoured: {'; '.join(problems)}."
+        raise ValueError(msg)
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 5 and `from_hf` read back as this model."""
+        family = self.family
         eos = list(self.eos_token_ids)
         out: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[self.model_type]],
+            "architectures": [family.architecture],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
@@ -326,7 +580,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            family.activation_name: _ACTIVATIONS[self.activation][0],
             "rms_norm_eps": self.norm_eps,
             "rope_parameters": self.rope.to_hf(),
             "max_position_embeddings": self.max_position,
@@ -336,52 +590,204 @@ class ModelConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
             "pad_token_id": self.pad_token_id,
         }
-        if self.model_type in ("llama", "qwen3"):
+        if len(family.biases) > 1:
             out["attention_bias"] = self.qkv_bias
-        if self.model_type == "llama":
-            out["mlp_bias"] = self.mlp_bias
-        if self.model_type == "mistral":
+        for own in family.own_fields:
+            out[own] = getattr(self, _OWN_FIELDS[own][0])
+        if "query_pre_attn_scalar" in out:
+            # transformers takes a whole number, which the root of its inverse leads back to.
+            scalar = out["query_pre_attn_scalar"] ** -2
+            out["query_pre_attn_scalar"] = (
+                round(scalar) if round(scalar) ** -0.5 == self.attention_scale else scalar
+            )
+        if self.local_rope is not None:
+            parts = {"full_attention": self.rope, "sliding_attention": self.local_rope}
+            out["rope_parameters"] = {key: rope.to_hf() for key, rope in parts.items()}
+        if self.rope.scaling == "longrope" and family.partial_rope:
+            out["original_max_position_embeddings"] = self.rope.original_max_position
+        if family.window:
             out["sliding_window"] = self.sliding_window
+        if family.switched_window:
+            out["use_sliding_window"] = self.sliding_window is not None
+        if family.window == "layer_types":
+            names = {windowed: key for key, windowed in _WINDOWED.items()}
+            out["layer_types"] = [names[window is not None] for window in self.layer_windows]
+        if family.unrotated:
+            out["no_rope_layers"] = [
+                int(not plain) for plain in self.unrotated_layers or (False,) * self.num_layers
+            ]
         return out
 
 
-def _token_ids(value: Any) -> list[int]:
-    ids = value if isinstance(value, list | tuple) else [value]
-    # Old checkpoints write -1 for "none".
-    return [int(v) for v in ids if v is not None and int(v) >= 0]
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+# What families differ in: a model has each as its family does, or where config.json can state it.
+_FEATURES = (
+    "mlp_bias", "qk_norm", "qk_norm_joint", "sliding_window", "windowed_layers", "local_rope", "unrotated_layers",
+    "activation", "norm_offset", "input_norms", "output_norms", "fused_projections", "attention_scale",
+    "attention_softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier", "logit_divisor",
+    "experts_per_token", "normalised_routing",
+)  # fmt: skip
 
 
-def _unhonoured(hf: Mapping[str, Any], family: str) -> list[str]:
+def _unrotated_layers(fields: Fields, num_layers: int) -> tuple[bool, ...] | None:
+    """Layers without rotary positions; None where there are none."""
+    given = fields.content.get("no_rope_layers")
+    if given is None:
+        interval = fields.integer("no_rope_layer_interval", 4)
+        rotated = [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    elif isinstance(given, list | tuple) and len(given) >= num_layers and all(v in (0, 1) for v in given):
+        rotated = [bool(v) for v in given[:num_layers]]
+    else:
+        fields.refuse("no_rope_layers", f"a list of at least {num_layers} zeros and ones")
+        return None
+    return None if all(rotated) else tuple(not v for v in rotated)
+
+
+def _windows(fields: Fields, family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `windowed_layers`."""
+    window = fields.optional_integer("sliding_window")
+    if family.switched_window and not fields.boolean("use_sliding_window"):
+        window = None
+    if fields.content.get("sliding_window_size") not in (None, window):
+        fields.refuse("sliding_window_size", f"the sliding_window, {window}")
+    if family.window == "all":
+        return {"sliding_window": window}
+    given, num_layers = fields.content.get("layer_types"), values["num_layers"]
+    if given is not None:
+        good = isinstance(given, list | tuple) and len(given) == num_layers
+        if not good or not all(isinstance(kind, str) and kind in _WINDOWED for kind in given):
+            fields.refuse("layer_types", f"a list of {num_layers} of {' or '.join(map(repr, _WINDOWED))}")
+            return {}
+        windowed = [_WINDOWED[kind] for kind in given]
+    elif family.unrotated:
+        windowed = [window is not None and plain for plain in values["unrotated_layers"] or (False,) * num_layers]
+    elif family.switched_window:
+        full = fields.integer("max_window_layers", 28, least=0)
+        windowed = [window is not None and layer >= full for layer in range(num_layers)]
+    else:
+        # Every second layer sees all in Gemma 2, every sixth in Gemma 3 unless it says otherwise.
+        pattern = fields.integer("sliding_window_pattern", 6) if family.local_rope else 2
+        windowed = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    if any(windowed) and window is None:
+        fields.refuse("sliding_window", "a window, for the layers that layer_types says have one")
+    if window is None:
+        return {"sliding_window": None}
+    return {"sliding_window": window, "windowed_layers": None if all(windowed) else tuple(windowed)}
+
+
+def _ropes(fields: Fields, family: Family, max_position: int) -> dict[str, RopeConfig]:
+    """`rope`, and `local_rope` where the family has one.
+
+    Read from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4). Where both are
+    there, `rope_scaling` takes the place of `rope_parameters`, its base frequency included, as in transformers.
+    """
+    hf = fields.content
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(name) or {}, Mapping):
+            fields.refuse(name, "an object of rope parameters, or null")
+            return {}
+    scaling, parameters = dict(hf.get("rope_scaling") or {}), dict(hf.get("rope_parameters") or {})
+    if scaling and parameters and scaling != parameters:
+        _log.warning("config.json has rope_parameters and rope_scaling; rope_scaling is used, as in transformers.")
+    theta = fields.number("rope_theta", family.theta) if hf.get("rope_theta") is not None else family.theta
+    common: dict[str, Any] = {"max_position": max_position, "partial": family.partial_rope}
+    if family.local_rope:
+        parts = {key: parameters.get(key) or {} for key in ("full_attention", "sliding_attention")}
+        if set(parameters) - set(parts) or not all(isinstance(part, Mapping) for part in parts.values()):
+            fields.refuse("rope_parameters", "an object of the objects full_attention and sliding_attention")
+            return {}
+        local = fields.number("rope_local_base_freq", 10000.0) if "rope_local_base_freq" in hf else 10000.0
+        rope, problems = RopeConfig.from_hf(
+            {**parts["full_attention"], **scaling}, "rope_parameters.full_attention", theta=theta, **common
+        )
+        local_rope, more = RopeConfig.from_hf(
+            parts["sliding_attention"], "rope_parameters.sliding_attention", theta=local, **common
+        )
+        fields.problems += problems + more
+        return {"rope": rope, "local_rope": local_rope}
+    where, given = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
+    stated = given.get("rope_theta")
+    if stated is not None and hf.get("rope_theta") not in (None, stated):
+        fields.problems.append(
+            f"rope_theta is {show(hf['rope_theta'])} and {where}.rope_theta {show(stated)} (expected one of them)"
+        )
+    if family.partial_rope:
+        common["original_max_position"] = fields.integer("original_max_position_embeddings")
+        common["rotated_share"] = (
+            fields.number("partial_rotary_factor", 1.0) if hf.get("partial_rotary_factor") else 1.0
+        )
+        common["other_names"] = {"su": "longrope", "yarn": "longrope"}
+    rope, problems = RopeConfig.from_hf(given, where, theta=theta, **common)
+    fields.problems += problems
+    return {"rope": rope}
+
+
+def _unhonoured(hf: Mapping[str, Any], name: str) -> list[str]:
     """Fields of a config.json that would change the model in a way the decoder does not know."""
-    required = dict(_REQUIRED_VALUES)
-    required["architectures"] = (None, [_ARCHITECTURES[family]])
-    required["layer_types"] = (None, ["full_attention"] * int(hf.get("num_hidden_layers") or 0))
-    boolean = (True, False, None)
-    required["attention_bias"] = boolean if family in ("llama", "qwen3") else (False, None)
-    required["mlp_bias"] = boolean if family == "llama" else (False, None)
+    family = _FAMILIES[name]
+    honoured = {*_HONOURED, *family.own_fields}
+    activations = _ACTIVATIONS[family.structure.get("activation", "silu")]
+    required = dict(_REQUIRED_VALUES) | {family.activation_name: (*activations, None)}
+    required["architectures"] = (None, [family.architecture])
+    if family.activation_name != "hidden_act":
+        honoured.add("hidden_act")  # transformers reads the other
+    if len(family.biases) > 1:
+        honoured.add("attention_bias")
+    else:
+        required["attention_bias"] = (False, None)
+    if "mlp_bias" not in family.own_fields:
+        required["mlp_bias"] = (False, None)
+    if family.window == "layer_types":
+        honoured |= {"layer_types", "sliding_window_pattern"} if family.local_rope else {"layer_types"}
+    else:
+        layers = hf.get("num_hidden_layers")
+        count = layers if isinstance(layers, int) and layers <= _MOST_LAYERS else 0
+        required["layer_types"] = (None, ["full_attention"] * count)
+    if family.window:
+        honoured |= {"sliding_window", "sliding_window_size"}
+    if family.switched_window:
+        honoured.add("use_sliding_window")
+    else:
+        required["use_sliding_window"] = (False, None)
+    if family.unrotated:
+        honoured |= {"no_rope_layers", "no_rope_layer_interval"}
+    if family.local_rope:
+        honoured.add("rope_local_base_freq")
+    if family.partial_rope:
+        honoured |= {"partial_rotary_factor", "original_max_position_embeddings"}
+    else:
+        required["partial_rotary_factor"] = (1, None)
     problems = []
-    for name, value in hf.items():
-        if name in required:
-            if value not in required[name]:
-                choices = " or ".join(repr(v) for v in required[name] if v is not None)
-                problems.append(f"{name} = {value!r} (supported: {choices})")
-        elif name == "sliding_window":
-            # The Qwen families carry a window that use_sliding_window switches on; Mistral's is honoured.
-            if value is not None and family == "llama":
-                problems.append(f"{name} = {value!r} (a {family} model has none)")
-        elif not (name in _HONOURED or name in _INERT or name.startswith("_") or value is None):
-            problems.append(f"{name} = {value!r} is unknown")
+    for key, value in hf.items():
+        if key in required:
+            if value not in required[key]:
+                choices = " or ".join(repr(v) for v in required[key] if v is not None)
+                problems.append(f"{show(key)[1:-1]} = {show(value)} (supported: {choices or None})")
+        elif not (key in honoured or key in _INERT or key.startswith("_") or value is None):
+            problems.append(f"{show(key)[1:-1]} = {show(value)} is unknown")
     return problems
 
 
 def hf_module_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of all modules as PyTorch's `named_modules` of the causal LM gives them, in its order."""
+    """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
+    attention = [
+        name for name in config.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+    ]
+    mlp = [name for name in config.linear_shapes if name not in attention]
+    inside = ["self_attn", *(f"self_attn.{name}" for name in attention)]
+    inside += [f"self_attn.{name}" for name in ("q_norm", "k_norm") if config.qk_norm]
+    inside += ["mlp", *(f"mlp.{name}" for name in mlp)]
+    if config.num_experts:
+        inside += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]
+    elif config.fused_projections:
+        inside += ["mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"]
+    else:
+        inside.append("mlp.act_fn")
+    norms = ["post_attention_layernorm"]
+    norms += ["input_layernorm"] if config.input_norms else []
+    norms += ["post_feedforward_layernorm"] if config.output_norms else []
+    norms += ["pre_feedforward_layernorm"] if config.input_norms and config.output_norms else []
     names = ["model", "model.embed_tokens", "model.layers"]
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        attention = [f"{prefix}.self_attn.{name}" for name in LINEAR_NAMES[:4]]
-        norms = [f"{prefix}.self_attn.{name}" for name in ("q_norm", "k_norm")] if config.qk_norm else []
-        mlp = [f"{prefix}.mlp.{name}" for name in (*LINEAR_NAMES[4:], "act_fn")]
-        names += [prefix, f"{prefix}.self_attn", *attention, *norms, f"{prefix}.mlp", *mlp]
-        names += [f"{prefix}.input_layernorm", f"{prefix}.post_attention_layernorm"]
+        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
     return (*names, "model.norm", "model.rotary_emb", "lm_head")

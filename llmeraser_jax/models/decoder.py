@@ -1,18 +1,26 @@
-"""Owns the one network of the package: a decoder of the Llama kind as a pure function of base and adapter.
+"""Owns the one network of the package: a decoder as a pure function of base and adapter, for every family.
 
 The base is the linen collection "params", the adapter the collection "lora"; both are arguments. Layers are
-scanned, each under `jax.checkpoint`, so their parameters are stacked on a leading axis `layers`. Paths of the
+scanned, each under `jax.checkpoint`, so their parameters are stacked on a leading axis `layers`; what sets a layer
+apart from the others (a window, its rotary positions) is a number per layer that is scanned along. Paths of the
 base, on which sharding rules and conversion tables rely (kernels are [in, out], the transpose of PyTorch's):
 
     embed_tokens/embedding                      [vocab, width]
-    layers/input_norm/scale                     [layers, width]
+    layers/input_norm/scale                     [layers, width], with input_norms
     layers/{q,k,v}_proj/kernel                  [layers, width, heads * head_dim], kv_heads for k and v
+    layers/qkv_proj/kernel                      [layers, width, outputs of all three] with fused_projections
     layers/o_proj/kernel                        [layers, heads * head_dim, width]
-    layers/{q,k}_norm/scale                     [layers, head_dim], with qk_norm
-    layers/post_attention_norm/scale            [layers, width]
+    layers/{q,k}_norm/scale                     [layers, head_dim], with qk_norm; all heads' where it is joint
+    layers/attention_output_norm/scale          [layers, width], with output_norms
+    layers/post_attention_norm/scale            [layers, width], with input_norms
     layers/{gate,up}_proj/kernel                [layers, width, mlp_width]
+    layers/gate_up_proj/kernel                  [layers, width, 2 * mlp_width], with fused_projections
     layers/down_proj/kernel                     [layers, mlp_width, width]
-    layers/{any of the seven}_proj/bias         [layers, out], where the family has biases
+    layers/{any of them}/bias                   [layers, out], where the family has biases
+    layers/experts/router                       [layers, width, experts], with num_experts in place of those
+    layers/experts/{gate,up}_proj               [layers, experts, width, mlp_width]
+    layers/experts/down_proj                    [layers, experts, mlp_width, width]
+    layers/mlp_output_norm/scale                [layers, width], with output_norms
     final_norm/scale                            [width]
     lm_head/kernel                              [width, vocab], unless tied to the embedding
 
@@ -28,6 +36,7 @@ A kernel of the seven layers may be quantised, see `models.quantization`. The ef
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import flax.linen as nn
@@ -39,7 +48,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.models import layers
-from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig
+from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
 from llmeraser_jax.models.quantization import QuantizedKernel, dequantized
 from llmeraser_jax.types import BaseParams, Key, LoraParams
@@ -47,10 +56,13 @@ from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 @flax.struct.dataclass
 class Context:
-    """What every layer needs besides the activations: where tokens stand and which keys are real."""
+    """What every layer needs besides the activations: where tokens stand and which keys are real.
 
-    cos: Float[Array, "batch time half"]
-    sin: Float[Array, "batch time half"]
+    Cosines and sines have a leading axis of rotations where layers differ in theirs.
+    """
+
+    cos: Float[Array, "batch time half"] | Float[Array, "ropes batch time half"]
+    sin: Float[Array, "batch time half"] | Float[Array, "ropes batch time half"]
     query_positions: Int[Array, "batch time"]
     key_positions: Int[Array, "batch keys"]
     key_valid: Bool[Array, "batch keys"] | Bool[Array, "batch time keys"]
@@ -58,22 +70,32 @@ class Context:
 
 
 @flax.struct.dataclass
+class Variation:
+    """What sets one layer apart from the others, or all of them with a leading axis; None where they are alike."""
+
+    window: Int[Array, "*layers"] | None = None
+    rope: Int[Array, "*layers"] | None = None  # index into the rotations of the context
+
+
+@flax.struct.dataclass
 class KVCache:
-    """Rotated keys, and values, of all layers; a slot is written once."""
+    """Rotated keys, and values, of all layers."""
 
     keys: Float[Array, "layers batch slots kv_heads head_dim"]
     values: Float[Array, "layers batch slots kv_heads head_dim"]
 
 
 class Scale(nn.Module):
-    """An RMS norm with its learned scale."""
+    """An RMS norm with its learned scale, which is one plus the parameter if that is an `offset`."""
 
     eps: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return layers.rms_norm(x, scale, self.eps)
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],))
+        return layers.rms_norm(x, 1 + scale.astype(x.dtype) if self.offset else scale, self.eps)
 
 
 class Linear(nn.Module):
@@ -107,45 +129,90 @@ class Linear(nn.Module):
         return self.param("kernel", nn.initializers.normal(self.init_range), (inputs, self.features))
 
 
+class Experts(nn.Module):
+    """Feed-forward blocks of which a router weighs a few for each token; all are computed, one after the other."""
+
+    config: ModelConfig
+    activation: Any
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        init = nn.initializers.normal(config.initializer_range)
+        router = self.param("router", init, (config.width, config.num_experts))
+        inward, outward = (config.width, config.mlp_width), (config.mlp_width, config.width)
+        gates, ups, downs = (
+            self.param(f"{name}_proj", init, (config.num_experts, *shape))
+            for name, shape in (("gate", inward), ("up", inward), ("down", outward))
+        )
+        project = functools.partial(frozen_product, setting=config.matmul_precision)
+        weights = layers.routing_weights(project(x, router), config.experts_per_token, config.normalised_routing)
+
+        @jax.checkpoint
+        def add(total, expert):
+            gate, up, down, weight = expert
+            inside = self.activation(project(x, gate)) * project(x, up)
+            return total + weight[..., None] * project(inside, down), None
+
+        return jax.lax.scan(add, jnp.zeros_like(x), (gates, ups, downs, jnp.moveaxis(weights, -1, 0)))[0]
+
+
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each with its norms and added to the residual stream."""
 
     config: ModelConfig
     lora_scaling: float = 1.0
     lora_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, cache, context):
+    def __call__(self, x, cache, context, variation=None):
         """One layer.
 
         Args:
             x: [batch, time, width].
             cache: None, or keys and values of this layer, each [batch, slots, kv_heads, head_dim].
             context: see `Context`.
+            variation: of this layer, see `Variation`; None where all layers are alike.
 
         Returns:
             The new residual stream, and the cache with this call's tokens written (None without one).
         """
         config = self.config
         batch, time, _ = x.shape
+        variation = Variation() if variation is None else variation
+        window = config.layer_windows[0] if variation.window is None else variation.window
+        activation = nn.silu if config.activation == "silu" else functools.partial(nn.gelu, approximate=True)
 
         def linear(name, features, use_bias):
             scales = config.initializer_range, self.lora_scaling, self.lora_dropout
             return Linear(features, use_bias, *scales, config.matmul_precision, name=name)
 
-        def heads(name, count):
-            out = linear(name, count * config.head_dim, config.qkv_bias)(h)
+        def norm(name, x, wanted=True):
+            return Scale(config.norm_eps, config.norm_offset, name=name)(x) if wanted else x
+
+        def heads(out, count):
             return out.reshape(batch, time, count, config.head_dim)
 
-        h = Scale(config.norm_eps, name="input_norm")(x)
-        q = heads("q_proj", config.num_heads)
-        k = heads("k_proj", config.num_kv_heads)
-        v = heads("v_proj", config.num_kv_heads)
-        if config.qk_norm:
-            q = Scale(config.norm_eps, name="q_norm")(q)
-            k = Scale(config.norm_eps, name="k_norm")(k)
-        q = layers.rotate(q, context.cos, context.sin)
-        k = layers.rotate(k, context.cos, context.sin)
+        h = norm("input_norm", x, config.input_norms)
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        if config.fused_projections:
+            qkv = linear("qkv_proj", query + 2 * key_value, config.qkv_bias)(h)
+            q, k, v = jnp.split(qkv, (query, query + key_value), axis=-1)
+        else:
+            q, k, v = (
+                linear(f"{name}_proj", features, config.qkv_bias)(h)
+                for name, features in (("q", query), ("k", key_value), ("v", key_value))
+            )
+        if config.qk_norm_joint:
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        q, k, v = heads(q, config.num_heads), heads(k, config.num_kv_heads), heads(v, config.num_kv_heads)
+        if config.qk_norm and not config.qk_norm_joint:
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        cos, sin = context.cos, context.sin
+        if variation.rope is not None:
+            cos, sin = cos[variation.rope], sin[variation.rope]
+        q = layers.rotate(q, cos, sin)
+        k = layers.rotate(k, cos, sin)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, context.write_at, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, context.write_at, axis=1)
@@ -157,17 +224,33 @@ class DecoderLayer(nn.Module):
             context.query_positions,
             context.key_positions,
             context.key_valid,
-            window=config.sliding_window,
+            window=window,
             chunk=layers.QUERY_CHUNK if time > layers.CHUNK_QUERIES_ABOVE else None,
             aligned=cache is None,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
         )
-        x = x + linear("o_proj", config.width, config.o_bias)(attended.reshape(batch, time, -1))
+        out = linear("o_proj", config.width, config.o_bias)(attended.reshape(batch, time, -1))
+        out = norm("attention_output_norm", out, config.output_norms)
+        x = x + _times(out, config.residual_multiplier)
 
-        h = Scale(config.norm_eps, name="post_attention_norm")(x)
-        gate = linear("gate_proj", config.mlp_width, config.mlp_bias)(h)
-        up = linear("up_proj", config.mlp_width, config.mlp_bias)(h)
-        x = x + linear("down_proj", config.width, config.mlp_bias)(nn.silu(gate) * up)
-        return x, cache
+        h = norm("post_attention_norm", x, config.input_norms)
+        if config.num_experts:
+            out = Experts(config, activation, name="experts")(h)
+        else:
+            if config.fused_projections:
+                gate, up = jnp.split(linear("gate_up_proj", 2 * config.mlp_width, config.mlp_bias)(h), 2, axis=-1)
+            else:
+                gate = linear("gate_proj", config.mlp_width, config.mlp_bias)(h)
+                up = linear("up_proj", config.mlp_width, config.mlp_bias)(h)
+            out = linear("down_proj", config.width, config.mlp_bias)(activation(gate) * up)
+        out = norm("mlp_output_norm", out, config.output_norms)
+        return x + _times(out, config.residual_multiplier), cache
+
+
+def _times(x, multiplier):
+    """The product, and no operation where it is `x`."""
+    return x if multiplier == 1 else x * multiplier
 
 
 class Embedding(nn.Module):
@@ -204,7 +287,7 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         self.embed_tokens = Embedding(config)
-        in_axes: Any = (0, nn.broadcast)  # flax declares one number; it takes one per argument
+        in_axes: Any = (0, nn.broadcast, 0)  # flax declares one number; it takes one per argument
         scanned = nn.scan(
             nn.remat(DecoderLayer, prevent_cse=False),
             variable_axes={"params": 0, "lora": 0},
@@ -213,7 +296,7 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         self.layers = scanned(config, self.lora_scaling, self.lora_dropout)
-        self.final_norm = Scale(config.norm_eps)
+        self.final_norm = Scale(config.norm_eps, config.norm_offset)
         if not config.tied_embeddings:
             scales = config.initializer_range, 1.0, 0.0
             self.lm_head = Linear(config.vocab_size, False, *scales, config.matmul_precision)
@@ -221,7 +304,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens, attention_mask, positions=None, embeds=None):
         """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only.
 
-        `embeds` [batch, time, width] takes the place of the tokens' embeddings, where some are no tokens'.
+        `embeds` [batch, time, width] takes the place of the tokens' rows of the embedding.
         """
         valid = jnp.asarray(attention_mask).astype(bool)
         where = token_positions(valid)
@@ -230,6 +313,9 @@ class Decoder(nn.Module):
 
     def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions, embeds=None):
         """Appends tokens to a cache.
+
+        Where rotations depend on the length of a text, one that grows beyond a length at which they change (see
+        `RopeConfig.changes_at`) has to be read again from its beginning: the cache holds what a shorter one gave.
 
         Args:
             tokens: [batch, time] new tokens.
@@ -240,7 +326,7 @@ class Decoder(nn.Module):
             cache: `KVCache`.
             write_at: slot of the first new token.
             positions: [batch, response] indices into `tokens` whose logits are wanted.
-            embeds: [batch, time, width] instead of the tokens' embeddings.
+            embeds: [batch, time, width] instead of the tokens' rows of the embedding.
 
         Returns:
             Logits at `positions`, and the cache.
@@ -253,7 +339,7 @@ class Decoder(nn.Module):
         config = self.config
         embedding = self.embed_tokens.embedding
         dtype = jnp.promote_types(jnp.float32, embedding.dtype) if self.dtype is None else self.dtype
-        cos, sin = layers.rope_angles(config.rope, config.head_dim, where, dtype)
+        cos, sin = _angles(config, where, dtype)
         context = Context(
             cos=cos,
             sin=sin,
@@ -263,13 +349,45 @@ class Decoder(nn.Module):
             write_at=write_at,
         )
         x = self.embed_tokens(tokens, dtype) if embeds is None else embeds.astype(dtype)
-        return self.layers(x, cache, context)
+        return self.layers(_times(x, config.embedding_multiplier), cache, context, _variations(config))
 
     def _logits(self, x, positions):
         if positions is not None:
             x = jnp.take_along_axis(x, positions[..., None], axis=1)
+        config = self.config
         x = self.final_norm(x)
-        return self.embed_tokens.attend(x) if self.config.tied_embeddings else self.lm_head(x)
+        logits = self.embed_tokens.attend(x) if config.tied_embeddings else self.lm_head(x)
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
+        return logits if config.logit_softcap is None else layers.soft_cap(logits, config.logit_softcap)
+
+
+def _angles(config, positions, dtype):
+    """Cosines and sines of the model's rotations, with a leading axis where there are several."""
+    plain = jnp.zeros((*positions.shape, config.rope.num_frequencies(config.head_dim)), dtype)
+    pairs = [
+        (plain + 1, plain) if rope is None else layers.rope_angles(rope, config.head_dim, positions, dtype)
+        for rope in config.ropes
+    ]
+    if len(pairs) == 1:
+        return pairs[0]
+    return tuple(jnp.stack(parts) for parts in zip(*pairs, strict=True))
+
+
+def _alike(values):
+    """Whether all layers have the same."""
+    return len(set(values)) == 1
+
+
+def _variations(config):
+    """`Variation` of all layers."""
+    window = rope = None
+    if not _alike(config.layer_windows):
+        unseen = jnp.iinfo(jnp.int32).max  # farther than any token is
+        window = jnp.asarray([unseen if here is None else here for here in config.layer_windows], jnp.int32)
+    if len(config.ropes) > 1:
+        rope = jnp.asarray(config.layer_ropes, jnp.int32)
+    return Variation(window=window, rope=rope)
 
 
 def token_positions(valid: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
@@ -287,7 +405,7 @@ def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_base(config: ModelConfig, key: Key, dtype: str = "float32") -> BaseParams:
-    """A fresh random base: matrices normal with `config.initializer_range`, norms one, biases zero.
+    """A fresh random base: matrices normal with `config.initializer_range`, norms the identity, biases zero.
 
     Args:
         config: the model.
@@ -335,7 +453,7 @@ def check_lora(config: ModelConfig, base: BaseParams, lora: LoraParams) -> None:
     """
     stray = [name for name in lora.params if name != "layers"]
     modules = lora.params.get("layers", {})
-    stray += [f"layers/{name}" for name in modules if name not in LINEAR_NAMES]
+    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
     stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
     if stray:
         msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."

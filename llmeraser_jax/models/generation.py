@@ -145,7 +145,16 @@ def greedy_decode(
         attention_mask,
         stop_ids,
         max_new_tokens,
+        make_stale(config),
     )
+
+
+def make_stale(config: ModelConfig) -> Callable[[Array], Array] | None:
+    """`stale` of `greedy_search`: which texts of given lengths are rotated otherwise than one token earlier."""
+    ropes = [rope for rope in config.ropes if rope is not None and rope.depends_on_length]
+    if not ropes:
+        return None
+    return lambda lengths: functools.reduce(jnp.logical_or, (rope.changes_at(lengths) for rope in ropes))
 
 
 def empty_cache(config: ModelConfig, dtype: Any, batch: int, slots: int) -> KVCache:
@@ -184,6 +193,7 @@ def greedy_search(
     attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
     stop_ids: Int[Array | np.ndarray, " stops"],
     max_new_tokens: int,
+    stale: Callable[[Array], Array] | None = None,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """What `greedy_decode` does, for whatever reads tokens into a cache; a pure function, to be jitted.
 
@@ -191,6 +201,8 @@ def greedy_search(
         append: `(cache, *call) -> (scores [batch, 1, vocab], cache)`, see `append`; the highest score is next.
         make_cache: `(batch, slots)` -> an empty one.
         tokens, attention_mask, stop_ids, max_new_tokens: see `greedy_decode`.
+        stale: `lengths [batch] -> [batch]`, for which texts of that many tokens what was read of the shorter text
+            does not hold, so that they are read again from the beginning; None is never.
 
     Returns:
         See `greedy_decode`.
@@ -233,7 +245,19 @@ def greedy_search(
         step, token, cache, out, counts, done = state
         place = (lengths + step - 1)[:, None]
         first = jnp.zeros((batch, 1), jnp.int32)
-        token, cache = best_next(cache, token[:, None], place, time + step - 1, first)
+
+        def read_one(cache):
+            return best_next(cache, token[:, None], place, time + step - 1, first)
+
+        def read_all(cache):
+            # Slots not written yet count as the last token, so that the text is as long as it is.
+            texts = jnp.concatenate([tokens, out], axis=1).astype(jnp.int32)
+            return best_next(cache, texts, jnp.minimum(key_positions, place), jnp.int32(0), first + time + step - 1)
+
+        if stale is None:
+            token, cache = read_one(cache)
+        else:
+            token, cache = jax.lax.cond(jnp.any(stale(place[:, 0] + 1) & ~done), read_all, read_one, cache)
         out, counts, done = record(out, counts, done, token, step)
         return step + 1, token, cache, out, counts, done
 

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.models.config import LINEAR_NAMES, ModelConfig
+from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.quantization import (
@@ -34,7 +34,6 @@ from llmeraser_jax.types import BaseParams, Key
 _log = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
-_KERNELS = tuple(f"layers/{name}/kernel" for name in LINEAR_NAMES)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -193,7 +192,7 @@ def _read_base(
     for path in sorted(shapes, key=size_of_a_tensor, reverse=True):
         shape = shapes[path]
         try:
-            if path in _KERNELS:
+            if path.startswith("layers/") and path.endswith("/kernel"):
                 leaves[path] = _read_kernel(source, tensors[path], shape, dtype, quantization, partial(place, path))
             else:
                 numpy_dtype = convert.numpy_dtype(dtype)
@@ -208,19 +207,17 @@ def _table(config: ModelConfig, source: convert.QuantizedSource, what: str) -> c
     """The table of names, for a tied checkpoint as it happens to store its embedding."""
     table = convert.BASE_TABLES[config.model_type]
     head = table.rule_of("lm_head/kernel").name
+    embedding = table.rule_of("embed_tokens/embedding").name
+    if config.tied_embeddings and embedding not in source.shapes():
+        return table.renamed("embed_tokens/embedding", head)  # the one matrix under its other name
     if not (config.tied_embeddings and head in source.shapes()):
         return table
-    embedding = table.rule_of("embed_tokens/embedding")
-    if embedding.name not in source.shapes():
-        rules = [rule for rule in table.rules if rule.path != "lm_head/kernel"]
-        rules[rules.index(embedding)] = dataclasses.replace(embedding, name=head)
-        return dataclasses.replace(table, rules=tuple(rules))
     # Passing over a head that is there as well is right only where it is the embedding.
-    left, right = source.read(head), source.read(embedding.name)
+    left, right = source.read(head), source.read(embedding)
     if left.shape != right.shape or not all(
         np.array_equal(left[row : row + 1024], right[row : row + 1024]) for row in range(0, len(left), 1024)
     ):
-        msg = f"{what} states tie_word_embeddings, but its {head} differs from {embedding.name}."
+        msg = f"{what} states tie_word_embeddings, but its {head} differs from {embedding}."
         raise ValueError(msg)
     return dataclasses.replace(table, ignored=(*table.ignored, head.replace(".", r"\.")))
 
@@ -281,7 +278,7 @@ def _quantize(weight, quantization: str) -> QuantizedKernel:
 
 
 def _check_quantized_as(kernel: QuantizedKernel, quantization: str | None) -> None:
-    found = base_quantization({"layers": {LINEAR_NAMES[0]: {"kernel": kernel}}})
+    found = base_quantization({"layers": {"q_proj": {"kernel": kernel}}})
     if quantization not in (None, found):
         msg = f"it is quantised as {found} already, where {quantization} is asked for; leave the quantisation out."
         raise ValueError(msg)

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmeraser_jax.models.config import LINEAR_NAMES
 from llmeraser_jax.types import BaseParams
 
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
@@ -254,7 +253,7 @@ def dequantize_base(base: BaseParams) -> BaseParams:
 
 def _map_kernels(base: BaseParams, fn) -> BaseParams:
     layers = {
-        name: {**leaves, "kernel": fn(leaves["kernel"])} if name in LINEAR_NAMES else leaves
+        name: {**leaves, "kernel": fn(leaves["kernel"])} if "kernel" in leaves else leaves
         for name, leaves in base["layers"].items()
     }
     return {**base, "layers": layers}
@@ -262,8 +261,8 @@ def _map_kernels(base: BaseParams, fn) -> BaseParams:
 
 def base_quantization(base: BaseParams) -> str | None:
     """How the base is quantised: one of `QUANTIZATIONS`, or None."""
-    for name in LINEAR_NAMES:
-        kernel = base["layers"].get(name, {}).get("kernel")
+    for leaves in base["layers"].values():
+        kernel = leaves.get("kernel")
         if isinstance(kernel, Int8Kernel):
             return "int8"
         if isinstance(kernel, NF4Kernel):

@@ -66,7 +66,7 @@ def read_leaf(
     dtype: np.dtype,
     sharding: Sharding | None,
 ) -> jax.Array:
-    """A leaf made of one tensor, or of one tensor per layer.
+    """A leaf made of one tensor, of one tensor per layer, or of one per expert of each layer.
 
     Args:
         source: tensors on disk.
@@ -81,12 +81,11 @@ def read_leaf(
 
     def fill(index, out):
         for name, target in tensors:
-            part, place = index, out
-            if target.layer is not None:
-                first, part = index[0], index[1:]
-                if not first.start <= target.layer < first.stop:
-                    continue
-                place = out[target.layer - first.start]
+            axes = len(target.place)
+            stacked, part = index[:axes], index[axes:]
+            if not all(of.start <= number < of.stop for of, number in zip(stacked, target.place, strict=True)):
+                continue
+            place = out[tuple(number - of.start for of, number in zip(stacked, target.place, strict=True))]
             transform, tensor = target.transform, source.read(name)
             if transform.disk_index is None:
                 copy_finite(transform.to_leaf(np.asarray(tensor))[part], place, name)

@@ -21,15 +21,18 @@ Rules = Sequence[tuple[str, P]]
 
 DEFAULT_RULES: Rules = (
     # Kernels are [layers, in, out]. Column-parallel shares out the outputs, row-parallel the inputs.
-    (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, None, "model")),
-    (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
     (r"layers/(o|down)_proj/kernel", P(None, "model", None)),
     (r"layers/(o|down)_proj/bias", P()),
     # Quantised kernels are [layers, out, in], the inputs in blocks or not, with scales beside them.
-    (r"layers/(q|k|v|gate|up)_proj/kernel/(codes|absmax)", P(None, "model")),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel/(codes|absmax)", P(None, "model")),
     (r"layers/(o|down)_proj/kernel/codes", P(None, None, "model")),
     (r"layers/(o|down)_proj/kernel/absmax", P()),
     (r"layers/.*_proj/kernel/nested_(absmax|offset)", P()),
+    (r"layers/experts/(gate|up)_proj", P(None, None, None, "model")),
+    (r"layers/experts/down_proj", P(None, None, "model", None)),
+    (r"layers/experts/router", P()),
     (r"embed_tokens/embedding", P("model", None)),
     (r"lm_head/kernel", P(None, "model")),
     (r".*norm/scale", P()),

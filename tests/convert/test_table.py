@@ -43,7 +43,7 @@ def test_a_transposed_view_is_written_as_it_looks(tmp_path):
 def test_names_match_as_a_whole():
     target = TABLE.match("a.12.w")
     assert target is not None
-    assert (target.path, target.layer) == ("layers/w", 12)
+    assert (target.path, target.place) == ("layers/w", (12,))
     for name in ("a.12.w.bias", "xa.1.w", "a.01.w", "a..w", "a-1-w"):
         assert TABLE.match(name) is None
 
@@ -62,7 +62,7 @@ def test_every_base_parameter_has_a_name_that_leads_back_to_it(case):
 def test_adapter_names_lead_back_to_their_leaves():
     shapes = {rule.path: (2, 3, 4) for rule in PEFT_TABLE.rules}
     entries = list(PEFT_TABLE.entries(shapes))
-    assert len(entries) == 2 * 2 * 7
+    assert len(entries) == 2 * 2 * 9
     assert all(PEFT_TABLE.match(name) == target for name, target, _ in entries)
 
 

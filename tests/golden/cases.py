@@ -72,6 +72,95 @@ CASES = {
     },
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+# Of one family each that needs more of the decoder. The rows of `case_tokens` are longer than the windows.
+CASES |= {
+    "gemma2_alternating": {
+        **_SIZES,
+        "model_type": "gemma2",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_local_rope": {
+        **_SIZES,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 3,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "phi3_longrope_partial": {
+        **_SIZES,
+        "model_type": "phi3",
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "sliding_window": 6,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.2, 1.5],
+            "long_factor": [1.0, 2.0, 5.0],
+        },
+    },
+    "olmo2_gqa": {**_SIZES, "model_type": "olmo2", "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "smollm3_nope_yarn": {
+        **_SIZES,
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": _YARN,
+    },
+    "granite_multipliers": {
+        **_SIZES,
+        "model_type": "granite",
+        "num_key_value_heads": 2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "mixtral_experts": {
+        **_SIZES,
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 12,
+    },
+    "qwen3_moe_experts": {
+        **_SIZES,
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 8,
+        "norm_topk_prob": True,
+    },
+}
+
 # Adapters that PEFT makes on the first case of the same key.
 ADAPTERS = {
     "llama_mha_untied": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
@@ -82,6 +171,9 @@ ADAPTERS = {
         "use_rslora": True,
     },
     "qwen2_gqa_tied": {"r": 2, "lora_alpha": 8, "target_modules": r".*\.(o_proj|down_proj)"},
+    "gemma2_alternating": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+    "phi3_longrope_partial": {"r": 2, "lora_alpha": 4, "target_modules": ["qkv_proj", "gate_up_proj"]},
+    "mixtral_experts": {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
 }
 
 NUM_NEW_TOKENS = 8

@@ -1,4 +1,4 @@
-"""Makes the golden files beside it, with PyTorch: `python -m tests.golden.make_golden` at the project's root.
+"""Makes the golden files beside it, with PyTorch: `python -m tests.golden.make_golden [NAME ...]` at the root.
 
 Each `NAME.npz` holds what transformers' PyTorch model gives for the case of that name: "config" (config.json as
 text), "w:*" (its tensors), "logits" and, where the case has one, an adapter that PEFT saved:
@@ -7,6 +7,7 @@ text), "w:*" (its tensors), "logits" and, where the case has one, an adapter tha
 
 import json
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -19,8 +20,9 @@ HERE = pathlib.Path(__file__).parent
 
 
 def main():
-    """Writes one file per case."""
-    for name, case in CASES.items():
+    """Writes one file per case, or per case named."""
+    for name in sys.argv[1:] or CASES:
+        case = CASES[name]
         model = reference.build(case)
         content = {
             "config": np.array(json.dumps(reference.hf_config(model))),

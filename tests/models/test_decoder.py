@@ -1,5 +1,8 @@
+import dataclasses
+
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +13,39 @@ from llmeraser_jax.models import DecoderLayer, Model, decoder, init_base, layers
 from llmeraser_jax.models.decoder import ApplyDecoder, Context, Decoder, adapter_variables, token_positions
 from llmeraser_jax.models.generation import generate
 from llmeraser_jax.models.precision import frozen_product
-from tests.models.tiny import MASK, TOKENS, apply, random_lora, tiny_config, tiny_model
+from tests.models.tiny import MASK, TOKENS, VARIED, apply, random_lora, tiny_config, tiny_model
+
+
+@pytest.mark.parametrize("changes", [VARIED[name] for name in ("gemma3", "smollm3")])
+def test_layers_that_differ_are_scanned_as_if_each_were_written_out(changes):
+    model = tiny_model(**changes)
+    config, lora = model.config, random_lora(model)
+    logits = apply(model.apply, model.base, lora, TOKENS, MASK)
+
+    def alone(layer):
+        """The model of one layer, and what it keeps of base and adapter."""
+        of_one = {name: getattr(config, name) and (getattr(config, name)[layer],) for name in _PER_LAYER}
+        if config.sliding_window is not None and config.layer_windows[layer] is None:
+            of_one |= {"sliding_window": None, "windowed_layers": None}
+        one = dataclasses.replace(config, num_layers=1, **of_one)
+        variables = {"params": model.base, "lora": adapter_variables(lora.params)}
+        cut = {
+            name: leaves | {"layers": jax.tree.map(lambda leaf: leaf[layer : layer + 1], leaves["layers"])}
+            for name, leaves in variables.items()
+        }
+        return Decoder(one, lora.config.scaling), cut
+
+    where = token_positions(MASK)
+    x = model.base["embed_tokens"]["embedding"][TOKENS]
+    for layer in range(config.num_layers):
+        module, variables = alone(layer)
+        x, _ = module.apply(variables, TOKENS, where, where, MASK, None, None, x, method="_hidden")
+        x = x / (config.embedding_multiplier if layer + 1 < config.num_layers else 1)
+    expected = module.apply(variables, x, None, method="_logits")
+    np.testing.assert_allclose(np.asarray(expected)[MASK], np.asarray(logits)[MASK], rtol=1e-5, atol=1e-5)
+
+
+_PER_LAYER = ("windowed_layers", "unrotated_layers")
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -54,7 +89,9 @@ def test_the_head_is_computed_at_positions_only():
     assert (3, 9, 997) not in shapes
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "mistral", "sliding_window": 3}, VARIED["dynamic"], VARIED["mixtral"]]
+)
 def test_padding_on_either_side_and_its_tokens_change_nothing(changes):
     model = tiny_model(**changes)
     alone = apply(model.apply, model.base, None, TOKENS[:1, :5], jnp.ones((1, 5), jnp.int32))
@@ -162,6 +199,24 @@ def test_gradient_and_hessian_products_match_finite_differences():
         product = jax.jit(lambda p, d: jax.jvp(gradient, (p,), (d,))[1])(lora, v)
         differences = jax.tree.map(lambda a, b: (a - b) / 2e-5, gradient(forward), gradient(backward))
         chex.assert_trees_all_close(product, differences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_hessian_products_are_those_of_the_dense_hessian(name):
+    with jax.enable_x64(True):
+        model = tiny_model(dtype="float64", **VARIED[name])
+        targets = tuple(model.config.linear_shapes)
+        lora = random_lora(model, dtype="float64", rank=1, target_modules=(targets[0], targets[-1]))
+        flat, unravel = jax.flatten_util.ravel_pytree(lora)
+        loss = jax.jit(lambda p: _loss(model, unravel(p)))
+        v = np.random.default_rng(0).standard_normal(flat.shape)
+        v = jnp.asarray(v / np.linalg.norm(v))
+        hessian = jax.jit(jax.hessian(loss))(flat)
+        gradient = jax.jit(jax.grad(loss))
+        product = jax.jit(lambda p, d: jax.jvp(gradient, (p,), (d,))[1])(flat, v)
+        np.testing.assert_allclose(product, hessian @ v, rtol=1e-9, atol=1e-12)
+        differences = (gradient(flat + 1e-5 * v) - gradient(flat - 1e-5 * v)) / 2e-5
+        assert float(jnp.linalg.norm(product - differences)) < 1e-6 * float(jnp.linalg.norm(product))
 
 
 def test_the_hessian_is_symmetric_in_float32():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.models import generate, greedy_decode
-from tests.models.tiny import random_lora, tiny_model
+from tests.models.tiny import VARIED, random_lora, tiny_model
 
 PROMPTS = [[5, 9, 11, 3, 20, 7], [4], [12, 13, 14], [8, 8, 8, 8]]
 
@@ -21,8 +21,13 @@ def _greedy_without_cache(model, lora, prompt, count):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 3}])
-@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "with_lora"),
+    [
+        *((changes, lora) for changes in ({}, {"model_type": "mistral", "sliding_window": 3}) for lora in (0, 1)),
+        *((VARIED[name], 1) for name in ("gemma3", "phi3", "dynamic", "smollm3")),
+    ],
+)
 def test_the_cache_changes_nothing(changes, with_lora):
     model = tiny_model(**changes)
     lora = random_lora(model) if with_lora else None

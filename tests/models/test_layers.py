@@ -192,6 +192,29 @@ def test_llama3_scaling_keeps_short_waves_stretches_long_ones_and_blends_between
     assert np.all((after[between] <= before[between]) & (after[between] >= before[between] / 8))
 
 
+def test_a_part_of_a_head_is_rotated_and_the_rest_stays():
+    rope = RopeConfig(theta=100.0, rotated_share=0.5)
+    x = jax.random.normal(jax.random.key(5), (1, 3, 2, 8))
+    angles = layers.rope_angles(rope, 8, jnp.arange(3)[None], jnp.dtype("float32"))
+    whole = layers.rope_angles(RopeConfig(theta=100.0), 4, jnp.arange(3)[None], jnp.dtype("float32"))
+    np.testing.assert_array_equal(layers.rotate(x, *angles)[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(layers.rotate(x, *angles)[..., :4], layers.rotate(x[..., :4], *whole))
+
+
+def test_the_most_probable_experts_share_the_weight():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]))
+    np.testing.assert_allclose(layers.routing_weights(logits[:1], 2, False), [[0, 0.4, 0, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(layers.routing_weights(logits[:1], 2, True), [[0, 4 / 7, 0, 3 / 7]], rtol=1e-6)
+    tied = layers.routing_weights(logits[1:], 2, True)  # as many as asked for, also of equal ones
+    assert int(jnp.sum(tied > 0)) == 2
+    np.testing.assert_allclose(jnp.sum(tied), 1, rtol=1e-6)
+
+
+def test_soft_caps_bound_and_leave_small_numbers():
+    x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
+    np.testing.assert_allclose(layers.soft_cap(x, 30.0), [-30, -0.01, 0, 0.01, 30], rtol=1e-6)
+
+
 def test_rms_norm_of_a_constant_row_is_its_scale():
     x = jnp.full((1, 4), -3.0)
     scale = jnp.array([1.0, 2.0, 3.0, 4.0])

@@ -130,11 +130,14 @@ def test_stored_rotary_frequencies_are_passed_over(tmp_path):
     _assert_same(load_model(write_checkpoint(tmp_path / "x", config, extra)).base, load_model(directory).base)
 
 
-def test_a_tied_checkpoint_may_repeat_its_embedding_as_head_but_not_contradict_it(tmp_path):
+def test_a_tied_checkpoint_may_hold_its_embedding_as_head_but_not_contradict_it(tmp_path):
     directory, tensors, config = _golden("qwen2_gqa_tied", tmp_path / "m")
     embedding = tensors["model.embed_tokens.weight"]
     repeated = write_checkpoint(tmp_path / "same", config, {**tensors, "lm_head.weight": embedding})
     _assert_same(load_model(repeated).base, load_model(directory).base)
+    rest = {name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"}
+    renamed = write_checkpoint(tmp_path / "renamed", config, {**rest, "lm_head.weight": embedding})
+    _assert_same(load_model(renamed).base, load_model(directory).base)
     other = write_checkpoint(tmp_path / "other", config, {**tensors, "lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         load_model(other)

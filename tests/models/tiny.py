@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.models import Model, ModelConfig, init_base
+from llmeraser_jax.models import Model, ModelConfig, RopeConfig, init_base
 
 
 def tiny_config(**changes):
@@ -22,6 +22,58 @@ def tiny_config(**changes):
         "eos_token_ids": (2,),
     }
     return ModelConfig(**(values | changes))
+
+
+# Changes of `tiny_config` that go through the parts of the decoder that not every family has. Texts of nine tokens
+# are longer than the windows, and than the contexts beyond which rotations change.
+_GEMMA = {
+    "activation": "gelu_tanh",
+    "norm_offset": True,
+    "output_norms": True,
+    "embedding_multiplier": 4.0,
+    "attention_scale": 0.6,
+    "sliding_window": 3,
+}
+VARIED = {
+    "gemma2": {
+        **_GEMMA,
+        "model_type": "gemma2",
+        "windowed_layers": (True, False),
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+    },
+    "gemma3": {
+        **_GEMMA,
+        "model_type": "gemma3_text",
+        "windowed_layers": (False, True),
+        "qk_norm": True,
+        "local_rope": RopeConfig(theta=20.0),
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "fused_projections": True,
+        "sliding_window": 4,
+        "head_dim": 8,
+        "rope": RopeConfig(
+            scaling="longrope",
+            original_max_position=7,
+            attention_factor=1.3,
+            short_factor=(1.0, 1.5, 2.0),
+            long_factor=(2.0, 3.0, 9.0),
+            rotated_share=0.75,
+        ),
+    },
+    "dynamic": {"rope": RopeConfig(scaling="dynamic", factor=6.0, original_max_position=7), "max_position": 7},
+    "olmo2": {
+        "model_type": "olmo2",
+        "input_norms": False,
+        "output_norms": True,
+        "qk_norm": True,
+        "qk_norm_joint": True,
+    },
+    "smollm3": {"model_type": "smollm3", "unrotated_layers": (False, True)},
+    "mixtral": {"model_type": "mixtral", "num_experts": 3, "experts_per_token": 2, "normalised_routing": True},
+}
 
 
 def tiny_model(seed=0, dtype="float32", **changes):

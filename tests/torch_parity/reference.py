@@ -1,8 +1,12 @@
 """Random PyTorch models and PEFT adapters; imports PyTorch, so import it inside a test marked torch."""
 
+import pathlib
+import tempfile
+
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from tests.golden.cases import NUM_NEW_TOKENS, case_tokens
 
@@ -15,7 +19,8 @@ def build(case, seed=0):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = 0.3 * torch.randn_like(parameter) + (1.0 if "norm" in name else 0.0)
+            # Norms around the identity: one, or zero where transformers adds the one.
+            value = 0.3 * torch.randn_like(parameter) + (parameter.mean() if "norm" in name else 0.0)
             # Exact in bfloat16, so that golden files compress and one checkpoint serves every dtype.
             parameter.copy_(value.bfloat16().float())
     return model
@@ -29,11 +34,10 @@ def hf_config(model):
 
 
 def tensors(model):
-    """The state dict as numpy arrays, without the copy of a tied head."""
-    state = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")
-    return state
+    """The tensors that `save_pretrained` writes: without the copy of a tied head, and one for each expert."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return load_file(pathlib.Path(directory) / "model.safetensors")
 
 
 def logits(model):
