@@ -44,6 +44,7 @@ from llmeraser_jax.evaluation.closure import seed_mean
 from llmeraser_jax.evaluation.job import receipt_to_keep
 from llmeraser_jax.evaluation.records import (
     BEFORE,
+    COMPARISON_FILE,
     KLOM,
     RECORDS,
     RETRAINED,
@@ -206,9 +207,9 @@ class Study:
 
     def _refuse_other_references(self) -> None:
         """Held-out KL, and what an oracle chose, are of the retrained models there were at that time."""
-        found = len(list((self.workdir / RECORDS).glob(f"{RETRAINED}-seed_*.json")))
-        compared = record_path(self.workdir, BEFORE, None).exists()
-        if compared and found not in (0, self.retrain_seeds):
+        plan = self.workdir / COMPARISON_FILE
+        found = files.read_json(plan)["retrain_seeds"] if plan.exists() else self.retrain_seeds
+        if found != self.retrain_seeds and any((self.workdir / RECORDS).glob(f"{RETRAINED}-seed_*.json")):
             msg = (
                 f"{self.workdir} compares with {found} retrained models, and retrain_seeds is "
                 f"{self.retrain_seeds}: numbers against different models would stand in one table. Name another "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from llmeraser_jax.baselines import retrain
-from llmeraser_jax.data import Action, Recipe, load_requests
+from llmeraser_jax.data import Action, Recipe, Request, load_requests
 from llmeraser_jax.demo.people import make_directory, write_demo_files
 from llmeraser_jax.evaluation.job import evaluate_runs
 from llmeraser_jax.evaluation.render import HTML_FILE
@@ -93,7 +93,7 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
             model=model,
         )
     say("")
-    for line in _answer_table(report):
+    for line in _answer_table(report, requests):
         say(line)
     say("")
     passed = True
@@ -105,7 +105,7 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
     return 0 if passed else 1
 
 
-def _answer_table(report: Mapping[str, Any]) -> list[str]:
+def _answer_table(report: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
     """For one person of each action: what the models answer. A modified query is shown old and new."""
     lines = [f"{'':<19}{'question':<38}{'before':<14}{'unlearned':<14}{'retrained':<14}"]
 
@@ -114,7 +114,8 @@ def _answer_table(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{title:<19}{question:<38}{cells}({note})")
 
     for action, verb in _VERBS.items():
-        row = next(row for row in report["named_examples"] if row["action"] == action.value)
+        chosen = next(request.id for request in requests if request.action is action)
+        row = next(row for row in report["named_examples"] if row["id"] == chosen)
         texts, answers = row["texts"], row["answers"]
         wanted = f" wanted: {texts['wanted']}" if action is Action.CORRECT_RESPONSE else ""
         line(verb, texts["query"], answers["named"], f"trained on: {texts['trained']}{wanted}")

@@ -248,7 +248,7 @@ def _html(block: Block) -> str:
 
 def _holds_words(column: Sequence[str]) -> bool:
     """Columns that hold words stand left, numbers right."""
-    return any(len(re.findall(r"[A-Za-z]{2,}", cell)) >= 2 or re.fullmatch(r"[A-Za-z ]{4,}", cell)
+    return any(len(re.findall(r"[A-Za-z]{2,}", cell)) >= 2 or re.fullmatch(r"[A-Za-z .]{4,}", cell)
                for cell in column[1:])  # fmt: skip
 
 
@@ -275,7 +275,7 @@ th, td { padding: .35rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: r
 td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; font-weight: 600; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; min-width: 8rem; }
 th.words, td.words { text-align: left; }
 td.words { white-space: normal; min-width: 8rem; max-width: 26rem; }
 tr.reference { background: #eaf5f0; }

@@ -550,7 +550,8 @@ def _mean_cost(costs: Sequence[Json | None], unknown: str) -> dict[str, Any]:
         if key == "preparation_gradient_equivalents" and not any(numbers):
             continue
         missing = "not measured" if len(known) == len(costs) and costs else unknown or "the cost is not known"
-        node.number(key, seed_mean(numbers) if complete else None, "" if complete else missing)
+        mean = (seed_mean(numbers) if len(numbers) > 1 else numbers[0]) if complete else None
+        node.number(key, mean, "" if complete else missing)
     return node.build()
 
 

@@ -181,6 +181,16 @@ def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
     assert "own_before" not in methods_of(results)["npo"][0].details
 
 
+def test_a_comparison_killed_between_retrained_models_goes_on(done, tmp_path):
+    scenario, workdir, results = done
+    shutil.copytree(workdir, tmp_path / "copy")
+    seeds = sorted((tmp_path / "copy" / "records").glob("retrained-seed_*.json"))
+    seeds[-1].unlink()
+    again = study.run_study(scenario, tmp_path / "copy", OPTIONS)
+    ours, theirs = (found.of("retrained")[-1].scores["named"]["losses"] for found in (again, results))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 def test_other_numbers_of_retrained_models_are_refused_where_something_was_compared(done):
     scenario, workdir, _ = done
     with pytest.raises(ValueError, match="compares with 2 retrained models, and retrain_seeds is 3"):
