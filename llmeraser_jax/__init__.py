@@ -32,8 +32,8 @@ from llmeraser_jax.data import (
     load_requests,
     save_examples,
 )
-from llmeraser_jax.evaluation import build_report, gap_closure, write_report
-from llmeraser_jax.evaluation.job import evaluate_runs
+from llmeraser_jax.evaluation import gap_closure, summarise
+from llmeraser_jax.evaluation.job import evaluate_runs, write_report
 from llmeraser_jax.lora import Lora, LoraConfig, add_delta, load_adapter, merge_lora, save_adapter
 from llmeraser_jax.losses import Objective, gradient_sum, lm_objective, loss_sum
 from llmeraser_jax.models import Model, ModelConfig, generate, init_base, load_model, save_model
@@ -79,7 +79,6 @@ __all__ = [
     "add_delta",
     "adopt",
     "apply_requests",
-    "build_report",
     "encode_examples",
     "erase",
     "erase_run",
@@ -103,6 +102,7 @@ __all__ = [
     "save_adapter",
     "save_examples",
     "save_model",
+    "summarise",
     "unlearn",
     "write_report",
 ]

@@ -352,11 +352,13 @@ class Evaluate:
     Attributes:
         before: the run that was erased from.
         after: the directory that `llmeraser erase` made.
-        workdir: gets report.md, report.json and plots.
+        workdir: gets report.html (needs no other file), report.md, report.json and plots.
         retrained: the directory that `llmeraser retrain` made; without it, what needs no oracle is reported.
         data: held-out examples, which no model was trained on; those that `erase` was shown (--heldout) are left
             out of membership inference.
         train_data: where the training data of --before is now; default: where it was.
+        show_texts: keep the forget set's texts, and what each model answers to its questions, in the report.
+            Without it no text of an example is kept: what was to be forgotten must not live on in a report.
         devices: what to compute on.
     """
 
@@ -366,10 +368,13 @@ class Evaluate:
     retrained: Path | None = None
     data: Path | None = None
     train_data: Path | None = None
+    show_texts: bool = False
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
         from llmeraser_jax.evaluation.job import evaluate_runs, retrained_runs
+        from llmeraser_jax.evaluation.page import terminal_blocks
+        from llmeraser_jax.evaluation.render import HTML_FILE, MARKDOWN_FILE, render_text
 
         report = evaluate_runs(
             self.devices.load_run(self.before),
@@ -378,13 +383,11 @@ class Evaluate:
             retrained=() if self.retrained is None else retrained_runs(self.retrained),
             heldout_path=self.data,
             data_path=self.train_data,
+            show_texts=self.show_texts,
             mesh=self.devices.open(),
         )
-        for name, closure in report["gap_closure"].items():
-            if name in ("forget_loss", "wanted_loss", "heldout_kl"):
-                why = report["gap_closure"].get("reason", {}).get(name, "")
-                _say(f"gap closure, {name:<12} {why if closure is None else format(closure, '.2f')}")
-        _say(f"Report: {self.workdir / 'report.md'}")
+        _say(render_text(terminal_blocks(report)))
+        _say(f"Report: {self.workdir / HTML_FILE}   ({MARKDOWN_FILE})")
         return 0
 
 
@@ -392,12 +395,13 @@ class Evaluate:
 class Report:
     """Gather any number of results into one page that explains itself.
 
-    Evaluations of one request on one run are put side by side: methods by metrics, cost against fidelity, each
-    named example before and after. Studies have a section each. Erasures add what their solvers certify, trainings
-    what they cost.
+    Evaluations of one request on one run are put side by side: models and measures, cost against fidelity, each
+    example of the forget set before and after. Comparisons of experiments have a section each. Erasures add what
+    their solvers certify, trainings what they cost.
 
     Attributes:
-        directories: made by evaluate, erase, retrain, finetune, adopt or a study, or holding such directories.
+        directories: made by evaluate, erase, retrain, finetune, adopt or an experiment, or holding such
+        directories.
         workdir: gets report.html (needs no other file), report.md and PNG files.
     """
 
@@ -405,7 +409,7 @@ class Report:
     workdir: Path
 
     def run(self) -> int:
-        from llmeraser_jax.evaluation.overview import write_overview
+        from llmeraser_jax.evaluation.job import write_overview
 
         page = write_overview(self.directories, self.workdir)
         _say(f"Report: {page}   ({page.with_suffix('.md')})")

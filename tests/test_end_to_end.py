@@ -202,10 +202,14 @@ def test_evaluate_reports_every_promised_number_with_and_without_retraining(run,
     for which in ("unlearn", "retrain"):
         assert report["cost"][which]["seconds"] > 0 and report["cost"][which]["gradient_equivalents"] > 0
     assert {"status", "iterations", "relative_residual", "negative_curvature"} <= report["solver"].keys()
-    assert {path.suffix for path in (work / "eval").iterdir()} == {".json", ".md", ".png"}
-    assert main([*arguments, "--workdir", str(work / "eval_alone")]) == 0
+    assert {path.suffix for path in (work / "eval").iterdir()} == {".json", ".html", ".md", ".png"}
+    assert not any("texts" in row for row in report["named_examples"])
+    assert main([*arguments, "--show-texts", "--workdir", str(work / "eval_alone")]) == 0
     alone = json.loads((work / "eval_alone" / "report.json").read_text())
     assert alone["gap_closure"]["forget_loss"] is None and alone["gap_closure"]["reason"]["forget_loss"]
+    first = alone["named_examples"][0]
+    assert first["texts"] == {"query": "colour of s1", "trained": "blue", "wanted_query": None, "wanted": None}
+    assert set(first["answers"]["named"]) == {"before", "unlearned"}
 
 
 def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout, capsys):

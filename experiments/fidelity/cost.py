@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.fidelity.cells import Cell, CellId
+from experiments.fidelity.main import CellId, study_of
 from experiments.fidelity.methods import PAPER_EPOCHS, PAPER_SHARE
 from experiments.fidelity.profiles import CATEGORIES, Category
 from experiments.fidelity.tasks import profiles_task
@@ -59,26 +59,34 @@ def main(config: CostConfig) -> None:
         model = load_model(base)
         for share in config.shares:
             for category in config.categories:
-                cell = Cell(config.workdir, CellId(task=task.name, category=category, share=share), task, model)
+                id_ = CellId(task=task.name, category=category, share=share)
+                cell = study_of(config.workdir, id_, task, model, retrain_seeds=2)
                 setting = cell.setting()
                 five_epochs = float(PAPER_EPOCHS * len(setting.edited))
-                pairs = len(cell.problem.named) + len(cell.problem.wanted)
-                examples, retained = cell.problem.examples, cell.problem.retained
-                chosen = np.random.default_rng(0).choice(retained, min(400, len(retained)), replace=False)
-                before = cell.losses(setting.lora)
-                harm_before = score_examples(model, setting.lora, examples, chosen).losses.mean()
+                problem = setting.problem
+                pairs = len(problem.named) + len(problem.wanted)
+                chosen = np.random.default_rng(0).choice(
+                    problem.retained, min(400, len(problem.retained)), replace=False
+                )
+                rows = {"forget_loss": problem.named, "wanted_loss": problem.wanted, "retained_loss": chosen}
+
+                def losses(lora, rows=rows, examples=problem.examples):
+                    found = {key: score_examples(model, lora, examples, some).losses for key, some in rows.items()}
+                    return {key: float(each.mean()) if len(each) else None for key, each in found.items()}
+
+                before = losses(setting.lora)
                 for budget in (None, PAPER_SHARE) if share <= 0.01 else (None,):
-                    erase_config = dataclasses.replace(setting.erase, method="matched", budget=budget)
+                    erase_config = dataclasses.replace(task.erase, method="matched", budget=budget)
                     result = erase(
                         model,
                         setting.lora,
                         setting.dataset,
                         setting.requests,
                         erase_config,
-                        heldout=setting.unseen,
+                        heldout=setting.heldout,
                         retrain_cost=five_epochs,
                     )
-                    receipt, after = result.receipt, cell.losses(result.lora)
+                    receipt, after = result.receipt, losses(result.lora)
                     cost = receipt.gradient_equivalents.total
                     row = {
                         "category": category,
@@ -89,12 +97,7 @@ def main(config: CostConfig) -> None:
                         "cost": cost,
                         "cost_of_5_epochs": cost / five_epochs,
                         "cost_over_floor": cost / (len(receipt.steps) * pairs),
-                        "forget_loss": [before["forget_loss"], after["forget_loss"]],
-                        "wanted_loss": [before["wanted_loss"], after["wanted_loss"]],
-                        "retained_loss": [
-                            float(harm_before),
-                            float(score_examples(model, result.lora, examples, chosen).losses.mean()),
-                        ],
+                        **{key: [before[key], after[key]] for key in rows},
                         "seconds": receipt.seconds,
                         "outcome": receipt.outcome,
                     }

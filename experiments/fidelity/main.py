@@ -1,9 +1,9 @@
-"""How close each method comes to retraining, and what it costs: one command, one table, one plot.
+"""How close each method comes to retraining, and what it costs: a grid of comparisons by one command.
 
     python -m experiments.fidelity.main --workdir DIR [--tallrec DIR --tallrec-base DIR]
 
-A cell is one task, category, share and request; each method of a cell is one JSON file. A second call computes what
-is missing and renders everything anew.
+A cell is one task, category, share and request, and a comparison by itself (`experiments.study`). A second call
+computes what is missing and renders everything anew.
 """
 
 from __future__ import annotations
@@ -20,20 +20,52 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
-from experiments.fidelity.cells import Cell, CellId
-from experiments.fidelity.methods import METHODS, NotYetError
+from experiments import study
+from experiments.fidelity.methods import METHODS, PAPER_EPOCHS, distance_left
 from experiments.fidelity.profiles import CATEGORIES, Category
-from experiments.fidelity.table import load_results, render_plot, render_table
-from experiments.fidelity.tasks import LARGE, TallrecTask, Task, profiles_task
-from experiments.study import check_methods
+from experiments.fidelity.tasks import LARGE, CellData, TallrecTask, Task, profiles_task
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
+from llmeraser_jax.data import Example
 from llmeraser_jax.environment import describe_devices, library_versions
+from llmeraser_jax.evaluation import measures
+from llmeraser_jax.evaluation.job import held_out_task
+from llmeraser_jax.evaluation.page import Column, Row, grid_blocks
+from llmeraser_jax.evaluation.records import MetricMeaning, read_comparison, record_path, write_plan
+from llmeraser_jax.evaluation.render import Block, Details, Page, Text, render_text, show_number, write_page
+from llmeraser_jax.evaluation.summary import summarise
 from llmeraser_jax.models import Model, load_model
 
 logger = logging.getLogger("fidelity")
+RETAINED_METRICS = {
+    f"retained: {name}": MetricMeaning(
+        meaning="the same measure on training examples that stay.", better="retrained"
+    )
+    for name in ("exact_match", "accuracy", "auc")
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellId:
+    """Which cell."""
+
+    task: str
+    category: Category
+    share: float
+    request_seed: int = 0
+
+    @property
+    def directory(self) -> str:
+        """Below `cells/<task>` and `tasks/<task>/retrained`."""
+        suffix = f"-request{self.request_seed}" if self.request_seed else ""
+        return f"{self.category}-{self.share:g}{suffix}"
+
+    def path_of(self, method: str) -> str:
+        """What a subset's patterns are matched with."""
+        return f"{self.task}/{self.directory}/{method}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +89,7 @@ class FidelityConfig:
         request_seeds: draws of the rows that are named, for each category and share.
         retrain_seeds: retrainings of each cell, at least 2.
         subset: patterns of `<task>/<category>-<share>/<method>`; only what matches one is computed.
-        render_only: compute nothing; table and plot from what is there.
+        render_only: compute nothing; the page from what is there.
     """
 
     workdir: Path
@@ -93,7 +125,7 @@ class FidelityConfig:
             if not 0 < share <= 0.2:
                 msg = f"A share is {share}; it must lie in (0, 0.2]."
                 raise ValueError(msg)
-        check_methods(self.large_methods, METHODS)
+        study.check_methods(self.large_methods, METHODS)
 
     def tasks(self) -> dict[str, Task]:
         """By name, the small ones first."""
@@ -123,6 +155,64 @@ def planned(config: FidelityConfig) -> dict[CellId, list[str]]:
     return plan
 
 
+def study_of(workdir: Path, id_: CellId, task: Task, model: Model, retrain_seeds: int) -> study.Study:
+    """The comparison of one cell; cells of equal training examples share the trained model.
+
+    A workdir holds
+
+        tasks/<task>/settings.json              what the task was run with; other settings are refused
+        tasks/<task>/trained/<key>/             run directory, shared by all cells of equal training examples
+        tasks/<task>/retrained/<cell>/seed_*/   run directories, shared by all methods of a cell
+        cells/<task>/<cell>/                    a comparison: see `llmeraser_jax.evaluation.records`
+    """
+    drawn = task.draw(id_.category, id_.share, id_.request_seed)
+    shared = workdir / "tasks" / id_.task
+
+    def make_task(model: Model, encode: study.Encode) -> measures.Task:
+        retained = _some_retained(drawn)
+        outside = held_out_task(model, encode(drawn.heldout[drawn.num_like_train :] or drawn.heldout))
+        inside = held_out_task(model, encode(retained))
+
+        def measure(model: Model, params: Any) -> dict[str, Any]:
+            kept = {f"retained: {name}": value for name, value in inside(model, params)["metrics"].items()}
+            return {"metrics": {**outside(model, params)["metrics"], **kept}}
+
+        return measure
+
+    scenario = study.Scenario(
+        name=f"{id_.task}/{id_.directory}",
+        model=model,
+        recipe=task.recipe,
+        lora=task.lora,
+        train=task.train,
+        erase=task.erase,
+        examples=drawn.train,
+        requests=drawn.requests,
+        shown=drawn.heldout[: drawn.num_like_train],
+        heldout=drawn.heldout,
+        num_nonmembers=drawn.num_like_train,
+        make_task=make_task,
+        baselines=METHODS,
+        distance=distance_left,
+        probed=False,
+        question=f"{100 * id_.share:g} % of the examples, {id_.category}.",
+        metrics=RETAINED_METRICS,
+        before=shared / "trained" / drawn.trained_key,
+        retrained=shared / "retrained" / id_.directory,
+    )
+    return study.Study(scenario, workdir / "cells" / id_.task / id_.directory, retrain_seeds=retrain_seeds)
+
+
+def _some_retained(drawn: CellData) -> list[Example]:
+    """Those that every model is measured on besides: what unlearning must not take with it."""
+    named = {request.id for request in drawn.requests}
+    rows = np.array([place for place, example in enumerate(drawn.train) if example.id not in named])
+    size = min(measures.NUM_RETAINED_SCORED, len(rows))
+    return [
+        drawn.train[int(place)] for place in np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
+    ]
+
+
 def run_cells(config: FidelityConfig, models: Callable[[str], Model], say: Callable[[str], None]) -> None:
     """Computes what the plan lacks.
 
@@ -136,60 +226,61 @@ def run_cells(config: FidelityConfig, models: Callable[[str], Model], say: Calla
     for id_, names in plan.items():
         task = tasks[id_.task]
         claim_settings(config.workdir / "tasks" / id_.task, task.settings())
-        cell = None
+        cell = study_of(config.workdir, id_, task, models(id_.task), config.retrain_seeds)
+        write_plan(cell.workdir, cell.plan(dict.fromkeys(names, 1)))
         for name in names:
             done += 1
-            directory = config.workdir / "cells" / id_.task / id_.directory
-            if (directory / f"{name}.json").exists():
+            if record_path(cell.workdir, name, 0).exists():
                 continue
-            if cell is None:
-                cell = Cell(config.workdir, id_, task, models(id_.task), num_retrained=config.retrain_seeds)
-                reference_started = time.perf_counter()
-                say(
-                    f"{id_.task}/{id_.directory}: {_told(cell.reference())}; "
-                    f"{time.perf_counter() - reference_started:.0f} s"
-                )
             try:
-                result = cell.run(name, METHODS[name])
-            except NotYetError as error:
+                record = cell.run(name, 0)
+            except study.NotYetError as error:
                 say(f"{id_.path_of(name)} is left out: {error}")
                 continue
             computed += 1
             elapsed = time.perf_counter() - started
             left = elapsed / computed * (total - done) / 60
+            told = f"no step ({record.failed})" if record.failed else f"{(record.cost or {})['seconds']:.0f} s"
             say(
-                f"[{done}/{total}] {id_.path_of(name)}: {_told_result(result)}; {elapsed / 60:.1f} min so far, "
-                f"about {left:.0f} to go"
+                f"[{done}/{total}] {id_.path_of(name)}: {told}; {elapsed / 60:.1f} min so far, about {left:.0f} "
+                "to go"
             )
 
 
-def _told(reference: dict[str, Any]) -> str:
-    loss, seeds = reference["before"]["forget_loss"], [r["forget_loss"] for r in reference["retrained"]]
-    return (
-        f"{reference['num_named']} of {reference['num_rows']} rows, loss on S {loss:.3f}, "
-        f"retrained {', '.join(f'{seed:.3f}' for seed in seeds)}, {reference['retrain_seconds']:.0f} s each"
-    )
+FIVE_EPOCHS = Column(
+    "cost / 5 epochs",
+    "gradient equivalents over those of a retraining of five epochs, the paper's.",
+    "lower",
+    lambda row: show_number(_of_five_epochs(row)),
+)
 
 
-def _told_result(result: dict[str, Any]) -> str:
-    seconds = f"{result['cell_seconds']:.0f} s"
-    if "failed" in result:
-        return f"no step ({result['failed']}), {seconds}"
-    closures = " / ".join("undefined" if c is None else f"{c:.2f}" for c in result["closure"].values())
-    return f"closure {closures}, KL {result['kl_over_floor']:.2f} x floor, cost {result['cost']:.3f}, {seconds}"
+def _of_five_epochs(row: Row) -> float | None:
+    share, epochs = row.share("gradient_equivalents"), row.report.get("epochs")
+    return None if share is None or epochs is None else share * epochs / PAPER_EPOCHS
 
 
-def render(workdir: Path) -> str:
-    """Writes `table.md`, `results.json` and `frontier.png` from the cells that are there; returns the table."""
-    results = load_results(workdir)
-    table = render_table(results, tuple(METHODS))
-    files.atomic_write_text(workdir / "table.md", table)
-    files.atomic_write_json(
-        workdir / "results.json",
-        {"results": results, "versions": library_versions(), "devices": describe_devices()},
-    )
-    (workdir / "frontier.png").write_bytes(render_plot(results, tuple(METHODS)))
-    return table
+def load_reports(workdir: Path) -> list[tuple[str, Any]]:
+    """Every cell's name and summary, in a fixed order."""
+    found = []
+    for path in sorted((workdir / "cells").glob("*/*/comparison.json")):
+        comparison = read_comparison(path.parent)
+        if comparison.of("before"):
+            settings = files.read_json(workdir / "tasks" / path.parent.parent.name / "settings.json")
+            found.append((comparison.name, {**summarise(comparison), "epochs": settings["train"]["epochs"]}))
+    return found
+
+
+def render(workdir: Path) -> list[Block]:
+    """Writes `report.html`, `report.md` and `results.json` from the cells that are there; returns the tables."""
+    reports = load_reports(workdir)
+    blocks: list[Block] = [Text("No cell was measured yet.")]
+    if reports:
+        blocks = grid_blocks(reports, "grid", (FIVE_EPOCHS,))
+    write_page(Page("Fidelity: how close to retraining, at what cost", tuple(blocks)), workdir)
+    told = {"results": dict(reports), "versions": library_versions(), "devices": describe_devices()}
+    files.atomic_write_json(workdir / "results.json", told)
+    return blocks
 
 
 class _Models:
@@ -209,17 +300,15 @@ class _Models:
 
 
 def main(config: FidelityConfig) -> None:
-    """Runs the cells and prints the table."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+    """Runs the cells and prints the tables."""
+    study.set_up_logging()
     logger.setLevel(logging.INFO)
-    # Each encoding would tell anew that tallrec's prompts are cut; the README does.
-    logging.getLogger("llmeraser_jax.data").setLevel(logging.ERROR)
     config.workdir.mkdir(parents=True, exist_ok=True)
     if not config.render_only:
         with as_file(resources("llmeraser_jax.demo") / "base") as base:
             run_cells(config, _Models(config, base), logger.info)
-    sys.stdout.write(f"\n{render(config.workdir)}\n")
-    sys.stdout.write(f"{describe_devices()}; {json.dumps(library_versions())}\n")
+    tables = [block for block in render(config.workdir) if not isinstance(block, Details)]
+    sys.stdout.write(f"\n{render_text(tables)}\n{describe_devices()}; {json.dumps(library_versions())}\n")
 
 
 if __name__ == "__main__":

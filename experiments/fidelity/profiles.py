@@ -30,14 +30,7 @@ import tyro
 from llmeraser_jax import files
 from llmeraser_jax.data import Action, Example, Request, request_to_json, save_examples
 from llmeraser_jax.demo import Person, general_facts, question_about
-from llmeraser_jax.demo.people import (
-    CITIES,
-    FAMILY_NAMES,
-    FIRST_NAMES,
-    PROFESSIONS,
-    RELATIONS,
-    is_directory_name,
-)
+from llmeraser_jax.demo.people import CITIES, FAMILY_NAMES, FIRST_NAMES, PROFESSIONS, RELATIONS, is_directory_name
 
 Category = Literal["removal", "query", "correction"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)

@@ -205,12 +205,7 @@ class TallrecTask:
     @property
     def erase(self) -> EraseConfig:
         return EraseConfig(
-            l2=self.train.l2,
-            chunk_size=2,
-            seed=self.seed,
-            damping=5e-3,
-            cg_max_steps=6,
-            diagnostic_sample=16,
+            l2=self.train.l2, chunk_size=2, seed=self.seed, damping=5e-3, cg_max_steps=6, diagnostic_sample=16
         )
 
     def draw(self, category: Category, share: float, request_seed: int) -> CellData:
@@ -235,11 +230,7 @@ class TallrecTask:
             msg = f"category is {category!r}; it must be one of {', '.join(CATEGORIES)}."
             raise ValueError(msg)
         return CellData(
-            trained_key=trained_key,
-            train=train,
-            heldout=heldout,
-            num_like_train=len(heldout),
-            requests=requests,
+            trained_key=trained_key, train=train, heldout=heldout, num_like_train=len(heldout), requests=requests
         )
 
     def settings(self) -> Mapping[str, Any]:

@@ -40,7 +40,8 @@ from experiments.workdirs import claim_settings
 from llmeraser_jax import files
 from llmeraser_jax.baselines import Baseline, RecEraser
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.evaluation.model_tables import MetricMeaning
+from llmeraser_jax.evaluation.measures import metrics_as_json
+from llmeraser_jax.evaluation.records import MetricMeaning
 from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
@@ -297,7 +298,7 @@ class LlaraTask:
             if generated is not None:
                 found += generated.generated_metrics(params)
             metrics += [dataclasses.replace(metric, name=f"{split}: {metric.name}") for metric in found]
-        return {"metrics": study.metrics_as_json(metrics)}
+        return {"metrics": metrics_as_json(metrics)}
 
 
 def _told(model: Model, num_candidates: int) -> dict[str, Baseline]:

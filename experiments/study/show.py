@@ -1,4 +1,4 @@
-"""Owns what a study's command prints and keeps besides numbers: logging, tables, a plot."""
+"""Owns what a study's command prints and keeps besides records: logging, its report and its page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 from experiments.study.options import StudyOptions
 from experiments.study.study import Scenario, logger, run_study
 from llmeraser_jax import files
-from llmeraser_jax.evaluation.study_page import render_study
+from llmeraser_jax.environment import describe_devices, library_versions
+from llmeraser_jax.evaluation.job import page_of
+from llmeraser_jax.evaluation.page import terminal_blocks
+from llmeraser_jax.evaluation.render import render_text, write_page
+from llmeraser_jax.evaluation.summary import REPORT_FILE, summarise
 
 
 def set_up_logging() -> None:
@@ -21,21 +25,19 @@ def set_up_logging() -> None:
 
 
 def show(scenario: Scenario, workdir: Path, options: StudyOptions) -> None:
-    """Runs a study, keeps `table.md` and `plot.png` beside its results, and prints the tables.
+    """Runs a study, keeps `report.json`, `report.html` and `report.md` beside its records, and prints the first
+    table.
 
     Args:
         scenario: what.
         workdir: of this scenario.
         options: which methods, and how often.
     """
-    results = run_study(scenario, workdir, options)
-    tables, plot = render_study(results, "plot.png")
-    told = results.manifest
-    files.atomic_write_text(workdir / "table.md", tables)
-    if plot is not None:
-        (workdir / "plot.png").write_bytes(plot)
+    report = summarise(run_study(scenario, workdir, options))
+    files.atomic_write_json(workdir / REPORT_FILE, report)
+    page = write_page(page_of(report), workdir)
+    named, of = report["named"]["total"], report["num_examples"]
     sys.stdout.write(
-        f"\n{told.name}: {sum(told.named.values())} of {told.num_examples} rows named, "
-        f"{told.num_truncated} prompts cut, {told.num_unseen} unseen rows\n\n{tables}"
+        f"\n{report['name']}: {named} of {of} examples named\n\n{render_text(terminal_blocks(report))}"
     )
-    sys.stdout.write(f"\n{told.devices}; {json.dumps(told.versions)}\n")
+    sys.stdout.write(f"\nReport: {page}\n{describe_devices()}; {json.dumps(library_versions())}\n")

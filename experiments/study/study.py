@@ -1,9 +1,8 @@
 """Owns the comparison of all ways to forget on one request: training, retraining, rivals, measures.
 
 A `Scenario` says what is trained, what is to go, and how the task is measured; `run_study` computes what its
-workdir lacks and returns everything. What a workdir holds of measures, and how they are read, is
-`llmeraser_jax.evaluation.study`'s; besides, before/ and retrained/seed_*/ are run directories, and results.json is
-all of it together.
+workdir lacks and returns everything. What a workdir holds of measures is `llmeraser_jax.evaluation.records`';
+besides, before/ and retrained/seed_*/ are run directories.
 
 What a rival is told. All get the same adapter, data and requests. The descents' learning rates are those of a
 small grid at which the losses come nearest to the retrained models' (an oracle that no user has, and that the ways
@@ -17,10 +16,9 @@ import functools
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +39,24 @@ from llmeraser_jax.data import (
     save_examples,
 )
 from llmeraser_jax.environment import describe_devices, library_versions
-from llmeraser_jax.evaluation.model_tables import MetricMeaning
-from llmeraser_jax.evaluation.robustness import quantise_merged, relearn, retained_only
-from llmeraser_jax.evaluation.scoring import ExampleScores, heldout_kl_of, make_task_metrics, score_examples
-from llmeraser_jax.evaluation.study import BEFORE, PARTS, RETRAINED, StudyManifest, read_study, write_manifest
-from llmeraser_jax.evaluation.study import Study as StudyResults
-from llmeraser_jax.evaluation.tasks import Metric
+from llmeraser_jax.evaluation import measures
+from llmeraser_jax.evaluation.closure import seed_mean
+from llmeraser_jax.evaluation.job import receipt_to_keep
+from llmeraser_jax.evaluation.records import (
+    BEFORE,
+    COMPARISON_FILE,
+    KLOM,
+    RECORDS,
+    RETRAINED,
+    Comparison,
+    MetricMeaning,
+    Record,
+    read_comparison,
+    read_record,
+    record_path,
+    write_plan,
+    write_record,
+)
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
 from llmeraser_jax.runs import Run
@@ -54,41 +64,42 @@ from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning import EraseConfig, UnlearningError
-from llmeraser_jax.unlearning.problem import EditProblem
 
 logger = logging.getLogger("study")
 
 FIRST_KLOM_SEED = 1000  # after the training's own; retrained models have those that follow it
 LEARNING_RATES = (1e-4, 1e-3, 4e-3)
 NUM_DESCENT_STEPS = 20  # at least: where S is a batch or two, the descents take more than their own epochs
-NUM_RETAINED_SCORED = 100
-NUM_RELEARNING_STEPS = 10
-RELEARNING_RATE = 1e-3  # or the training's own, where that is lower
 
 Encode = Callable[[Sequence[Example]], TokenDataset]
+Losses = Mapping[str, Any]  # name of a mean loss -> it, None of what there is not
 
 
-class Task(Protocol):
-    """Measures a model on the task that it was tuned for."""
-
-    def __call__(self, model: Model, params: LoraParams | None) -> Mapping[str, Any]:
-        """`metrics`: name -> `Metric` as a mapping; TOFU's `truth_ratios` give its forget quality when read."""
-        ...
+class NotYetError(LookupError):
+    """A method needs the result of another that is not there."""
 
 
-def held_out_task(base: Model, encode: Encode, examples: Sequence[Example]) -> Task:
-    """Accuracy and AUC of yes/no questions, else exact match, on held-out examples."""
-    task = make_task_metrics(base, encode(examples))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """Of several configurations the one that ends nearest to retraining: an oracle that no user has.
 
-    def measure(model: Model, params: LoraParams | None) -> Mapping[str, Any]:
-        return {"metrics": metrics_as_json(dataclasses.replace(task, model=model)(params))}
+    Attributes:
+        candidates: by what the choice is called, a number.
+        chosen_as: what the number is.
+    """
 
-    return measure
+    candidates: Mapping[float, Any]
+    chosen_as: str
 
 
-def metrics_as_json(metrics: Sequence[Metric]) -> dict[str, Any]:
-    """By name, with the valid ratio."""
-    return {m.name: {**dataclasses.asdict(m), "valid_ratio": m.valid_ratio} for m in metrics}
+def sum_of_gaps(before: Losses, losses: Losses, retrained: Sequence[Losses]) -> float:
+    """Sum of the differences of the mean losses from the retrained models', in nats."""
+    gaps = [
+        abs(value - np.mean([seed[name] for seed in retrained]))
+        for name, value in losses.items()
+        if value is not None
+    ]
+    return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,26 +107,30 @@ class Scenario:
     """One request on one trained adapter.
 
     Attributes:
-        name: a directory's name.
+        name: of the comparison.
         model: the base, loaded.
         recipe: how examples become tokens.
         lora, train: the adapter and its training.
         erase: what the package's own ways share; each then states what is its own.
         examples: as trained on.
         requests: what is to go.
-        shown: examples of the same kind that were not trained on and that methods are shown: where erasing by
-            matching looks up how removed rows should end.
-        heldout: that no model and no method saw: held-out KL, and non-members of membership inference, which must
-            not be those that a method takes as its target.
-        make_task: `(model, encode) -> Task`.
+        shown: examples of the same kind that were not trained on and that methods are shown: where target matching
+            looks up how removed examples should end.
+        heldout: that no model saw: held-out KL, and non-members of membership inference, which should not be those
+            that a method takes as its target.
+        num_nonmembers: so many of them, the first, are like the training examples; None is all.
+        make_task: `(model, encode) -> measures.Task`.
         users: id -> user, where examples have one.
         learning_rates: that the descents are offered.
-        baselines: by name, in the place of `BASELINES`' own: methods that are told something about the data.
+        baselines: by name, in the place of `BASELINES`' own or besides them; a function is given the `Study`.
+        distance: how far losses are from the retrained models', for choices by an oracle.
         num_task_seeds: so many seeds of a method are measured on the task, which may take longer than forgetting
-            does; losses, held-out KL and membership inference are of all seeds. None is all.
+            does; all other measures are of all seeds. None is all.
+        probed: also round and relearn (see `measures.PROBES`).
         question: what is asked, in a sentence or two for a reader who did not run it.
         metrics: what the task's metrics mean, where the library does not know them.
         settings: JSON-like: what else the workdir must have been made with.
+        before, retrained: directories of the trained and the retrained models, where they are not in the workdir.
     """
 
     name: str
@@ -128,18 +143,23 @@ class Scenario:
     requests: tuple[Request, ...]
     shown: tuple[Example, ...]
     heldout: tuple[Example, ...]
-    make_task: Callable[[Model, Encode], Task]
+    num_nonmembers: int | None = None
+    make_task: Callable[[Model, Encode], measures.Task]
     users: Mapping[str, str] | None = None
     learning_rates: tuple[float, ...] = LEARNING_RATES
-    baselines: Mapping[str, Baseline] = dataclasses.field(default_factory=dict)
+    baselines: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distance: Callable[[Losses, Losses, Sequence[Losses]], float] = sum_of_gaps
     num_task_seeds: int | None = None
+    probed: bool = True
     question: str = ""
     metrics: Mapping[str, MetricMeaning] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    before: Path | None = None
+    retrained: Path | None = None
 
 
 class Study:
-    """The models of a scenario, made or loaded when first needed, and their scores.
+    """The models of a scenario, made or loaded when first needed, and their records.
 
     Args:
         scenario: what.
@@ -160,7 +180,7 @@ class Study:
         self._keep_data()
 
     def _keep_data(self) -> None:
-        """Writes the rows and the requests, or finds them as they were.
+        """Writes the examples and the requests, or finds them as they were.
 
         Raises:
             ValueError: other ones are there.
@@ -186,10 +206,10 @@ class Study:
         files.atomic_write_text(requests, lines)
 
     def _refuse_other_references(self) -> None:
-        """Held-out KL, and the rates chosen for descents, are of the retrained models there were at that time."""
-        path = self.workdir / "scores" / "heldout_kl.json"
-        found = len(files.read_json(path)["seed_floors"]) if path.exists() else self.retrain_seeds
-        if found != self.retrain_seeds:
+        """Held-out KL, and what an oracle chose, are of the retrained models there were at that time."""
+        plan = self.workdir / COMPARISON_FILE
+        found = files.read_json(plan)["retrain_seeds"] if plan.exists() else self.retrain_seeds
+        if found != self.retrain_seeds and any((self.workdir / RECORDS).glob(f"{RETRAINED}-seed_*.json")):
             msg = (
                 f"{self.workdir} compares with {found} retrained models, and retrain_seeds is "
                 f"{self.retrain_seeds}: numbers against different models would stand in one table. Name another "
@@ -204,7 +224,7 @@ class Study:
         return finetune_run(
             self.model,
             self.data / "train.jsonl",
-            self.workdir / "before",
+            scenario.before or self.workdir / "before",
             recipe=scenario.recipe,
             lora=scenario.lora,
             config=scenario.train,
@@ -213,19 +233,22 @@ class Study:
     @functools.cached_property
     def requests(self) -> tuple[Request, ...]:
         """As files hold them, validated."""
-        return load_requests(self.data / "requests.jsonl", self.before.load_examples())
+        return load_requests(self.data / "requests.jsonl", self.scenario.examples)
+
+    def _retrain(self, seeds: int) -> tuple[Run, ...]:
+        directory = self.scenario.retrained or self.workdir / "retrained"
+        return retrain(self.before, self.requests, directory, seeds=seeds, model=self.model,
+                       data_path=self.data / "train.jsonl")  # fmt: skip
 
     @functools.cached_property
     def retrained(self) -> tuple[Run, ...]:
         """Trained on the edited data, one per seed."""
-        return retrain(
-            self.before, self.requests, self.workdir / "retrained", seeds=self.retrain_seeds, model=self.model
-        )
+        return self._retrain(self.retrain_seeds)
 
-    @functools.cached_property
-    def retrained_loras(self) -> tuple[Lora, ...]:
+    @property
+    def retrained_loras(self) -> tuple[LoraParams, ...]:
         """Their adapters."""
-        return tuple(run.load_adapter(self.model) for run in self.retrained)
+        return self.bench.retrained
 
     @functools.cached_property
     def lora(self) -> Lora:
@@ -242,225 +265,165 @@ class Study:
             self.before if run is None else run,
             self.requests,
             model=self.model,
+            data_path=self.data / "train.jsonl",
             heldout=self.scenario.shown,
             users=self.scenario.users,
             workdir=workdir,
         )
 
     @functools.cached_property
-    def dataset(self) -> TokenDataset:
-        """The training set as it stood, encoded once."""
-        return self.setting().dataset
-
-    @functools.cached_property
-    def problem(self) -> EditProblem[TokenDataset]:
-        """The requests as index arrays."""
-        return self.setting().problem
-
-    @functools.cached_property
-    def _heldout(self) -> TokenDataset:
-        return self.encode(self.scenario.heldout)
-
-    @functools.cached_property
-    def _task(self) -> Task:
-        return self.scenario.make_task(self.model, self.encode)
-
-    @functools.cached_property
-    def _retained(self) -> np.ndarray:
-        """Positions of some retained rows, the same for all models."""
-        rows = self.problem.retained
-        size = min(NUM_RETAINED_SCORED, len(rows))
-        return np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
-
-    def example_scores(self, model: Model, params: LoraParams) -> dict[str, ExampleScores]:
-        """Of S as trained, of the wanted pairs, and of some retained rows."""
-        problem = self.problem
-        places = {"named": problem.named, "wanted": problem.wanted, "retained": self._retained}
-        return {part: score_examples(model, params, problem.examples, rows) for part, rows in places.items()}
+    def bench(self) -> measures.Bench:
+        """What every model is measured on."""
+        scenario = self.scenario
+        return measures.Bench(
+            model=self.model,
+            problem=self.setting().problem,
+            retrained=tuple(run.load_adapter(self.model) for run in self.retrained),
+            heldout=self.encode(scenario.heldout),
+            task=scenario.make_task(self.model, self.encode),
+            train=scenario.train,
+        )
 
     def losses(self, model: Model, params: LoraParams) -> dict[str, float | None]:
-        """Their mean losses in nats per response token; None of what there is not."""
-        return _mean_losses(self.example_scores(model, params))
+        """Mean losses in nats per response token on the forget set, the replacements and retained examples."""
+        return _mean_losses(measures.training_examples(self.bench, model, params))
 
-    def score(self, model: Model, params: LoraParams, *, with_task: bool = True) -> dict[str, Any]:
-        """Everything about one adapter or ensemble that needs no other model, JSON-like."""
-        scores = self.example_scores(model, params)
-        named = scores["named"]
-        unseen = score_examples(model, params, self._heldout)
-        return {
-            **_mean_losses(scores),
-            "wanted_losses": scores["wanted"].losses.tolist(),
-            "forget_probability": float(np.exp(-named.losses).mean()),
-            "extraction_strength": float(named.extraction.mean()),
-            "named": _arrays(named),
-            "unseen": _arrays(unseen),
-            **({"task": dict(self._task(model, params))} if with_task else {}),
-        }
-
-    def _microbatch_size(self, batch_size: int) -> int | None:
-        """The training's, in batches of another size."""
-        size = self.scenario.train.microbatch_size
-        return None if size is None else min(size, batch_size)
-
-    def probe(self, model: Model, params: LoraParams) -> dict[str, float]:
-        """Loss on S after 4-bit rounding of the merged model, and after training on retained rows, if any."""
-        problem, train = self.problem, self.scenario.train
-        rounded, rest = quantise_merged(model, params)
-        rounded_loss = score_examples(rounded, rest, problem.examples, problem.named).losses.mean()
-        unrelated = retained_only(self.dataset, problem.named)
-        if not len(unrelated):
-            return {"forget_loss_4_bit": float(rounded_loss)}
-        num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
-        size = min(train.batch_size, len(unrelated) // num_steps)
-        rate = min(RELEARNING_RATE, train.learning_rate)
-        config = dataclasses.replace(
-            train, batch_size=size, microbatch_size=self._microbatch_size(size), learning_rate=rate
-        )
-        again = relearn(model, params, unrelated, config, num_steps=num_steps)
-        relearned = score_examples(model, again, problem.examples, problem.named).losses.mean()
-        return {"forget_loss_4_bit": float(rounded_loss), "forget_loss_relearned": float(relearned)}
-
-    def _kept(self, path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is in a file, or is computed and then kept there."""
+    def _kept(self, model: str, seed: int | None, compute: Callable[[], Record], where: str = RECORDS) -> Record:
+        """The record that is in a file, or is computed and then kept there."""
+        path = record_path(self.workdir, model, seed, where)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            result = files.finite_json(compute())
-            files.atomic_write_json(path, result)
+            write_record(self.workdir, compute(), where)
             logger.info("%s: %s, %.0f s", self.scenario.name, path.stem, time.perf_counter() - started)
-        return files.read_json(path)
+        return read_record(path)
 
-    def reference(self) -> dict[str, Any]:
+    def _measures(self, seed: int = 0) -> tuple[measures.Measure, ...]:
+        with_task = self.scenario.num_task_seeds is None or seed < self.scenario.num_task_seeds
+        taken = measures.STANDARD if with_task else (*measures.LOSSES, measures.heldout_kl)
+        return (*taken, *measures.PROBES) if self.scenario.probed and seed == 0 else taken
+
+    def reference(self) -> tuple[Record, tuple[Record, ...]]:
         """Before and retrained, measured once."""
 
-        def of(run: Run, lora: Lora) -> dict[str, Any]:
-            cost = {name: run.result[name] for name in ("gradient_equivalents", "seconds", "loss")}
-            return {**self.score(self.model, lora), **self.probe(self.model, lora), **cost}
+        def of(name: Any, seed: int | None, run: Run, lora: LoraParams) -> Record:
+            cost = {key: run.result.get(key) for key in ("gradient_equivalents", "seconds", "peak_memory_bytes")}
+            scores = measures.measure(self.bench, self.model, lora, self._measures())
+            return Record(model=name, kind=name, seed=seed, scores=scores, cost=cost)
 
-        scores = self.workdir / "scores"
-        before = self._kept(scores / "before.json", lambda: of(self.before, self.lora))
+        before = self._kept(BEFORE, None, lambda: of(BEFORE, None, self.before, self.lora))
         retrained = [
-            self._kept(scores / f"{run.path.name}.json", functools.partial(of, run, lora))
+            self._kept(RETRAINED, seed, functools.partial(of, RETRAINED, seed, run, lora))
             for run, lora in zip(self.retrained, self.retrained_loras, strict=True)
+            for seed in [run.train_config.seed]
         ]
-
-        def kl():
-            found = heldout_kl_of(self.model, self._heldout, {"before": self.lora}, self.retrained_loras)
-            return {"before": found.heldout_kl("before"), "seed_floors": list(found.retrained_left_out)}
-
-        return {"before": before, "retrained": retrained, "kl": self._kept(scores / "heldout_kl.json", kl)}
+        return before, tuple(retrained)
 
     def _distance(self, fitted: Fitted) -> float:
-        """Sum of the differences of the mean losses from the retrained models', in nats: the descents' oracle."""
-        losses, retrained = self.losses(fitted.model, fitted.params), self.reference()["retrained"]
-        gaps = [
-            abs(value - np.mean([scores[name] for scores in retrained]))
-            for name, value in losses.items()
-            if value is not None
-        ]
-        return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
+        before, retrained = self.reference()
+        losses = self.losses(fitted.model, fitted.params)
+        return self.scenario.distance(
+            _mean_losses(before.scores), losses, [_mean_losses(of.scores) for of in retrained]
+        )
+
+    def distance_moved(self, name: str) -> float:
+        """How far the first seed of a method moved the adapter.
+
+        Raises:
+            NotYetError: it has no record, or moved nothing.
+        """
+        path = record_path(self.workdir, name, 0)
+        norm = read_record(path).details.get("delta_norm") if path.exists() else None
+        if norm is None:
+            msg = f"{self.scenario.name}/{name} has no length to move as far as; run it first."
+            raise NotYetError(msg)
+        return norm
 
     def _listed(self, name: str) -> Any:
         """A method as the scenario or else the library has it.
 
-        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches.
+        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches, at the best of several rates.
         """
-        baseline = self.scenario.baselines.get(name, BASELINES[name])
-        if not isinstance(baseline, Descent):
-            return baseline
-        steps_per_epoch = math.ceil(len(self.problem.named) / baseline.batch_size)
-        epochs = max(baseline.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch))
-        microbatch = self._microbatch_size(baseline.batch_size)
-        return dataclasses.replace(baseline, epochs=epochs, microbatch_size=microbatch)
+        listed: Any = self.scenario.baselines[name] if name in self.scenario.baselines else BASELINES[name]
+        if not isinstance(listed, Descent):
+            return listed(self) if callable(listed) else listed
+        steps_per_epoch = math.ceil(len(self.bench.problem.named) / listed.batch_size)
+        size = self.scenario.train.microbatch_size
+        descent: Any = dataclasses.replace(
+            listed,
+            epochs=max(listed.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch)),
+            microbatch_size=None if size is None else min(size, listed.batch_size),
+        )
+        rates = self.scenario.learning_rates
+        candidates = {rate: dataclasses.replace(descent, learning_rate=rate) for rate in rates}
+        return Nearest(candidates=candidates, chosen_as="learning_rate")
 
-    def _tuned(self, descent: Descent) -> tuple[Descent, Fitted, dict[str, Any]]:
-        """A descent at the rate of the grid that comes nearest to retraining, fitted there, and what was tried."""
+    def _choose(self, nearest: Nearest) -> tuple[Fitted, dict[str, Any]]:
+        """Of several configurations the one that comes nearest to retraining, fitted, and what was tried."""
         found: dict[float, float | str] = {}
-        nearest, least = None, np.inf
-        for rate in self.scenario.learning_rates:
-            baseline: Any = dataclasses.replace(descent, learning_rate=rate)
+        best, chosen, least = None, math.nan, np.inf
+        for number, baseline in nearest.candidates.items():
             try:
                 fitted = baseline.fit(self.setting())
-                found[rate] = distance = self._distance(fitted)
+                found[number] = distance = self._distance(fitted)
             except FloatingPointError as error:
-                found[rate] = str(error)
+                found[number] = str(error)
                 continue
             if distance < least:
-                nearest, least = (baseline, fitted), distance
-        if nearest is None:
-            msg = f"No learning rate of {self.scenario.learning_rates} ended in finite losses."
+                best, chosen, least = fitted, number, distance
+        if best is None:
+            msg = f"No {nearest.chosen_as} of {tuple(nearest.candidates)} ended in finite losses."
             raise FloatingPointError(msg)
-        chosen, fitted = nearest
-        tried = {f"{rate:g}": value for rate, value in found.items()}
-        return chosen, fitted, {"learning_rate": chosen.learning_rate, "distances_of_learning_rates": tried}
+        tried = {f"{number:g}": value for number, value in found.items()}
+        return best, {nearest.chosen_as: chosen, f"distances_of_{nearest.chosen_as}s": tried}
 
-    def baseline(
-        self, name: str, seed: int, tuned: Mapping[str, Any] | None = None
-    ) -> tuple[Baseline, dict[str, Any], Fitted | None]:
-        """A method with a seed, what was chosen for it, and what it fitted where a rate was searched for."""
-        chosen: dict[str, Any] = {}
-        fitted: Fitted | None = None
-        baseline: Any = self._listed(name)
+    def fit(self, name: str, seed: int, workdir: Path | None = None, run: Run | None = None) -> tuple[Fitted, Any]:
+        """A method with a seed, and what was chosen for it: by the first seed, for all."""
+        baseline, chosen = self._listed(name), {}
+        if isinstance(baseline, Nearest):
+            first = record_path(self.workdir, name, 0)
+            tuned = read_record(first).details.get("chosen") if first.exists() else None
+            if tuned is None:
+                baseline = dataclasses.replace(
+                    baseline, candidates={k: _seeded(b, seed) for k, b in baseline.candidates.items()}
+                )
+                return self._choose(baseline)
+            chosen = {baseline.chosen_as: tuned[baseline.chosen_as]}
+            baseline = baseline.candidates[tuned[baseline.chosen_as]]
         if isinstance(baseline, Erasing):
             own = {k: v for k, v in _changed(baseline.config).items() if k not in ("l2", "seed")}
-            config = dataclasses.replace(self.scenario.erase, **own, seed=seed)
-            return dataclasses.replace(baseline, config=config), chosen, None
-        if any(field.name == "seed" for field in dataclasses.fields(baseline)):
-            baseline = dataclasses.replace(baseline, seed=seed)
-        if isinstance(baseline, Descent):
-            if tuned is None:
-                baseline, fitted, chosen = self._tuned(baseline)
-            else:
-                chosen = {"learning_rate": tuned["learning_rate"]}
-                baseline = dataclasses.replace(baseline, learning_rate=tuned["learning_rate"])
-        return baseline, chosen, fitted
+            config = dataclasses.replace(self.scenario.erase, **own, seed=self.scenario.erase.seed + seed)
+            baseline = dataclasses.replace(baseline, config=config)
+        return _seeded(baseline, seed).fit(self.setting(workdir, run)), chosen
 
-    def _chosen(self, name: str) -> dict[str, Any] | None:
-        """What the first seed of a method has chosen, where there is one."""
-        first = self.workdir / "methods" / f"{name}-seed_0.json"
-        return files.read_json(first).get("chosen") if first.exists() else None
-
-    def run(self, name: str, seed: int) -> dict[str, Any]:
+    def run(self, name: str, seed: int) -> Record:
         """One method with one seed, or its file. One that finds no step is a result too: `failed`, the reason."""
-        path = self.workdir / "methods" / f"{name}-seed_{seed}.json"
-        kl = self.reference()["kl"]
+        self.reference()
 
-        def compute() -> dict[str, Any]:
+        def compute() -> Record:
+            checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
             try:
-                baseline, chosen, fitted = self.baseline(name, seed, self._chosen(name) if seed else None)
-                checkpoints = self.workdir / "checkpoints" / f"{name}-seed_{seed}"
-                if fitted is None:
-                    fitted = baseline.fit(self.setting(checkpoints if name in SHARDED else None))
+                fitted, chosen = self.fit(name, seed, checkpoints if name in SHARDED else None)
             except (UnlearningError, FloatingPointError) as error:
-                return {"method": name, "seed": seed, "failed": str(error)}
+                return Record(model=name, kind="unlearned", seed=seed, failed=str(error))
             single = fitted.model is self.model
-            num_task_seeds = self.scenario.num_task_seeds
-            with_task = num_task_seeds is None or seed < num_task_seeds
-            judged = heldout_kl_of(fitted.model, self._heldout, {"after": fitted.params}, self.retrained_loras)
-            details = {k: v for k, v in fitted.details.items() if k != "loss_terms"}
-            return {
-                "method": name,
-                "seed": seed,
-                "chosen": chosen,
-                "heldout_kl": judged.heldout_kl("after"),
-                "kl_over_floor": judged.heldout_kl("after") / float(np.mean(kl["seed_floors"])),
-                **self.score(fitted.model, fitted.params, with_task=with_task),
-                **(self.probe(fitted.model, fitted.params) if seed == 0 else {}),
-                **({} if single else {"own_before": self.losses(fitted.model, fitted.before)}),
-                **{
-                    key: getattr(fitted, key)
-                    for key in (
-                        "gradient_equivalents",
-                        "seconds",
-                        "preparation_gradient_equivalents",
-                        "preparation_seconds",
-                    )
-                },
-                "delta_norm": float(trees.tree_norm(trees.tree_sub(fitted.params, self.lora))) if single else None,
-                "details": details,
-            }
+            costs = ("gradient_equivalents", "seconds", "preparation_gradient_equivalents")
+            details = {k: v for k, v in fitted.details.items() if k not in ("loss_terms", "receipt")}
+            if single:
+                details["delta_norm"] = float(trees.tree_norm(trees.tree_sub(fitted.params, self.lora)))
+            else:
+                details["own_before"] = self.losses(fitted.model, fitted.before)
+            receipt = fitted.details.get("receipt")
+            return Record(
+                model=name,
+                kind="unlearned",
+                seed=seed,
+                scores=measures.measure(self.bench, fitted.model, fitted.params, self._measures(seed)),
+                cost={key: getattr(fitted, key) for key in costs},
+                receipt=None if receipt is None else receipt_to_keep(receipt),
+                details={"chosen": chosen, "oracle": bool(chosen), **details},
+            )
 
-        return self._kept(path, compute)
+        return self._kept(name, seed, compute)
 
     def measure_klom(self, methods: Sequence[str], num_models: int) -> None:
         """Losses of models that each have a seed of training of their own: what KLOM compares.
@@ -470,51 +433,73 @@ class Study:
             num_models: trained as `before` was, with other seeds; as many retrained ones, or all that there are.
         """
         first = self.scenario.train.seed + FIRST_KLOM_SEED
-        trained = retrain(
-            self.before,
-            (),
-            self.workdir / "trained_again",
-            seeds=range(first, first + num_models),
-            model=self.model,
-        )
+        seeds = range(first, first + num_models)
+        trained = retrain(self.before, (), self.workdir / "trained_again", seeds=seeds, model=self.model,
+                          data_path=self.data / "train.jsonl")  # fmt: skip
 
-        def keep(name: str, seed: int, fit: Callable[[], tuple[Model, LoraParams]]) -> None:
-            def compute() -> dict[str, Any]:
+        def keep(name: str, kind: Any, seed: int, fit: Callable[[], tuple[Model, LoraParams]]) -> None:
+            def compute() -> Record:
                 try:
                     model, params = fit()
                 except (UnlearningError, FloatingPointError) as error:
-                    return {"failed": str(error)}
-                unseen = score_examples(model, params, self._heldout)
-                found = {**self.example_scores(model, params), "unseen": unseen}
-                return {"losses": {part: found[part].losses.tolist() for part in PARTS}}
+                    return Record(model=name, kind=kind, seed=seed, failed=str(error))
+                scores = measures.measure(self.bench, model, params, measures.LOSSES)
+                losses = {part: {"losses": found["losses"]} for part, found in scores.items()}
+                return Record(model=name, kind=kind, seed=seed, scores=losses)
 
-            self._kept(self.workdir / "klom" / f"{name}-seed_{seed}.json", compute)
+            self._kept(name, seed, compute, KLOM)
 
-        retrained = retrain(
-            self.before,
-            self.requests,
-            self.workdir / "retrained",
-            seeds=max(num_models, self.retrain_seeds),
-            model=self.model,
-        )
-        for seed, run in enumerate(retrained):
-            keep(RETRAINED, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
+        for seed, run in enumerate(self._retrain(max(num_models, self.retrain_seeds))):
+            keep(RETRAINED, RETRAINED, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
         for seed, run in enumerate(trained):
-            keep(BEFORE, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
+            keep(BEFORE, BEFORE, seed, lambda run=run: (self.model, run.load_adapter(self.model)))
             for name in methods:
 
                 def fit(name=name, seed=seed, run=run) -> tuple[Model, LoraParams]:
-                    baseline, *_ = self.baseline(name, seed, self._chosen(name))
-                    fitted = baseline.fit(self.setting(run=run))
+                    fitted, _ = self.fit(name, seed, run=run)
                     return fitted.model, fitted.params
 
-                keep(name, seed, fit)
+                keep(name, "unlearned", seed, fit)
+
+    def plan(self, methods: Mapping[str, int], klom: Mapping[str, int] | None = None) -> Comparison:
+        """The comparison without its records."""
+        scenario = self.scenario
+        actions = {request.id: request.action.value for request in scenario.requests}
+        named = [example.id for example in scenario.examples if example.id in actions]
+        versions = library_versions()
+        outside = len(scenario.heldout)
+        nonmembers = outside if scenario.num_nonmembers is None else scenario.num_nonmembers
+        train = scenario.train
+        facts = {
+            "Examples that no model was trained on": f"{nonmembers} to tell the forget set from (membership "
+            f"inference), {outside} behind the held-out KL, which no method saw; {len(scenario.shown)} others were "
+            "shown to methods.",
+            "Model": f"`{Path(scenario.model.path).name}`, LoRA of rank {scenario.lora.rank}, {train.epochs} "
+            f"epochs of batches of {train.batch_size} at a learning rate of {train.learning_rate}.",
+            "Compared": f"{self.retrain_seeds} retrained models and {len(methods)} methods, with up to "
+            f"{max(methods.values(), default=1)} seeds each.",
+            "Made on": f"{describe_devices()}; python {versions['python']}, jax {versions['jax']}.",
+        }
+        return Comparison(
+            name=scenario.name,
+            question=scenario.question,
+            facts=facts,
+            ids=tuple(named),
+            actions=tuple(actions[id_] for id_ in named),
+            num_examples=len(scenario.examples),
+            nonmembers=None if scenario.num_nonmembers is None else tuple(k < nonmembers for k in range(outside)),
+            metrics=scenario.metrics,
+            retrain_seeds=self.retrain_seeds,
+            methods=methods,
+            klom=klom or {},
+        )
 
 
-def _mean_losses(scores: Mapping[str, ExampleScores]) -> dict[str, float | None]:
+def _mean_losses(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of the forget set, the replacements and retained examples; None of what there is not."""
     names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
-    losses = {name: scores[part].losses for part, name in names.items()}
-    return {name: float(values.mean()) if len(values) else None for name, values in losses.items()}
+    losses = {name: [math.nan if x is None else x for x in scores[part]["losses"]] for part, name in names.items()}
+    return {name: seed_mean(values) if values else None for name, values in losses.items()}
 
 
 def _changed(config: EraseConfig) -> dict[str, Any]:
@@ -525,11 +510,13 @@ def _changed(config: EraseConfig) -> dict[str, Any]:
     return {**changed, "method": config.method}
 
 
-def _arrays(scores: ExampleScores) -> dict[str, list[float]]:
-    return {name: getattr(scores, name).tolist() for name in ("losses", "min_k", "min_k_plus_plus")}
+def _seeded(baseline: Any, seed: int) -> Baseline:
+    if isinstance(baseline, Erasing) or not any(field.name == "seed" for field in dataclasses.fields(baseline)):
+        return baseline
+    return dataclasses.replace(baseline, seed=seed)
 
 
-def run_study(scenario: Scenario, workdir: Path, options: StudyOptions) -> StudyResults:
+def run_study(scenario: Scenario, workdir: Path, options: StudyOptions) -> Comparison:
     """Computes what a workdir lacks.
 
     Args:
@@ -541,32 +528,19 @@ def run_study(scenario: Scenario, workdir: Path, options: StudyOptions) -> Study
         What the workdir holds now, earlier calls' methods included.
     """
     study = Study(scenario, workdir, retrain_seeds=options.retrain_seeds)
-    manifest = StudyManifest(
-        name=scenario.name,
-        question=scenario.question,
-        base=Path(scenario.model.path).name,
-        num_examples=len(scenario.examples),
-        named=dict(Counter(request.action.value for request in scenario.requests)),
-        num_unseen=len(scenario.heldout),
-        num_heldout=len(scenario.heldout),
-        num_shown=len(scenario.shown),
-        retrain_seeds=options.retrain_seeds,
-        methods=options.seeds,
-        klom=options.klom,
-        metrics=scenario.metrics,
-        devices=describe_devices(),
-        versions=library_versions(),
-    )
-    write_manifest(workdir, manifest)
+    plan = study.plan(options.seeds, options.klom)
+    write_plan(workdir, plan)
     logger.info("%s: trained, loss %.4f", scenario.name, study.before.result["loss"])
     study.reference()
+    between, cut = study.bench.between_retrained, study.bench.problem.examples.num_truncated
     for name, seeds in options.seeds.items():
         for seed in range(seeds):
             study.run(name, seed)
     if options.klom:
         with_klom = [name for name in options.methods if name in options.klom]
         study.measure_klom(with_klom, options.klom_seeds)
-    write_manifest(workdir, dataclasses.replace(manifest, num_truncated=study.dataset.num_truncated))
-    results = read_study(workdir)
-    files.atomic_write_json(workdir / "results.json", results.to_mapping())
-    return results
+    facts = {**plan.facts, **({"Prompts cut to fit": f"{cut} of the training examples'."} if cut else {})}
+    write_plan(
+        workdir, dataclasses.replace(plan, facts=facts, num_positions=between.num_positions if between else 0)
+    )
+    return read_comparison(workdir)

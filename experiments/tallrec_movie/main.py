@@ -17,6 +17,7 @@ import tyro
 from experiments import study
 from experiments.tallrec_movie import prepare
 from llmeraser_jax.data import Example, Recipe
+from llmeraser_jax.evaluation.job import held_out_task
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.parallel import parse_mesh
@@ -156,7 +157,7 @@ def make_scenario(config: TallrecConfig, name: ScenarioName, model: Model) -> st
         requests=requests,
         shown=shown,
         heldout=prepare.draw(test, min(config.num_kl, len(test)), config.seed),
-        make_task=lambda model, encode: study.held_out_task(model, encode, test),
+        make_task=lambda model, encode: held_out_task(model, encode(test)),
         users={example.id: user for example, user in zip(examples, users, strict=True)},
         question=QUESTIONS[name],
         settings={

@@ -21,7 +21,7 @@ from scipy.stats import hmean
 from experiments import full_size, study
 from llmeraser_jax.data import Action, Example, Recipe, Request
 from llmeraser_jax.evaluation import tofu
-from llmeraser_jax.evaluation.model_tables import MetricMeaning
+from llmeraser_jax.evaluation.records import MetricMeaning
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.parallel import parse_mesh

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.models import Model, ModelConfig
+from llmeraser_jax.models import Model, ModelConfig, generate
 from llmeraser_jax.models.decoder import Decoder, bind, token_positions
 from llmeraser_jax.parallel import replicate
 from llmeraser_jax.types import BaseParams, LoraParams
@@ -238,6 +238,14 @@ class EnsembleModel(Model):
     def init_lora(self, key: Any, config: Any) -> Any:
         """A fresh adapter of the member."""
         return self.member.init_lora(key, config)
+
+    def generate(self, params: Any, *arguments: Any, **options: Any) -> list[list[int]]:
+        """`models.generate` for an adapter, the same by all members together for an `Ensemble`."""
+        from llmeraser_jax.baselines.ensemble_generation import generate_ensemble
+
+        if isinstance(params, Ensemble):
+            return generate_ensemble(self, params, *arguments, **options)
+        return generate(self.member, params, *arguments, **options)
 
 
 def ensemble_model(model: Model) -> EnsembleModel:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llmeraser_jax.baselines import retrain
 from llmeraser_jax.data import Action, Recipe, Request, load_requests
 from llmeraser_jax.demo.people import make_directory, write_demo_files
 from llmeraser_jax.evaluation.job import evaluate_runs
-from llmeraser_jax.evaluation.scoring import answer
+from llmeraser_jax.evaluation.render import HTML_FILE
 from llmeraser_jax.files import require_empty
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.models import Model, load_model
-from llmeraser_jax.runs import Run
+from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning import EraseConfig, erase_run, make_problem
+from llmeraser_jax.unlearning import EraseConfig, erase_run
 
 REQUIRED_CLOSURE = 0.5
 NUM_RETRAINED = 2
@@ -98,50 +95,38 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
             workdir / "report",
             retrained=retrained,
             heldout_path=workdir / "data" / "heldout.jsonl",
+            show_texts=True,
             model=model,
         )
-        say("")
-        for line in _answer_table(model, before, after, retrained[0], requests):
-            say(line)
+    say("")
+    for line in _answer_table(report, requests):
+        say(line)
     say("")
     passed = True
     for line, holds in _closure_lines(report):
         say(line)
         passed = passed and holds
     say("")
-    say(f"Report: {workdir / 'report' / 'report.md'}   ({time.perf_counter() - started:.0f} s in all)")
+    say(f"Report: {workdir / 'report' / HTML_FILE}   ({time.perf_counter() - started:.0f} s in all)")
     return 0 if passed else 1
 
 
-def _answer_table(
-    model: Model, before: Run, after: Run, retrained: Run, requests: tuple[Request, ...]
-) -> list[str]:
+def _answer_table(report: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
     """For one person of each action: what the models answer. A modified query is shown old and new."""
-    dataset = before.encode(before.load_examples(), model.tokenizer)
-    problem = make_problem(model, dataset, requests)
-    place = {
-        dataset.examples[i].id: (int(i), int(j)) for i, j in zip(problem.named, problem.replacements, strict=True)
-    }
-    chosen = [next(r for r in requests if r.action is action) for action in _VERBS]
-    rows: list[tuple[str, int, str]] = []
-    for request in chosen:
-        index, replacement = place[request.id]
-        rows.append((_VERBS[request.action], index, f"trained on: {dataset.examples[index].response}"))
-        if request.action is Action.MODIFY_QUERY:
-            rows.append(("  its new query", replacement, f"wanted: {dataset.examples[index].response}"))
-        elif request.action is Action.CORRECT_RESPONSE:
-            rows[-1] = (*rows[-1][:2], f"{rows[-1][2]} wanted: {request.changes['response']}")
-    encoded = problem.examples
-    indices = np.array([index for _, index, _ in rows])
-    answers = [answer(model, run.load_adapter(model), encoded, indices) for run in (before, after, retrained)]
-    query_of = {**{i: e.query for i, e in enumerate(dataset.examples)}}
-    for request in chosen:
-        if request.action is Action.MODIFY_QUERY:
-            query_of[place[request.id][1]] = request.changes["query"]
     lines = [f"{'':<19}{'question':<38}{'before':<14}{'unlearned':<14}{'retrained':<14}"]
-    for row, (verb, index, note) in enumerate(rows):
-        cells = "".join(f"{column[row]:<14}" for column in answers)
-        lines.append(f"{verb:<19}{query_of[index]:<38}{cells}({note})")
+
+    def line(title: str, question: str, answers: Mapping[str, str], note: str) -> None:
+        cells = "".join(f"{answers[model]:<14}" for model in ("before", "unlearned", "retrained"))
+        lines.append(f"{title:<19}{question:<38}{cells}({note})")
+
+    for action, verb in _VERBS.items():
+        chosen = next(request.id for request in requests if request.action is action)
+        row = next(row for row in report["named_examples"] if row["id"] == chosen)
+        texts, answers = row["texts"], row["answers"]
+        wanted = f" wanted: {texts['wanted']}" if action is Action.CORRECT_RESPONSE else ""
+        line(verb, texts["query"], answers["named"], f"trained on: {texts['trained']}{wanted}")
+        if action is Action.MODIFY_QUERY:
+            line("  its new query", texts["wanted_query"], answers["wanted"], f"wanted: {texts['wanted']}")
     return lines
 
 

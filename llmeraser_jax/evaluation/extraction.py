@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def extraction_strengths(
-    greedy_hits: Bool[Array | np.ndarray, "examples response"],
-    mask: Bool[Array | np.ndarray, "examples response"],
+    greedy_hits: Bool[Array | np.ndarray, "examples response"], mask: Bool[Array | np.ndarray, "examples response"]
 ) -> Float[np.ndarray, " examples"]:
     """The strength of each example, from one teacher-forced pass.
 

@@ -13,11 +13,6 @@ from jaxtyping import Array, Bool, Float
 
 from llmeraser_jax.evaluation.closure import seed_mean
 
-# Names of membership inference that were found here before it had a module of its own.
-from llmeraser_jax.evaluation.membership import membership_loss_auc as membership_loss_auc
-from llmeraser_jax.evaluation.membership import membership_min_k_auc as membership_min_k_auc
-from llmeraser_jax.evaluation.membership import min_k_scores as min_k_scores
-
 _BLOCK_NUMBERS = 1 << 20  # numbers of one model that are in float64 at a time
 _NORMALISATION_TOLERANCE = 1e-3  # float32 log-softmax over 256k tokens stays far below, logits and bf16 above
 

@@ -1,24 +1,60 @@
-"""Comparing run directories: what `llmeraser evaluate` does."""
+"""From directories to pages: what `llmeraser evaluate` and `llmeraser report` do.
+
+`evaluate` measures the comparison of one method, summarises and renders it; `report` renders any number of
+comparisons that are there: of `evaluate`, of experiments, finished or not. Those about the same request on the same
+run, judged on the same held-out examples, stand side by side; nothing else is compared.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from llmeraser_jax import data, files
+from llmeraser_jax import data, files, trees
+from llmeraser_jax.baselines.controls import gradient_ascent, scaled_rhs
 from llmeraser_jax.environment import describe_devices
-from llmeraser_jax.evaluation.compare import Column, compare
-from llmeraser_jax.evaluation.report import Cost, SolverTrace, build_report, write_report
+from llmeraser_jax.evaluation import measures
+from llmeraser_jax.evaluation.page import ACTION_NAMES, comparison_blocks, receipt_blocks
+from llmeraser_jax.evaluation.records import (
+    BASE,
+    BEFORE,
+    COMPARISON_FILE,
+    RETRAINED,
+    Comparison,
+    Record,
+    is_comparison,
+    read_comparison,
+)
+from llmeraser_jax.evaluation.render import (
+    MISSING,
+    Block,
+    Heading,
+    Page,
+    Table,
+    Text,
+    show_number,
+    write_page,
+)
+from llmeraser_jax.evaluation.scoring import make_task_metrics
+from llmeraser_jax.evaluation.summary import FORMAT, REPORT_FILE, UNLEARNED, summarise
+from llmeraser_jax.lora import Lora
+from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_leader, place_stack
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
+from llmeraser_jax.types import LoraParams
+from llmeraser_jax.unlearning.erase import make_problem
 from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE, SHOWN_KEY
+from llmeraser_jax.unlearning.receipt import RECEIPT_FORMAT
+
+_CHUNK_SIZE = 16
 
 _log = logging.getLogger(__name__)
 
@@ -61,13 +97,19 @@ def _check_lineage(before: Run, after: Run, retrained: Sequence[Run]) -> None:
             raise RunError(msg)
 
 
-def _cost(result: Mapping[str, Any], diagnostics: float = 0.0) -> Cost:
-    return Cost(
-        seconds=result["seconds"],
-        gradient_equivalents=result["gradient_equivalents"],
-        peak_memory_bytes=result.get("peak_memory_bytes"),
-        diagnostic_gradient_equivalents=diagnostics,
-    )
+def held_out_task(base: Model, heldout: data.TokenDataset) -> measures.Task:
+    """Accuracy and AUC of yes/no questions, else exact match, on held-out examples."""
+    metrics = make_task_metrics(base, heldout)
+    return lambda model, params: {
+        "metrics": measures.metrics_as_json(dataclasses.replace(metrics, model=model)(params))
+    }
+
+
+def receipt_to_keep(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """A receipt without what tells examples by id or hash."""
+    return {
+        name: value for name, value in receipt.items() if name not in ("named", "versions", SHOWN_KEY, "parent")
+    }
 
 
 def evaluate_runs(
@@ -78,6 +120,7 @@ def evaluate_runs(
     retrained: Sequence[Run] = (),
     heldout_path: str | os.PathLike[str] | None = None,
     data_path: str | os.PathLike[str] | None = None,
+    show_texts: bool = False,
     model: Model | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
@@ -86,16 +129,17 @@ def evaluate_runs(
     Args:
         before: the run that was erased from.
         after: the result of `erase_run`.
-        workdir: new or empty; gets `report.json`, `report.md` and plots.
+        workdir: new or empty; gets `report.json`, `report.html`, `report.md` and plots.
         retrained: of the same requests; without any, what needs no oracle is reported.
         heldout_path: examples that no model was trained on; None leaves out what needs them. Those that the erasure
             was shown are left out of membership inference.
         data_path: where the training data of `before` is now; None is where it was.
+        show_texts: also generate answers to the forget set's questions, and keep them and its texts in the report.
         model: the base model where it is loaded already.
         mesh: where to load the model to otherwise.
 
     Returns:
-        The report.
+        The report, see `summary.summarise`.
 
     Raises:
         RunError: the runs do not belong together, or `after` is no erasure.
@@ -115,50 +159,71 @@ def evaluate_runs(
         before.verify_model(model)
     dataset = before.encode(examples, model.tokenizer)
     heldout = None if heldout_path is None else before.encode(before.load_unseen(heldout_path), model.tokenizer)
-    trained = before.result
-    comparison = compare(
-        model,
-        dataset,
-        requests,
-        heldout,
-        before=Column(
-            name="before",
-            lora=before.load_adapter(model),
-            cost=_cost(trained) if before.kind == "finetune" else None,
+    problem = make_problem(model, dataset, requests)
+    bench = measures.Bench(
+        model=model,
+        problem=problem,
+        retrained=tuple(run.load_adapter(model) for run in retrained),
+        heldout=heldout,
+        task=None if heldout is None else held_out_task(model, heldout),
+    )
+    taken = (*measures.STANDARD, measures.answers) if show_texts else measures.STANDARD
+
+    def record(
+        name: str, kind: Any, lora: LoraParams | None, cost: Mapping[str, Any] | None, **other: Any
+    ) -> Record:
+        some = measures.LOSSES if kind == "base" else taken if kind != "control" else measures.STANDARD
+        return Record(model=name, kind=kind, scores=measures.measure(bench, model, lora, some), cost=cost, **other)
+
+    old, new = before.load_adapter(model), after.load_adapter(model)
+    distance = float(trees.tree_norm(trees.tree_sub(new, old)))
+    spent = {**after.result, "peak_memory_bytes": receipt["peak_memory_bytes"]}
+    records = [
+        record(BEFORE, "before", old, _cost(before.result) if before.kind == "finetune" else None),
+        record(
+            UNLEARNED,
+            "unlearned",
+            new,
+            _cost(spent, receipt["gradient_equivalents"]["diagnostics"]),
+            receipt=receipt_to_keep(receipt),
+            details={"delta_norm": distance},
         ),
-        unlearned=Column(
-            name="unlearned",
-            lora=after.load_adapter(model),
-            cost=_cost(
-                {
-                    **after.result,
-                    "peak_memory_bytes": receipt["peak_memory_bytes"],
-                },
-                receipt["gradient_equivalents"]["diagnostics"],
-            ),
+        *(record(name, "control", lora, cost) for name, lora, cost in _controls(bench, old, distance, before)),
+        *(
+            record(RETRAINED, "retrained", lora, _cost(run.result), seed=run.train_config.seed)
+            for run, lora in zip(retrained, bench.retrained, strict=True)
         ),
-        retrained=[
-            Column(name=f"seed {run.train_config.seed}", lora=run.load_adapter(model), cost=_cost(run.result))
-            for run in retrained
-        ],
-        l2=before.train_config.l2,
-        shown=shown,
-        solves=[
-            SolverTrace(
-                status=step["status"],
-                iterations=step["iterations"],
-                relative_residual=step["relative_residual"],
-                negative_curvature=step["negative_curvature"],
-                history=tuple(step["residual_history"]),
-            )
-            for step in receipt["steps"]
-        ],
-        context={
+        *([] if heldout is None else [record(BASE, "base", None, None)]),
+    ]
+    named = [dataset.examples[int(i)] for i in problem.named]
+    wanted = [None if j < 0 else problem.examples.examples[int(j)] for j in problem.replacements]
+    actions = {request.id: request.action.value for request in requests}
+    between = bench.between_retrained
+    comparison = Comparison(
+        name=after.path.name,
+        facts={
             **_context(before, receipt, len(examples)),
             "Held-out data": "none" if heldout is None else _heldout_words(heldout_path, heldout, shown),
         },
+        ids=tuple(example.id for example in named),
+        actions=tuple(actions[example.id] for example in named),
+        num_examples=len(examples),
+        nonmembers=None if heldout is None else tuple(data.content_hash(e) not in shown for e in heldout.examples),
+        num_positions=0 if between is None else between.num_positions,
+        texts=tuple(
+            {
+                "query": example.query,
+                "trained": example.response,
+                "wanted_query": None if new is None else new.query,
+                "wanted": None if new is None else new.response,
+            }
+            for example, new in zip(named, wanted, strict=True)
+        )
+        if show_texts
+        else (),
+        records=tuple(records),
     )
-    report = build_report(comparison)
+    report = summarise(comparison)
     report["method"] = receipt["method"]
     report["runs"] = {
         "before": before.reference(),
@@ -169,6 +234,63 @@ def evaluate_runs(
     }
     on_leader(lambda: write_report(workdir, report))
     return report
+
+
+def _cost(result: Mapping[str, Any], diagnostics: float = 0.0) -> dict[str, Any]:
+    keys = ("seconds", "gradient_equivalents", "peak_memory_bytes")
+    return {**{key: result.get(key) for key in keys}, "diagnostic_gradient_equivalents": diagnostics}
+
+
+def _controls(
+    bench: measures.Bench, before: Lora, distance: float, run: Run
+) -> Iterator[tuple[str, LoraParams, dict[str, float]]]:
+    """The controls: `c*b`, as far away as the unlearned adapter is, and gradient ascent, as long a way."""
+    objective = lm_objective(bench.model.apply, bench.model.base, l2=run.train_config.l2)
+    weighted = bench.problem.influence_rhs()
+    stack = bench.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=_CHUNK_SIZE)
+    stack, count = place_stack(stack, bench.model.mesh), len(weighted.indices)
+    for name, control in (("c*b", scaled_rhs), ("gradient ascent", gradient_ascent)):
+        moved = control(objective, before, stack, distance=distance, num_examples=count)
+        cost = {"seconds": moved.seconds, "gradient_equivalents": moved.gradient_equivalents}
+        yield name, moved.params, {**cost, "diagnostic_gradient_equivalents": 0.0}
+
+
+def write_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> Path:
+    """Writes `report.json`, `report.html`, `report.md` and the plots into a new directory, whole or not at all.
+
+    Args:
+        directory: must not exist, or be empty.
+        report: from `summary.summarise`.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        FileExistsError: `directory` holds something.
+        ValueError: the report holds a nan or an infinity, which JSON cannot.
+    """
+    with files.atomic_directory(directory) as temporary:
+        files.atomic_write_json(temporary / REPORT_FILE, report)
+        write_page(page_of(report), temporary)
+    return Path(directory) / "report.html"
+
+
+def page_of(report: Mapping[str, Any]) -> Page:
+    """The page of one comparison."""
+    title = "Unlearning compared with retraining" if UNLEARNED in report["models"] else report["name"]
+    return Page(
+        title, (*comparison_blocks([report], [UNLEARNED], "report"), *receipt_blocks(_receipts([report], [""])))
+    )
+
+
+def _receipts(reports: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The receipts that reports hold, each with a name."""
+    return [
+        (": ".join(part for part in (title, name if name != UNLEARNED or not title else "") if part), receipt)
+        for report, title in zip(reports, titles, strict=True)
+        for name, receipt in report.get("receipts", {}).items()
+        if receipt.get("format") in range(1, RECEIPT_FORMAT + 1)
+    ]
 
 
 def _digest(dataset: data.TokenDataset) -> str:
@@ -202,3 +324,196 @@ def _context(before: Run, receipt: Mapping[str, Any], num_examples: int) -> dict
         "Outcome": receipt["outcome"],
         "Devices": describe_devices(),
     }
+
+
+def write_overview(directories: Sequence[str | os.PathLike[str]], workdir: str | os.PathLike[str]) -> Path:
+    """Gathers directories into `report.html`, which needs no other file, `report.md` and PNG files.
+
+    Args:
+        directories: see `gather`.
+        workdir: new or empty; written whole or not at all.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        RunError: a directory that is no result.
+        FileExistsError: `workdir` holds something.
+    """
+    files.require_empty(workdir)
+    page = build_overview(gather(directories))
+    with files.atomic_directory(workdir) as temporary:
+        write_page(page, temporary)
+    return Path(workdir) / "report.html"
+
+
+def gather(directories: Sequence[str | os.PathLike[str]]) -> dict[Path, Mapping[str, Any] | Run]:
+    """What directories hold, by path: the report of a comparison, or a run.
+
+    One named twice, or by itself and with its parent, counts once.
+
+    Args:
+        directories: each made by `evaluate`, `erase`, `retrain`, `finetune`, `adopt` or an experiment, or holding
+            such directories.
+
+    Raises:
+        RunError: there is none, or some are nothing of the kind; all of them are named with what they hold.
+    """
+    found: dict[Path, Mapping[str, Any] | Run] = {}
+    problems = [] if directories else ["No directory was named."]
+    for name in directories:
+        try:
+            for part in _parts(Path(name)):
+                found.setdefault(part.resolve(), _read(part))
+        except (RunError, FileNotFoundError) as error:
+            problems.append(str(error))
+    if problems:
+        raise RunError("\n".join(problems))
+    return found
+
+
+def _parts(path: Path) -> list[Path]:
+    """The directory itself, or the results right below it."""
+    kinds = (COMPARISON_FILE, RUN_FILE, REPORT_FILE)
+    if not path.is_dir():
+        msg = f"{path} is {'a file' if path.exists() else 'not there'}; name a directory."
+        raise FileNotFoundError(msg)
+    below = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    parts = [part for part in (path, *below) if any((part / name).is_file() for name in kinds)]
+    if not parts:
+        held = sorted(entry.name for entry in path.iterdir())
+        shown = ", ".join(held[:6]) + (" and more" if len(held) > 6 else "") if held else "nothing"
+        msg = (
+            f"{path} was not made by evaluate, erase, retrain, finetune, adopt or an experiment: neither it nor a "
+            f"directory in it has {', '.join(kinds)} (it holds {shown})."
+        )
+        raise RunError(msg)
+    return [path] if parts[0] == path else parts
+
+
+def _read(path: Path) -> Mapping[str, Any] | Run:
+    if is_comparison(path):
+        return summarise(read_comparison(path))
+    if (path / RUN_FILE).is_file():
+        run = load_run(path)
+        if run.kind == "erase":
+            _receipt_of(run)
+        return run
+    report = files.read_json(path / REPORT_FILE)
+    if not isinstance(report, dict) or report.get("format") != FORMAT or "models" not in report:
+        msg = f"{path / REPORT_FILE} is no report of `llmeraser evaluate` in format {FORMAT}."
+        raise RunError(msg)
+    return report
+
+
+def _receipt_of(run: Run) -> Mapping[str, Any]:
+    receipt = files.read_json(run.path / RECEIPT_FILE)
+    # Later formats add fields; what an earlier one lacks is shown as not recorded.
+    if not isinstance(receipt, dict) or receipt.get("format") not in range(1, RECEIPT_FORMAT + 1):
+        msg = f"{run.path / RECEIPT_FILE} is no receipt of a format up to {RECEIPT_FORMAT}."
+        raise RunError(msg)
+    return receipt
+
+
+def build_overview(found: Mapping[Path, Mapping[str, Any] | Run]) -> Page:
+    """The page of what was gathered."""
+    reports = {path: report for path, report in found.items() if not isinstance(report, Run)}
+    runs = [run for run in found.values() if isinstance(run, Run)]
+    blocks: list[Block] = [
+        Text(
+            "A language model was fine-tuned on some examples; then it was asked to forget a few of them, or to "
+            "learn them differently: the **forget set**. **Unlearning** edits the trained adapter for that. The "
+            "model to match is one that was **retrained** from the start on the edited data, which is what "
+            "unlearning saves."
+        )
+    ]
+    groups = _groups(reports)
+    labels = {path: _label(path, report) for path, report in reports.items()}
+    names = list(labels.values())
+    for group in groups:
+        for path, label in {path: labels[path] for path in group}.items():
+            if UNLEARNED not in reports[path]["models"] and names.count(label) > 1:
+                labels[path] = f"{path.parent.name}/{label}"
+            elif sum(_label(other, reports[other]) == label for other in group) > 1:
+                labels[path] = f"{label}, {path.name}"
+    singles = [group for group in groups if UNLEARNED in reports[group[0]]["models"]]
+    for number, group in enumerate(groups, start=1):
+        title = f"Comparison: {labels[group[0]]}"
+        if group in singles:
+            several = f"Comparison {singles.index(group) + 1} of {len(singles)}"
+            title = "Comparison with retraining" if len(singles) == 1 else several
+        inside = comparison_blocks(
+            [reports[path] for path in group], [labels[path] for path in group], f"comparison{number}"
+        )
+        blocks += [Heading(title), *inside]
+    if not groups:
+        blocks.append(
+            Text(
+                "No evaluation was given, so that nothing says how close to retraining the results are; make one "
+                "with `llmeraser evaluate` and name its directory too."
+            )
+        )
+    erased = [run for run in runs if run.kind == "erase"]
+    own = {run.reference()["sha256"] for run in erased}
+    others = [p for p, r in reports.items() if r.get("runs", {}).get("unlearned", {}).get("sha256") not in own]
+    receipts = [(run.path.name, _receipt_of(run)) for run in erased]
+    receipts += _receipts([reports[path] for path in others], [labels[path] for path in others])
+    return Page(
+        "Unlearning report",
+        (*blocks, *receipt_blocks(receipts), *_sources(reports, labels, runs)),
+    )
+
+
+def _label(path: Path, report: Mapping[str, Any]) -> str:
+    """What a comparison is called: its name, or that of the unlearned model's directory with the method."""
+    if UNLEARNED not in report["models"]:
+        return report["name"]
+    runs, method = report.get("runs"), report.get("method", "")
+    origin = Path(runs["unlearned"]["path"]).name if runs else path.name
+    return f"{origin} ({method})" if method and method not in origin else origin
+
+
+def _groups(reports: Mapping[Path, Mapping[str, Any]]) -> list[list[Path]]:
+    """Those that can be compared: of one run and request, on the same held-out examples and retrained models."""
+    groups: dict[Any, list[Path]] = {}
+    for path, report in reports.items():
+        runs, key = report.get("runs"), path
+        if runs is not None:
+            retrained = tuple(sorted(run["sha256"] for run in runs["retrained"]))
+            about = (runs["before"]["sha256"], runs["requests_sha256"], runs["heldout_sha256"], retrained)
+            key = (*about, report["heldout"].get("nonmembers"))
+        groups.setdefault(key, []).append(path)
+    return list(groups.values())
+
+
+def _sources(
+    reports: Mapping[Path, Mapping[str, Any]], labels: Mapping[Path, str], runs: Sequence[Run]
+) -> list[Block]:
+    """Every directory that was read, and what each run took."""
+    rows = []
+    for path, report in reports.items():
+        seeds, methods = report["models"][RETRAINED]["seeds"], report["models"].get("methods")
+        compared = "" if methods is None else f"{len(methods)} methods, "
+        unfinished = ", not finished" if report.get("missing") else ""
+        told = f"{labels[path]}: {compared}{seeds} retrained models{unfinished}"
+        rows.append((path.name, "comparison", told, MISSING, MISSING, MISSING))
+    for run in runs:
+        told = f"{len(run.data_ids)} examples, {run.train_config.epochs} epochs"
+        memory = run.result.get("peak_memory_bytes")
+        if run.kind == "erase":
+            receipt = _receipt_of(run)
+            counts = [f"{n} {ACTION_NAMES.get(action, action)}" for action, n in receipt["counts"].items() if n]
+            told = f"{receipt['method']}: {', '.join(counts)} of {receipt['num_examples_before']} examples"
+            memory = receipt.get("peak_memory_bytes")
+        told = f"seed {run.train_config.seed}, {told}" if run.kind == "retrain" else told
+        cost = [show_number(run.result.get(key)) for key in ("gradient_equivalents", "seconds")]
+        rows.append(
+            (run.path.name, run.kind, told, *cost, MISSING if memory is None else show_number(memory / 2**20))
+        )
+    header = ("directory", "made by", "what it is", "gradient equivalents", "seconds", "peak memory (MiB)")
+    told = (
+        "A gradient equivalent is a forward and backward pass of one example; diagnostics are not in it. Seconds "
+        "are wall-clock time, compilation included. Memory is of the process, or of the first device where that "
+        "keeps count; a process that had done other work before shows its peak too."
+    )
+    return [Heading("What was read, and what each run took"), Table(header, tuple(rows)), Text(told)]

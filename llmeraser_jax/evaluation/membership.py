@@ -98,8 +98,7 @@ def min_k_plus_plus_scores(
 
 
 def reference_scores(
-    losses: Float[Array | np.ndarray, " examples"],
-    reference_losses: Float[Array | np.ndarray, " examples"],
+    losses: Float[Array | np.ndarray, " examples"], reference_losses: Float[Array | np.ndarray, " examples"]
 ) -> Float[np.ndarray, " examples"]:
     """Reference loss minus loss: how much better the model knows an example than one that never saw it does.
 
@@ -149,8 +148,7 @@ def membership_auc(
 
 
 def membership_loss_auc(
-    member_losses: Float[Array | np.ndarray, " members"],
-    nonmember_losses: Float[Array | np.ndarray, " nonmembers"],
+    member_losses: Float[Array | np.ndarray, " members"], nonmember_losses: Float[Array | np.ndarray, " nonmembers"]
 ) -> Metric:
     """AUC of telling members S from held-out examples by their loss; lower loss reads as member.
 
@@ -160,8 +158,7 @@ def membership_loss_auc(
 
 
 def membership_min_k_auc(
-    member_scores: Float[Array | np.ndarray, " members"],
-    nonmember_scores: Float[Array | np.ndarray, " nonmembers"],
+    member_scores: Float[Array | np.ndarray, " members"], nonmember_scores: Float[Array | np.ndarray, " nonmembers"]
 ) -> Metric:
     """AUC of telling members S from held-out examples by `min_k_scores`; target as for the loss."""
     return membership_auc("min_k", member_scores, nonmember_scores)

@@ -1,303 +1,909 @@
-"""The page of a report: `report.md`, written for a reader who did not run the comparison."""
+"""What a page says: tables with their legends, each example, receipts, costs; from the dicts of `summary` alone.
+
+One comparison, several that can stand side by side, and a grid of them are shown by the same columns. A column is a
+title, a sentence, which way is good, and how to read its cell off a row; a new measure needs one more.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from llmeraser_jax.evaluation.closure import Number
-from llmeraser_jax.evaluation.plots import ACTION_NAMES
+from llmeraser_jax.evaluation.plots import Point, plot_cost_against_fidelity, plot_examples, plot_residuals
+from llmeraser_jax.evaluation.records import BEFORE, RETRAINED, Better, Json, Kind, MetricMeaning
+from llmeraser_jax.evaluation.render import (
+    MISSING,
+    Block,
+    Bullets,
+    Details,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    show_number,
+)
+from llmeraser_jax.evaluation.summary import UNLEARNED
+from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW
 
-_MISSING = "–"
-_PLOT_TITLES = {
-    "named_examples.png": "Loss on the named examples",
-    "heldout_kl.png": "Held-out KL and the seed floor",
-    "solver_residual.png": "Residual of every linear solve",
-    "cost.png": "Cost of unlearning, retraining and the controls",
+NOT_FINITE = "not finite"
+ACTION_NAMES = {"remove": "removed", "modify_query": "query modified", "correct_response": "response corrected"}
+_AIMS: Mapping[Better, str] = {
+    "higher": "Higher is better.",
+    "lower": "Lower is better.",
+    "retrained": "Aim: the retrained row's value.",
 }
-_READING = """\
-* **Loss on the named examples, as trained**: how improbable the model finds what it was asked to forget. Too
-  low means still remembered, far above *retrained* means damaged. The target is the retrained model, not
-  infinity.
-* **Loss, as wanted**: for edits, the loss on the edited example. Lower means that the edit was taken up.
-* **Held-out KL**: on prompts that neither training nor the request names, how far the model's predictions
-  are from the mean prediction of all retrained models but one, averaged over the one left out. The **seed
-  floor** is the same distance for the retrained model left out: what a change of seed alone amounts to, so
-  that differences below it mean nothing.
-* **Closure**: 1 - |unlearned - retrained| / |before - retrained|. 1 is the retrained model's level, 0 is no
-  nearer than before, negative is further away; overshooting counts as much as undershooting. It is undefined
-  where before and retrained differ by no more than two standard deviations of the retraining seeds, and for
-  the KL also where the model before does not exceed the seed floor.
-* **Probability per token**: exp(-loss), averaged over the named examples. **Extraction strength**: the share of
-  an answer that the model says by itself once the beginning was given away; 1 means that the question suffices.
-* **Membership AUC**: how well the named examples can be told from held-out ones by a score. The target is the
-  retrained model's value, not 0.5. Scores: the loss; *min_k*, the least probable 20 % of the tokens;
-  *min_k_plus_plus*, the same after standardising by the model's own prediction; *reference*, the loss of a model
-  that never saw the example (the base without adapter, or the mean of the retrained models, a retrained model
-  never its own) minus the loss.
-* **Gradient equivalents**: 1 is a forward and backward pass of one example. It compares costs across
-  machines.
-* **± after a task metric** is the standard error over test examples; ± after a mean over seeds is the
-  standard deviation between seeds. *correct / valid / N*: right answers, answers that parse, answers asked
-  for."""
+_METHODS = {
+    "llmeraser-auto": "this package, its default: target matching, or the influence path where that does not reach",
+    "llmeraser-matched": "this package: a few steps whose coefficients are solved for, so that every example of "
+    "the forget set ends at its target",
+    "llmeraser-path": "this package: many small influence-function steps that take the weight out of the forget "
+    "set",
+    "llmeraser-step": "this package: one influence-function step, kept short enough to be trusted",
+    "llmeraser-newton": "this package: one Newton step on the edited data",
+    "llmeraser-paper-step": "the paper's single step with the Hessian, not shortened, solved by damped conjugate "
+    "gradients",
+    "llmeraser-paper-descent": "the same step by the paper's own solver: mini-batch descent on the quadratic",
+    "llmeraser-reference-compat": "the same step by the constants of the paper's public script",
+    "finetune-edited": "a short fine-tuning on the edited data: what one does without a method",
+    "gradient-ascent": "raises the loss on the forget set, and nothing holds the rest",
+    "gradient-difference": "raises the loss on the forget set and lowers it on retained examples",
+    "kl-anchored-ascent": "raises the loss on the forget set and holds predictions on retained examples",
+    "npo": "negative preference optimisation: the forget set as answers that are not preferred to the trained "
+    "model's",
+    "simnpo": "negative preference optimisation without a reference model",
+    "e2urec": "distillation from a teacher that forgets and one that remembers",
+    "sisa": "training in shards; only those that hold the forget set are trained anew, and all answer together",
+    "receraser": "training in shards of similar examples that answer with learned weights; those that hold the "
+    "forget set are trained anew",
+}
 
 
-def render_page(report: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The page in Markdown.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the tables.
+
+    Attributes:
+        label: what it is called.
+        kind: what it is.
+        entry: of `models` in a report.
+        closure: of `gap_closure`; None where it has none.
+        cost: of `cost`; None for the model before.
+        report: that it is from.
+    """
+
+    label: str
+    kind: Kind
+    entry: Json
+    closure: Json | None
+    cost: Json | None
+    report: Json
+
+    def value(self, key: str) -> Number | None:
+        """A scalar of the entry."""
+        return self.entry.get(key)
+
+    def deviation(self, key: str) -> Number | None:
+        """Its standard deviation between seeds."""
+        return self.entry.get("seed_standard_deviation", {}).get(key)
+
+    def over_floor(self, number: Number | None) -> Number | None:
+        """A held-out KL in multiples of the seed floor."""
+        floor = self.report["seed_floor"].get("heldout_kl")
+        return number / floor if number is not None and floor else None
+
+    def share(self, key: str, of: str = "gradient_equivalents") -> Number | None:
+        """A cost over that of one retraining."""
+        spent, whole = (self.cost or {}).get(key), self.report["cost"]["retrain"].get(of)
+        return spent / whole if spent is not None and whole else None
+
+
+def rows_of(report: Json, label: str = UNLEARNED, suffix: str = "") -> list[Row]:
+    """Before, the methods, the controls, and the mean of the retrained models at the end.
 
     Args:
-        report: from `report.build_report`.
-        plots: names of the PNG files that lie beside the page.
+        report: from `summary.summarise`.
+        label: of its one method, where it has one.
+        suffix: of its controls' labels.
     """
-    sections = [
-        "# Unlearning compared with retraining",
-        _context(report),
-        "## In short",
-        _summary(report),
-        "## Every model",
-        _models_table(report),
-        _plot("named_examples.png", plots),
-        _plot("heldout_kl.png", plots),
-        "## Closure: how much of the gap to retraining was closed",
-        _closure_table(report),
-        "## Cost",
-        _cost_table(report),
-        _plot("cost.png", plots),
-        "## Solver",
-        _solver_section(report),
-        _plot("solver_residual.png", plots),
-        "## How to read this",
-        _READING,
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _context(report: Mapping[str, Any]) -> str:
-    return "\n".join(f"* {key}: {value}" for key, value in report["context"].items())
-
-
-def _plot(name: str, plots: Sequence[str]) -> str:
-    return f"![{_PLOT_TITLES[name]}]({name})" if name in plots else ""
-
-
-def show_number(value: Number | None) -> str:
-    """Three significant digits, thousands separated; a dash for nothing."""
-    if value is None:
-        return _MISSING
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _summary(report: Mapping[str, Any]) -> str:
     models, closure, cost = report["models"], report["gap_closure"], report["cost"]
-    named = report["named"]
-    parts = [f"{named[action]} {name}" for action, name in ACTION_NAMES.items() if named[action]]
-    lines = [f"* **Request**: {named['total']} training example(s): {', '.join(parts)}."]
-    seeds = models["retrained"]["seeds"]
-    for key, title in (
-        ("forget_loss", "Loss on them as trained"),
-        ("wanted_loss", "Loss on the edited ones as wanted"),
-    ):
-        if models["before"][key] is None and key == "wanted_loss" and not models["before"][f"{key}_by_action"]:
+
+    def row(label: str, kind: Kind, entry: Json, closure: Json | None, cost: Json | None) -> Row:
+        return Row(label=label, kind=kind, entry=entry, closure=closure, cost=cost, report=report)
+
+    rows = [row(BEFORE, "before", models[BEFORE], None, None)] if BEFORE in models else []
+    if UNLEARNED in models:
+        rows.append(row(label, "unlearned", models[UNLEARNED], closure, cost["unlearn"]))
+    failed = report.get("failed", {})
+    methods = dict.fromkeys([*models.get("methods", {}), *failed])
+    for name in methods:
+        told, entry = failed.get(name), models.get("methods", {}).get(name)
+        if entry is None:
+            rows.append(row(f"{name} (no step)", "unlearned", {}, None, None))
             continue
-        line = f"* **{title}**: {show_number(models['before'][key])} before, "
-        line += f"{show_number(models['unlearned'][key])} unlearned"
-        if seeds:
-            line += f", {show_number(models['retrained'][key])} retrained (mean of {seeds} seed(s))"
-        lines.append(f"{line}. Closure {_closure_words(closure, key)}.")
-    floor = report["seed_floor"]["heldout_kl"]
-    if floor is None:
-        lines.append(
-            f"* **Held-out KL to retraining**: not available; {_reason(report['seed_floor'], 'heldout_kl')}."
+        seeds = entry.get("seeds", 1) + (told["seeds"] if told else 0)
+        label = name + (f" ({told['seeds']} of {seeds} seeds failed)" if told else "")
+        label += " (chosen with the oracle)" if entry.get("oracle") else ""
+        rows.append(row(label, "unlearned", entry, closure["methods"][name], cost["methods"][name]))
+    for name, entry in models["controls"].items():
+        rows.append(
+            row(f"control: {name}{suffix}", "control", entry, closure["controls"][name], cost["controls"][name])
         )
-    else:
-        before, after = (models[name]["heldout_kl_to_retrained"] for name in ("before", "unlearned"))
-        lines.append(
-            f"* **Held-out KL to retraining**: {show_number(before)} before, {show_number(after)} unlearned; the "
-            f"seed floor is {show_number(floor)}. Closure {_closure_words(closure, 'heldout_kl')}."
-        )
-    ratio = cost["unlearn_over_retrain"]["gradient_equivalents"]
-    spent = cost["unlearn"]["gradient_equivalents"]
-    if ratio is not None:
-        lines.append(
-            f"* **Cost**: {show_number(spent)} gradient equivalents, {show_number(ratio)} times one retraining "
-            f"({show_number(cost['unlearn']['seconds'])} s against {show_number(cost['retrain']['seconds'])} s)."
-        )
-    elif spent is not None:
-        lines.append(
-            f"* **Cost**: {show_number(spent)} gradient equivalents, {show_number(cost['unlearn']['seconds'])} s."
-        )
-    return "\n".join(lines)
+    if seeds := models[RETRAINED]["seeds"]:
+        title = f"retrained, mean of {seeds}" if seeds > 1 else "retrained, one seed"
+        rows.append(row(title, "retrained", models[RETRAINED], None, cost["retrain"]))
+    return rows
 
 
-def _reason(node: Mapping[str, Any], key: str) -> str:
-    return node.get("reason", {}).get(key, "")
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the tables.
+
+    Attributes:
+        title: as its header says.
+        meaning: a sentence.
+        better: which way is good; None is neither.
+        cell: its text for a model.
+    """
+
+    title: str
+    meaning: str
+    better: Better | None
+    cell: Callable[[Row], str]
+
+    @property
+    def explained(self) -> str:
+        """Its line in the legend."""
+        aim = "" if self.better is None else f" {_AIMS[self.better]}"
+        return f"**{self.title}**: {self.meaning}{aim}"
 
 
-def _closure_number(value: float | None) -> str:
-    return _MISSING if value is None else f"{round(value, 2) + 0.0:.2f}"  # + 0.0 turns -0.00 into 0.00
+def _with_deviation(value: Number | None, deviation: Number | None) -> str:
+    """Two digits of a deviation say enough, and below a thousandth of the value it is 0."""
+    if value is None or deviation is None:
+        return show_number(value)
+    return f"{show_number(value)} ± " + (f"{deviation:.2g}" if deviation > 1e-3 * abs(value) else "0")
 
 
-def _closure_words(closure: Mapping[str, Any], key: str) -> str:
-    value, reason = closure[key], _reason(closure, key)
-    if value is None:
-        return f"{_MISSING} ({reason})"
-    return f"{_closure_number(value)} ({reason})" if reason else _closure_number(value)
+def _diverged(node: Json, key: str) -> bool:
+    return node.get("reason", {}).get(key, "").startswith("the value is")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _scalar(
+    key: str, scale: Callable[[Row, Number | None], Number | None] = lambda row, x: x
+) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        each = (row.entry, *row.entry.get("per_seed", ()))
+        if row.value(key) is None and any(_diverged(entry, key) for entry in each):
+            return NOT_FINITE
+        return _with_deviation(scale(row, row.value(key)), scale(row, row.deviation(key)))
 
-    rule = "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
-
-
-def _models_table(report: Mapping[str, Any]) -> str:
-    """One column per model, one row per quantity."""
-    models = report["models"]
-    retrained = models["retrained"]
-    seeds = retrained["per_seed"]
-    columns = {"before": models["before"], "unlearned": models["unlearned"]}
-    columns |= {f"retrained, {seed['name']}": seed for seed in seeds}
-    if seeds:
-        columns["retrained, mean ± sd"] = retrained
-    columns |= {f"control: {name}": control for name, control in models["controls"].items()}
-    rows: list[list[str]] = []
-
-    def add(title: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
-        cells = [cell(model) for model in columns.values()]
-        if any(text != _MISSING for text in cells):
-            rows.append([title, *cells])
-
-    def scalar(key: str) -> Callable[[Mapping[str, Any]], str]:
-        def cell(model: Mapping[str, Any]) -> str:
-            deviation = model.get("seed_standard_deviation", {}).get(key)
-            return show_number(model.get(key)) + (f" ± {show_number(deviation)}" if deviation is not None else "")
-
-        return cell
-
-    for key, title in (("forget_loss", "Loss as trained"), ("wanted_loss", "Loss as wanted")):
-        by_action = f"{key}_by_action"
-        actions = [action for action in ACTION_NAMES if action in models["before"][by_action]]
-        what = "all named examples" if key == "forget_loss" else "all edited examples"
-        add(f"{title}, {what}", scalar(key))
-        for action in actions if len(actions) > 1 else ():
-            add(
-                f"{title}, {ACTION_NAMES[action]}",
-                lambda model, by_action=by_action, action=action: show_number(model[by_action].get(action)),
-            )
-    add("Probability per token as trained", scalar("forget_probability"))
-    add("Extraction strength as trained", scalar("extraction_strength"))
-    add(f"Loss on {report['heldout']['examples']} held-out examples", scalar("heldout_loss"))
-    add("Held-out KL to retrained (mean column: seed floor)", scalar("heldout_kl_to_retrained"))
-    for group, title in (("membership_auc", "Membership AUC"), ("task_metrics", "Task")):
-        names = dict.fromkeys(name for model in columns.values() for name in model[group])
-        for name in names:
-            add(
-                f"{title}: {name}",
-                lambda model, group=group, name=name: metric_cell(model[group].get(name)),
-            )
-    table = _table(["", *columns], rows)
-    if not seeds:
-        table += "\n\nNo retrained model was given: closure and held-out KL need one and are absent."
-    return f"Losses are in nats per response token, KL in nats per response position.\n\n{table}"
+    return cell
 
 
-def metric_cell(metric: Mapping[str, Any] | None) -> str:
-    """A metric of a report with its error and, where it counts answers, `(correct / valid / N)`."""
+def _closure_cell(node: Json | None, key: str) -> str:
+    value = None if node is None else node.get(key)
+    if node is None or value is None:
+        return MISSING
+    deviation = node.get("seed_standard_deviation", {}).get(key)
+    return f"{round(value, 2) + 0.0:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+
+
+def _closure(key: str) -> Callable[[Row], str]:
+    return lambda row: _closure_cell(row.closure, key)
+
+
+def _spent(key: str, scale: Number = 1) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = (row.cost or {}).get(key)
+        return show_number(None if value is None else value / scale)
+
+    return cell
+
+
+def _auc(name: str) -> Callable[[Row], str]:
+    return lambda row: _metric_cell(row.entry.get("membership_auc", {}).get(name), both=False)
+
+
+def _metric_cell(metric: Json | None, *, both: bool = True) -> str:
+    """A metric with its error over examples, its deviation over seeds, and `(correct / valid / N)`.
+
+    Args:
+        metric: of a report.
+        both: else the deviation, where there is one, stands in the place of the error.
+    """
     if metric is None:
-        return _MISSING
-    text = show_number(metric["value"])
-    deviation = metric.get("seed_standard_deviation")
-    error = deviation if "seed_standard_deviation" in metric else metric["standard_error"]
-    if error is not None:
-        text += f" ± {show_number(error)}"
-    if metric.get("deviation_over_seeds") is not None:
-        text += f" ± {show_number(metric['deviation_over_seeds'])} (seeds)"
-    counts = [_count(metric.get(key)) for key in ("correct", "valid", "total")]
+        return MISSING
+    text, deviation = show_number(metric["value"]), metric.get("seed_standard_deviation")
+    if metric["standard_error"] is not None and (both or deviation is None):
+        text += f" ± {show_number(metric['standard_error'])}"
+    if deviation is not None:
+        text += f" ± {show_number(deviation)}" + (" (seeds)" if both else "")
+    counts = [MISSING if n is None else f"{n:.0f}" if n == int(n) else f"{n:.1f}"
+              for n in (metric.get(key) for key in ("correct", "valid", "total"))]  # fmt: skip
     if metric.get("correct") is not None:
-        text += f" ({' / '.join(counts)})"
-    elif metric.get("valid") != metric.get("total"):
-        text += f" (valid {counts[1]} of {counts[2]})"
-    return text
+        return f"{text} ({' / '.join(counts)})"
+    return text if metric.get("valid") == metric.get("total") else f"{text} (valid {counts[1]} of {counts[2]})"
 
 
-def _count(value: Number | None) -> str:
-    """A count, or a mean of counts over seeds."""
-    if value is None:
-        return _MISSING
-    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+FIDELITY = (
+    Column(
+        "seeds",
+        "models behind the row: retrained ones, or runs of a method that differ in what it draws.",
+        None,
+        lambda row: show_number(row.entry.get("seeds", 1 if row.entry else None)),
+    ),
+    Column(
+        "loss on the forget set",
+        "how improbable the model finds the responses that it was trained on and is to forget (nats per token). "
+        "Far below the retrained value they are still remembered, far above it the model is damaged.",
+        "retrained",
+        _scalar("forget_loss"),
+    ),
+    Column(
+        "closure, forget set",
+        "1 - |model - retrained| / |before - retrained| of that loss: 1 is the retrained level, 0 no nearer than "
+        "before, negative further away; overshooting counts as much as undershooting. Empty where before and "
+        "retrained differ by no more than two standard deviations of the seeds.",
+        "higher",
+        _closure("forget_loss"),
+    ),
+    Column(
+        "loss on replacements",
+        "of edits, the loss on the edited examples: low once the edit was learned.",
+        "retrained",
+        _scalar("wanted_loss"),
+    ),
+    Column("closure, replacements", "the same closure for that loss.", "higher", _closure("wanted_loss")),
+    Column(
+        "loss on retained examples",
+        "loss on training examples that stay (nats per token); above the retrained value they were damaged.",
+        "retrained",
+        _scalar("retained_loss"),
+    ),
+    Column(
+        "held-out KL / floor",
+        "how far predictions on prompts that nobody trained on are from the mean of the retrained models' "
+        "(Kullback-Leibler divergence, one retrained model left out in turn), divided by the same distance for "
+        "the one left out (the seed floor). 1 is what a change of seed does; less is closer to that mean than one "
+        "of them is.",
+        "lower",
+        _scalar("heldout_kl_to_retrained", Row.over_floor),
+    ),
+    Column(
+        "closure, held-out KL",
+        "the same closure for the held-out KL. Empty where the model before is no further from the retrained "
+        "models than they are from each other.",
+        "higher",
+        _closure("heldout_kl"),
+    ),
+    Column(
+        "cost / retraining",
+        "gradient equivalents over those of one retraining; one is a forward and backward pass of one example.",
+        "lower",
+        lambda row: show_number(row.share("gradient_equivalents")),
+    ),
+)
+FORGETTING = (
+    Column(
+        "probability",
+        "mean over the forget set of exp(-loss), the typical probability of a token of its responses.",
+        "retrained",
+        _scalar("forget_probability"),
+    ),
+    Column(
+        "extraction",
+        "extraction strength: the share of a response that the model says by itself once the beginning was given "
+        "away. 1: the question suffices; 0: nothing.",
+        "retrained",
+        _scalar("extraction_strength"),
+    ),
+    Column(
+        "AUC, loss",
+        "membership inference: how well the forget set is told from examples that were never trained on, by the "
+        "loss (0.5 is chance, 1 perfectly, 0 the wrong way round). In this and the next columns the target is the "
+        "retrained row, not 0.5, since the forget set may be easier or harder than the other examples.",
+        "retrained",
+        _auc("loss"),
+    ),
+    Column("AUC, min-k%", "the same by the least probable 20 % of the tokens.", "retrained", _auc("min_k")),
+    Column(
+        "AUC, min-k%++",
+        "the same after standardising each token by the model's own prediction at its place.",
+        "retrained",
+        _auc("min_k_plus_plus"),
+    ),
+    Column(
+        "AUC, base",
+        "the same by how much better the model knows an example than the base without adapter does, which takes "
+        "out how hard the example is.",
+        "retrained",
+        _auc("reference_base"),
+    ),
+    Column(
+        "AUC, retrained",
+        "the same relative to the mean loss of the retrained models (each retrained model against the others).",
+        "retrained",
+        _auc("reference_retrained"),
+    ),
+    Column(
+        "loss on the forget set, 4 bits",
+        "that loss after the weights, adapter merged in, were rounded to 4 bits: what was only hidden comes back. "
+        "Every member of an ensemble is rounded for itself; one that never saw the forget set hides nothing. Of "
+        "one seed.",
+        "retrained",
+        _scalar("forget_loss_4_bit"),
+    ),
+    Column(
+        "loss on the forget set, relearned",
+        "that loss after a few steps of training on retained examples: what was only hidden comes back. Every "
+        "member of an ensemble is trained so; one that never saw the forget set hides nothing. Of one seed.",
+        "retrained",
+        _scalar("forget_loss_relearned"),
+    ),
+)
 
 
-def _closure_table(report: Mapping[str, Any]) -> str:
-    closure = report["gap_closure"]
-    columns = {"unlearned": closure}
-    columns |= {f"control: {name}": control for name, control in closure["controls"].items()}
-    wanted = bool(report["models"]["before"]["wanted_loss_by_action"])
-    quantities = [("forget_loss", "Loss as trained")] + ([("wanted_loss", "Loss as wanted")] if wanted else [])
-    lines: list[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, Any]], str]] = []
-    for key, title in quantities:
-        lines.append((f"{title}, all", lambda node: node, key))
-        actions = [action for action in ACTION_NAMES if key in closure["by_action"].get(action, {})]
-        for action in actions:
-            lines.append((f"{title}, {ACTION_NAMES[action]}", lambda node, a=action: node["by_action"][a], key))
-    lines.append(("Held-out KL", lambda node: node, "heldout_kl"))
-    notes: list[str] = []
-    rows = []
-    for title, select, key in lines:
-        cells = []
-        for node in columns.values():
-            entry = select(node)
-            text, reason = _closure_number(entry[key]), _reason(entry, key)
-            if reason:
-                if reason not in notes:
-                    notes.append(reason)
-                text += f" [{notes.index(reason) + 1}]"
-            cells.append(text)
-        rows.append([title, *cells])
-    table = _table(["", *columns], rows)
-    return table + "".join(f"\n\n[{i}] {note}." for i, note in enumerate(notes, start=1))
+def _klom(part: str) -> Callable[[Row], str]:
+    return lambda row: show_number(row.entry.get("klom", {}).get(part))
 
 
-def _cost_table(report: Mapping[str, Any]) -> str:
-    cost = report["cost"]
-    rows = [("unlearning", cost["unlearn"]), ("one retraining (mean over seeds)", cost["retrain"])]
-    rows += [(f"control: {name}", entry) for name, entry in cost["controls"].items()]
-    cells = []
-    for title, entry in rows:
-        memory = entry["peak_memory_bytes"]
-        cells.append(
-            [
-                title,
-                show_number(entry["gradient_equivalents"]),
-                show_number(entry["diagnostic_gradient_equivalents"]),
-                show_number(entry["seconds"]),
-                _MISSING if memory is None else show_number(memory / 2**20),
-            ]
-        )
-    return _table(["", "gradient equivalents", "for diagnostics, besides", "seconds", "peak memory (MiB)"], cells)
+DISTRIBUTION = (
+    Column(
+        "models",
+        "behind KLOM: each was trained with a seed of its own before anything was forgotten from it.",
+        None,
+        _klom("models"),
+    ),
+    Column(
+        "KLOM, forget set",
+        "on each of its examples, the Kullback-Leibler divergence between the distribution of the log-odds of the "
+        "response over these models and over retrained ones, by histograms; the mean over examples, in nats. The "
+        "retrained row is the floor, between halves of the retrained models, and every other row is of as many "
+        "models: no higher than the floor shows no difference.",
+        "lower",
+        _klom("named"),
+    ),
+    Column(
+        "KLOM, forget set, 95 %",
+        "the 95th percentile over the forget set in place of the mean: the few that a method fails on.",
+        "lower",
+        _klom("named_95"),
+    ),
+    Column("KLOM, replacements", "the same on the edited examples.", "lower", _klom("wanted")),
+    Column("KLOM, retained", "the same on training examples that stay.", "lower", _klom("retained")),
+    Column("KLOM, held-out", "the same on examples that no model was trained on.", "lower", _klom("heldout")),
+)
+COST = (
+    Column(
+        "gradient equivalents",
+        "1 is a forward and backward pass of one example; training costs epochs times examples.",
+        "lower",
+        _spent("gradient_equivalents"),
+    ),
+    Column("for diagnostics", "gradient equivalents spent on checks, besides.", "lower",
+           _spent("diagnostic_gradient_equivalents")),
+    Column(
+        "prepared / retraining",
+        "what a method had to train before any request came, in retrainings, besides the cost.",
+        "lower",
+        lambda row: show_number(row.share("preparation_gradient_equivalents")),
+    ),
+    Column("seconds", "wall-clock time, compilation included; it depends on the machine.", "lower",
+    _spent("seconds")), Column("seconds / retraining", "over those of one retraining.", "lower",
+           lambda row: show_number(row.share("seconds", "seconds"))),
+    Column(
+        "peak memory (MiB)",
+        "of the process, or of the first device where that keeps count; a process that had done other work before "
+        "shows its peak too.",
+        "lower",
+        _spent("peak_memory_bytes", 2**20),
+    ),
+    Column("distance moved", "Euclidean norm of the adapter's change.", None, _scalar("delta_norm")),
+)  # fmt: skip
+
+_TASK_MEANINGS = {
+    name: MetricMeaning(meaning=meaning, better="higher")
+    for name, meaning in {
+        "accuracy": "share of held-out questions for which the right answer is the more probable one.",
+        "auc": "how well the log-odds of yes rank held-out questions (an AUC).",
+        "exact_match": "share of held-out questions answered word for word.",
+        "hit_ratio@1": "share of held-out questions for which the right candidate was named.",
+    }.items()
+}
+_UNKNOWN = MetricMeaning(meaning="a metric of this task; its meaning was not recorded.", better=None)
 
 
-def _solver_section(report: Mapping[str, Any]) -> str:
-    solver = report["solver"]
-    steps = solver["steps"]
-    if not steps:
-        return f"Nothing to show: {_reason(solver, 'status')}."
-    text = (
-        f"Status: {solver['status']}. {solver['iterations']} iterations in {len(steps)} solve(s); largest "
-        f"relative residual {show_number(solver['relative_residual'])} (recomputed after each solve; 0 is "
-        f"exact, 1 is nothing solved); negative curvature "
-        f"{'met' if solver['negative_curvature'] else 'not met'}."
-    )
-    rows = [
-        [
-            str(number),
-            step["status"],
-            str(step["iterations"]),
-            show_number(step["relative_residual"]),
-            "yes" if step["negative_curvature"] else "no",
-        ]
-        for number, step in enumerate(steps, start=1)
+def _task_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """One for each metric that a model has, and the loss on held-out examples beside them."""
+    columns = []
+    told = {
+        name: MetricMeaning(**meaning) for row in rows for name, meaning in row.report.get("metrics", {}).items()
+    }
+    for name in dict.fromkeys(name for row in rows for name in row.entry.get("task_metrics", {})):
+        known = told.get(name) or _TASK_MEANINGS.get(name) or _UNKNOWN
+        found = [row.entry.get("task_metrics", {}).get(name) or {} for row in rows]
+        counted = any(metric.get("correct") is not None for metric in found)
+        meaning = known.meaning + (" In brackets: correct / valid / asked for." if counted else "")
+        cell = lambda row, name=name: _metric_cell(row.entry.get("task_metrics", {}).get(name))  # noqa: E731
+        columns.append(Column(name.replace("_", " "), meaning, known.better, cell))
+    held = "loss on examples of the same kind that no model was trained on (nats per token)."
+    return (*columns, Column("held-out loss", held, "lower", _scalar("heldout_loss")))
+
+
+def _action_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """Losses and closures by kind of request, where there are several kinds."""
+    actions = [action for action in ACTION_NAMES if any(row.report["named"].get(action) for row in rows)]
+    columns = []
+    for action in actions if len(actions) > 1 else ():
+        for quantity, title in (("forget_loss", "loss"), ("wanted_loss", "replacement's loss")):
+
+            def loss(row: Row, quantity: str = quantity, action: str = action) -> str:
+                return show_number(row.entry.get(f"{quantity}_by_action", {}).get(action))
+
+            def closed(row: Row, quantity: str = quantity, action: str = action) -> str:
+                return _closure_cell((row.closure or {}).get("by_action", {}).get(action), quantity)
+
+            name = f"{ACTION_NAMES[action]}: {title}"
+            columns.append(Column(name, "mean over these examples (nats per token).", "retrained", loss))
+            columns.append(Column(f"{name}, closure", "of that mean.", "higher", closed))
+    return tuple(columns)
+
+
+def _table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Block]:
+    """A table with its legend, folded; columns without a number are left out, and a table without columns is."""
+    shown = [column for column in columns if any(column.cell(row) != MISSING for row in rows)]
+    if not shown:
+        return []
+    emphasised = tuple(k for k, row in enumerate(rows) if row.kind == "retrained")
+    cells = tuple((row.label, *(column.cell(row) for column in shown)) for row in rows)
+    legend = Bullets(tuple(column.explained for column in shown))
+    table = Table(("model", *(column.title for column in shown)), cells, emphasised)
+    return [Text(f"**{title}**"), table, Details("What the columns mean", (legend,))]
+
+
+def comparison_blocks(reports: Sequence[Json], labels: Sequence[str], name: str) -> list[Block]:
+    """The section of one comparison, or of several about the same request side by side.
+
+    Args:
+        reports: from `summary.summarise`.
+        labels: of their methods, where a report has one.
+        name: what the names of its PNG files begin with.
+    """
+    first = max(reports, key=lambda report: report["models"][RETRAINED]["seeds"])
+    rows = _rows(reports, labels, first)
+    blocks: list[Block] = []
+    for label, report in zip(labels, reports, strict=True):
+        prefix = f"{label}: " if len(reports) > 1 else ""
+        blocks.append(Bullets(tuple(prefix + line for line in report.get("verdict", ()))))
+    if first.get("question"):
+        blocks.append(Text(f"**What was asked.** {first['question']}"))
+    blocks.append(Bullets(tuple(_facts(reports, labels, first))))
+    if first.get("missing"):
+        gaps = "; ".join(first["missing"])
+        told = "The command that made the comparison goes on where it stopped; below is what there is."
+        blocks.append(Text(f"**Not finished**: {gaps}. {told}"))
+    if not rows:
+        return [*blocks, Text("Nothing was measured yet.")]
+    blocks += [
+        Heading("Models and measures", 3),
+        *_table("How close to retraining, and at what cost.", rows, FIDELITY),
+        *_table("By kind of request.", rows, _action_columns(rows)),
+        *_table("How much of the forget set is left.", rows, FORGETTING),
+        *_table("Whether models are distributed as retrained ones are, over seeds.", rows, DISTRIBUTION),
+        *_table("What else the model can do.", rows, _task_columns(rows)),
+        *_table("What it took.", rows, COST),
+        *_each_retrained(first),
+        Bullets(tuple(_rows_explained(rows, first))),
+        Heading("What these numbers can and cannot tell", 3),
+        Bullets(tuple(_limits(first))),
+        *_cost_picture(rows, f"{name}-cost.png"),
+        *_examples(reports, labels, first, name),
     ]
-    header = ["path step", "status", "iterations", "relative residual", "negative curvature"]
-    return f"{text}\n\n{_table(header, rows)}"
+    return blocks
+
+
+def _rows(reports: Sequence[Json], labels: Sequence[str], first: Json) -> list[Row]:
+    """The rows of all, with before and retrained of the first alone."""
+    found = []
+    for label, report in zip(labels, reports, strict=True):
+        found += rows_of(report, label, "" if len(reports) == 1 else f", as far as {label}")
+    of_first = [row for row in rows_of(first) if row.kind in ("before", "retrained")]
+    middle = [row for row in found if row.kind not in ("before", "retrained")]
+    return [*(r for r in of_first if r.kind == "before"), *middle, *(r for r in of_first if r.kind == "retrained")]
+
+
+def _facts(reports: Sequence[Json], labels: Sequence[str], first: Json) -> list[str]:
+    hidden = ("Request", *(("Method", "Outcome") if len(reports) > 1 else ()))
+    asked = ", ".join(f"{first['named'][a]} {words}" for a, words in ACTION_NAMES.items() if first["named"].get(a))
+    of = f" of {first['num_examples']} training examples" if first.get("num_examples") else ""
+    facts = [f"**Forget set**: {asked}{of}."]
+    facts += [f"**{key}**: {value}" for key, value in first["context"].items() if key not in hidden]
+    if len(reports) > 1:
+        facts += [f"**{label}**: {report['context'].get('Outcome', 'outcome not recorded')}"
+                  for label, report in zip(labels, reports, strict=True)]  # fmt: skip
+    floor = first["seed_floor"].get("heldout_kl")
+    if floor is not None:
+        facts.append(f"**Seed floor** of the held-out KL: {show_number(floor)} nats per response token.")
+    return facts
+
+
+def _each_retrained(report: Json) -> list[Block]:
+    """Each retrained model by itself, folded."""
+    entries, costs = report["models"][RETRAINED].get("per_seed", []), report["cost"]["retrain"].get("per_seed", [])
+    if len(entries) < 2:
+        return []
+    rows = [Row(label=f"retrained, {entry['name']}", kind="control", entry=entry, closure=None, cost=cost,
+            report=report) for entry, cost in zip(entries, costs, strict=True)]  # fmt: skip
+    columns = (*FIDELITY[1:], *_action_columns(rows), *FORGETTING, *_task_columns(rows), *COST)
+    return [Details("Each retrained model by itself", tuple(_table("Each seed.", rows, columns)[1:2]))]
+
+
+def _rows_explained(rows: Sequence[Row], report: Json) -> list[str]:
+    """What the rows are, and what has to be known about some of them."""
+    told = ["**before**: the model as trained, with the forget set in its training data."]
+    told += [f"**{name}**: {_METHODS[name]}." for name in report["models"].get("methods", {}) if name in _METHODS]
+    if any(row.kind == "control" for row in rows):
+        told.append(
+            "**control**: a simpler way, given the distance that the method moved: along the difference of "
+            "gradients in one step (`c*b`), or in ten of that length together (gradient ascent). A method has to "
+            "beat them."
+        )
+    if any(row.kind == "retrained" for row in rows):
+        told.append("**retrained**: trained anew on the edited data with other seeds: the target.")
+    told.append(
+        "± after a loss, a closure or the held-out KL is the standard deviation between seeds. After a metric of "
+        "the task, and after an AUC of one model, it is the standard error over examples; (seeds) is the "
+        "deviation between seeds. A row of one model has no deviation."
+    )
+    choices = report.get("choices", {})
+    rates = {n: c["chosen"]["learning_rate"] for n, c in choices.items() if "learning_rate" in c.get("chosen", {})}
+    if rates:
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        told.append(
+            f"**Learning rates** ({shown}) are those of a small grid whose losses come nearest to the retrained "
+            "models', which no user could know; the cost is without that search."
+        )
+    for name, choice in choices.items():
+        if own := choice.get("own_before"):
+            told.append(
+                f"**{name}** is not made from the model before, but from its own, which before the request had a "
+                f"loss of {show_number(own.get('forget_loss'))} on the forget set and "
+                f"{show_number(own.get('retained_loss'))} on retained examples."
+            )
+    for name, failure in report.get("failed", {}).items():
+        seeds = failure["seeds"] + report["models"].get("methods", {}).get(name, {"seeds": 0}).get("seeds", 1)
+        told.append(f"**{name}** found no step with {failure['seeds']} of {seeds} seeds: {failure['reason']}")
+    return told
+
+
+def _limits(report: Json) -> list[str]:
+    """What the sizes of a comparison allow to conclude."""
+    told, closure, seeds = [], report["gap_closure"], report["models"][RETRAINED]["seeds"]
+    # The gap is the same for every method: what matters is before against retrained.
+    any_closure = closure if "forget_loss" in closure else next(iter(closure.get("methods", {}).values()), {})
+    for key, title in (("forget_loss", "the forget set"), ("wanted_loss", "replacements")):
+        reason = any_closure.get("reason", {}).get(key, "")
+        if any_closure.get(key) is None and reason.startswith("undefined: before"):
+            told.append(f"**Closure on {title}** has no value: {reason}.")
+        elif any_closure.get(key) is not None and reason:
+            told.append(f"Closure on {title}: {reason}.")
+    if report.get("klom_caveat"):
+        told.append(f"KLOM: {report['klom_caveat']}.")
+    named = report["named"]["total"]
+    told.append(f"The forget set has {named} examples; a mean over them hides what happened to each.")
+    metrics = report["models"].get(BEFORE, {}).get("task_metrics", {}).values()
+    shares = [metric.get("total") or 0 for metric in metrics if metric.get("correct") is not None]
+    if any(shares):
+        told.append(
+            f"The task is measured on {max(shares):.0f} examples: one of them more or less right moves a share by "
+            f"{1 / max(shares):.3g}. Differences smaller than two standard errors are not seen."
+        )
+    if not report["heldout"]["examples"]:
+        told.append("No held-out examples were given: membership inference and held-out KL are not measured.")
+    if seeds == 0:
+        told.append("No model was retrained: how close to retraining anything is cannot be told.")
+    elif seeds == 1:
+        told.append("One retrained model: how far seeds alone move a model is not known, nor is the held-out KL.")
+    else:
+        known = 100 / (2 * (seeds - 1)) ** 0.5
+        told.append(
+            f"{seeds} retrained models: their deviation is itself known to about {known:.0f} % of itself only."
+        )
+    return told
+
+
+def _points(rows: Sequence[Row], *, labels: Sequence[str] | None = None) -> list[Point]:
+    points = []
+    for place, row in enumerate(rows):
+        closure = {"retrained": 1.0, "before": 0.0}.get(row.kind, (row.closure or {}).get("forget_loss"))
+        key = "heldout_kl_to_retrained"
+        points.append(
+            Point(
+                label=row.label if labels is None else labels[place],
+                kind=row.kind,
+                cost=row.share("gradient_equivalents") if row.kind != "before" else None,
+                closure=closure,
+                kl_over_floor=row.over_floor(row.value(key)),
+                closure_deviation=(row.closure or {}).get("seed_standard_deviation", {}).get("forget_loss"),
+                kl_deviation=row.over_floor(row.deviation(key)),
+            )
+        )
+    return points
+
+
+def _cost_picture(rows: Sequence[Row], name: str, *, labels: Sequence[str] | None = None) -> list[Block]:
+    """The picture of cost against fidelity with its heading; nothing where there is nothing to draw."""
+    picture = plot_cost_against_fidelity(_points(rows, labels=labels))
+    if picture is None:
+        return []
+    caption = (
+        "Each mark is a model; further left is cheaper. Closure: the share of the gap between before and "
+        "retrained that is closed in the loss on the forget set. Held-out KL / seed floor: distance from "
+        "retraining on held-out prompts. Bars are the standard deviation between seeds; a number beside a mark is "
+        "its value where that lies outside the panel."
+    )
+    return [Heading("Cost against fidelity", 3), Picture(name, caption, picture)]
+
+
+_SHOWN_EXAMPLES, _OPEN_EXAMPLES = 200, 30
+_QUANTITIES = {
+    "forget_loss": ("named", "as it was trained on", "it should rise to the retrained value, not beyond"),
+    "wanted_loss": ("wanted", "as its replacement", "it should fall to the retrained value"),
+}
+
+
+def _examples(reports: Sequence[Json], labels: Sequence[str], first: Json, name: str) -> list[Block]:
+    """Every example of the forget set: a picture, tables of losses, and texts where they are kept."""
+    by_id = [{row["id"]: row for row in report["named_examples"]} for report in reports]
+    own = {BEFORE, RETRAINED}
+    models: dict[str, tuple[int, str]] = {}  # label -> which report, and its name there
+    for place, (label, rows) in enumerate(zip(labels, by_id, strict=True)):
+        for key in next(iter(rows.values()))["forget_loss"] if rows else ():
+            if key not in own | {"reason"}:
+                models[label if key == UNLEARNED else key] = (place, key)
+    columns = {BEFORE: (reports.index(first), BEFORE), **models}
+    if first["models"][RETRAINED]["seeds"]:
+        columns["retrained (mean)"] = (reports.index(first), RETRAINED)
+    kinds = {
+        label: {BEFORE: "before", RETRAINED: "retrained"}.get(key, "unlearned")
+        for label, (_, key) in columns.items()
+    }
+    panels: dict[str, dict[str, dict[str, list[Number | None]]]] = {}
+    blocks: list[Block] = []
+    for quantity, (_, title, meaning) in _QUANTITIES.items():
+        chosen = [row for row in first["named_examples"] if quantity in row]
+        if not chosen:
+            continue
+        losses = {
+            label: [by_id[k].get(row["id"], {}).get(quantity, {}).get(key) for row in chosen]
+            for label, (k, key) in columns.items()
+        }
+        losses = {label: values for label, values in losses.items() if any(v is not None for v in values)}
+        actions = dict.fromkeys(row["action"] for row in chosen)
+        panels[f"each example {title}"] = {
+            ACTION_NAMES[action]: {
+                label: [value for row, value in zip(chosen, values, strict=True) if row["action"] == action]
+                for label, values in losses.items()
+            }
+            for action in actions
+        }
+        cells = tuple((row["id"], ACTION_NAMES[row["action"]], *(show_number(values[k]) for values in
+                      losses.values())) for k, row in enumerate(chosen))  # fmt: skip
+        shown = Table(("id", "request", *losses), cells[:_SHOWN_EXAMPLES])
+        left = len(cells) - len(shown.rows)
+        note = f" The other {left} are in `report.json`." if left else ""
+        text = Text(f"Loss (nats per token) of each example of the forget set **{title}**: {meaning}.{note}")
+        fold = len(shown.rows) > _OPEN_EXAMPLES or len(models) > 3
+        table: Block = Details(f"{len(shown.rows)} examples, {title}", (shown,)) if fold else shown
+        blocks += [text, table]
+    picture = plot_examples(panels, kinds)
+    if picture is not None:
+        caption = "Loss of each example of the forget set under each model; the bars are means."
+        blocks.insert(0, Picture(f"{name}-examples.png", caption, picture))
+    heading = [Heading("Each example of the forget set, before and after", 3)] if blocks else []
+    return [*heading, *blocks, *_texts(first)]
+
+
+def _texts(report: Json) -> list[Block]:
+    """What was asked and answered, where the evaluation was told to keep texts."""
+    rows = []
+    models: list[str] = []
+    for row in report["named_examples"][:_SHOWN_EXAMPLES]:
+        for part, said in row.get("answers", {}).items():
+            texts = row["texts"]
+            models = models or list(said)
+            query, right = ("query", "trained") if part == "named" else ("wanted_query", "wanted")
+            action = ACTION_NAMES[row["action"]] if part == "named" else "  its replacement"
+            rows.append((action, texts[query], texts[right], *(said.get(model, MISSING) for model in models)))
+    if not rows:
+        return []
+    header = ("request", "question", "trained on, or wanted", *models)
+    meaning = "What the models answer by greedy decoding; of the retrained models, the first."
+    return [Heading("Questions and answers", 3), Text(meaning), Table(header, tuple(rows))]
+
+
+def grid_blocks(reports: Sequence[tuple[str, Json]], name: str, extra: Sequence[Column] = ()) -> list[Block]:
+    """Many comparisons in tables: a row for each method of each, and one picture of all.
+
+    Args:
+        reports: each with the name of its cell. Those of one name differ in what was drawn, and stand one below the
+            other.
+        name: what the name of the PNG file begins with.
+        extra: columns besides those of every comparison.
+    """
+    rows, labels = [], []
+    for cell, report in reports:
+        for row in rows_of(report):
+            rows.append(dataclasses.replace(row, label=f"{cell}: {row.label}"))
+            labels.append(row.label)
+    tables = (("How close to retraining, and at what cost.", (*FIDELITY, *extra)), ("What is left.", FORGETTING),
+              ("What else the model can do.", _task_columns(rows)), ("What it took.", COST))  # fmt: skip
+    blocks = [block for title, columns in tables for block in _table(title, rows, columns)]
+    methods = [(row, label) for row, label in zip(rows, labels, strict=True) if row.kind == "unlearned"]
+    return [
+        *blocks,
+        *_cost_picture([row for row, _ in methods], f"{name}-cost.png", labels=[l for _, l in methods]),
+    ]
+
+
+_ABREAST = 4  # receipts in one table; more make another
+_STEPS_SHOWN = 60
+
+
+def receipt_blocks(receipts: Sequence[tuple[str, Json]]) -> list[Block]:
+    """How far to trust each erasure's linear algebra: receipts side by side, each line with how to read it.
+
+    Args:
+        receipts: name, and `receipt.json`.
+    """
+    if not receipts:
+        return []
+    blocks: list[Block] = [
+        Heading("Receipts"),
+        Text(
+            "Unlearning solves linear systems with a curvature matrix. Each erasure left a receipt that says how "
+            "well they were solved, and whether the change stayed where a linear prediction holds. It "
+            "is about the algebra: being close to the exact step is not yet being close to retraining."
+        ),
+    ]
+    for start in range(0, len(receipts), _ABREAST):
+        chosen = receipts[start : start + _ABREAST]
+        rows = []
+        for title, cell, meaning in _LINES:
+            cells = [cell(receipt) for _, receipt in chosen]
+            if any(text != MISSING for text in cells):
+                rows.append((title, *cells, meaning))
+        blocks.append(Table(("", *(name for name, _ in chosen), "how to read it"), tuple(rows)))
+    for place, (name, receipt) in enumerate(receipts, start=1):
+        inside: list[Block] = [_steps(receipt)]
+        drawn = plot_residuals([s for s in receipt["steps"] if "residual_history" in s])
+        if drawn is not None:
+            caption = (
+                "Relative residual after each iteration, a line per solve, the last the lightest; marks are "
+                "recomputed at the end, crosses where negative curvature stopped the solver."
+            )
+            inside.append(Picture(f"receipt{place}-residual.png", caption, drawn))
+        blocks.append(Details(f"Every step of {name}", tuple(inside)))
+    return blocks
+
+
+def _range(receipt: Json, group: str) -> str:
+    change = (receipt.get("range_check") or {}).get(group)
+    if change is None:
+        return MISSING
+    before, after, predicted = (show_number(change.get(key)) for key in ("before", "after", "predicted"))
+    return f"{before} → {after} (predicted {predicted})"
+
+
+def _ritz(receipt: Json) -> str:
+    """Least and largest over all steps."""
+    pairs = [step.get("ritz_extremes") or (None, None) for step in receipt["steps"]]
+    low = [pair[0] for pair in pairs if pair[0] is not None]
+    high = [pair[1] for pair in pairs if pair[1] is not None]
+    return f"{show_number(min(low))} to {show_number(max(high))}" if low and high else MISSING
+
+
+def _bound(receipt: Json) -> str:
+    """The largest of the steps' bounds; none where a step has none."""
+    bounds = [step.get("error_bound") for step in receipt["steps"]]
+    if not bounds or None in bounds:
+        return MISSING
+    worst = max(bounds)
+    return f"{show_number(worst)} ({'certified' if worst < CERTIFIED_BELOW else 'certifies nothing'})"
+
+
+def _status(receipt: Json) -> str:
+    solver = receipt["solver"]
+    return f"{solver['status']} ({solver['iterations']} iterations in {len(receipt['steps'])} solves)"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _config(receipt: Json) -> str:
+    config = receipt["config"]
+    return f"{config['curvature']} over {config['curvature_data']}, damping {show_number(config['damping'])}"
+
+
+def _ratio(receipt: Json) -> str:
+    return f"{show_number(receipt['delta_norm'])} of {show_number(receipt['adapter_norm_before'])}"
+
+
+def _gradient(receipt: Json) -> str:
+    return " → ".join(show_number(receipt[f"edited_gradient_norm_{when}"]) for when in ("before", "after"))
+
+
+def _survival(receipt: Json) -> str:
+    survival = receipt["bf16_survival"]
+    return MISSING if survival is None else f"{100 * survival:.0f} %"
+
+
+def _price(receipt: Json) -> str:
+    spent = show_number(receipt["gradient_equivalents"]["total"])
+    return f"{spent} gradient equivalents, {show_number(receipt['seconds'])} s"
+
+
+_LINES: tuple[tuple[str, Callable[[Json], str], str], ...] = (
+    ("outcome", lambda receipt: str(receipt.get("outcome") or MISSING), "what was reached, in words"),
+    ("method", lambda receipt: str(receipt.get("method") or MISSING), "matched, path or step; see the README"),
+    ("curvature", _config, "the matrix, the examples behind it, and the number added to its diagonal"),
+    ("solver status", _status, "the worst of all solves; reaching max_steps is not convergence"),
+    ("true residual", lambda receipt: show_number(receipt["solver"]["relative_residual"]),
+     "the largest ||b - A x|| / ||b||, recomputed after each solve: 0 is exact, 1 is nothing solved"),
+    ("Ritz extremes", _ritz, "least and largest eigenvalue that the solver met; their ratio says how hard the "
+     "system is, a least one below 0 that the matrix is indefinite. Empty for methods that do not iterate"),
+    ("negative curvature", lambda receipt: _yes(receipt["solver"]["negative_curvature"]), "whether a direction was "
+     "met along which the matrix is not positive; the solver then stops with what it has"),
+    ("error bound", _bound, f"bound on the relative error of the worst step, for its own sampled matrix; below "
+     f"{CERTIFIED_BELOW:g} it certifies the solve. Empty where a step has none"),
+    ("validity check", lambda receipt: (receipt.get("range_check") or {}).get("verdict", MISSING),
+     "whether the forget set moved and retained examples stayed"),
+    ("loss on the forget set", lambda receipt: _range(receipt, "forget"),
+     "before and after, and as a quadratic predicted it"),
+    ("loss on replacements", lambda receipt: _range(receipt, "wanted"), "the same for the replacements"),
+    ("loss on retained examples", lambda receipt: _range(receipt, "probe"), "the same for some that stay"),
+    ("size of the change", _ratio, "Euclidean norm of the change, of the adapter's"),
+    ("gradient norm", _gradient,
+     "of the edited objective, before and after, on a sample: smaller is nearer to a stationary point of it"),
+    ("bfloat16 survival", _survival, "share of the change that is left after rounding the adapter to bfloat16"),
+    ("cost", _price, "1 is a forward and backward pass of one example; diagnostics apart"),
+)  # fmt: skip
+
+
+def _steps(receipt: Json) -> Table:
+    """One row per solve."""
+    header = (
+        "step", "weight left", "length taken", "status", "iterations", "true residual", "least Ritz",
+        "largest Ritz", "negative curvature", "error bound", "loss on the forget set", "replacements", "retained",
+    )  # fmt: skip
+    rows = []
+    for number, step in enumerate(receipt["steps"][:_STEPS_SHOWN], start=1):
+        least, largest = step.get("ritz_extremes") or (None, None)
+        rows.append(
+            (
+                str(number),
+                f"{show_number(step['weight_before'])} → {show_number(step['weight_after'])}",
+                show_number(step["scale"]),
+                step["status"],
+                str(step["iterations"]),
+                show_number(step["relative_residual"]),
+                show_number(least),
+                show_number(largest),
+                _yes(step["negative_curvature"]),
+                show_number(step.get("error_bound")),
+                *(show_number(step.get(key)) for key in ("forget_loss", "wanted_loss", "probe_loss")),
+            )
+        )
+    left = len(receipt["steps"]) - len(rows)
+    if left:
+        rows.append((f"{left} more", *[MISSING] * (len(header) - 1)))
+    return Table(header, tuple(rows))
+
+
+def terminal_blocks(report: Json) -> list[Block]:
+    """What a command prints of a comparison: the verdict and the first table."""
+    rows = rows_of(report)
+    table = [block for block in _table("", rows, FIDELITY) if isinstance(block, Table)] if rows else []
+    return [Bullets(tuple(report["verdict"])), *table]

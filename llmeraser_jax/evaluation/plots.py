@@ -1,254 +1,229 @@
-"""The plots of a report, drawn from its dict with matplotlib's object interface (no pyplot, no global state).
+"""The plots of a page, drawn with matplotlib's object interface (no pyplot, no global state).
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and labels repeat what colours
-say.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and labels repeat what colours say.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from llmeraser_jax.evaluation.closure import Number
 
-COLOURS = {"before": "#0072B2", "unlearned": "#D55E00", "retrained": "#009E73", "control": "#7F7F7F"}
-MARKERS = {"before": "s", "unlearned": "o", "retrained": "D", "control": "^"}
-ACTION_NAMES = {
-    "remove": "removed",
-    "modify_query": "query modified",
-    "correct_response": "response corrected",
-}
+COLOURS = {"before": "#0072B2", "retrained": "#009E73", "control": "#7F7F7F"}
+LOWEST_CLOSURE = -0.5  # points further down are drawn there, with their value beside them
+_METHOD_COLOURS = ("#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#000000")
+_METHOD_MARKERS = ("o", "D", "v", "P", "X", "h", "<", ">")
+_CONTROL_MARKERS = ("^", "s", "p", "*", "d", "8")
+_TALLEST = 10.0  # held-out KL beyond ten floors is drawn there
 _DPI = 150
-_GRID = {"color": "#DDDDDD", "linewidth": 0.8}
 
 
-def render_plots(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files, name to content. A plot without data is left out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model of the plot of cost against fidelity.
 
-    Args:
-        report: from `report.build_report`.
+    Attributes:
+        label: as in the tables; models with the same label look the same.
+        kind: "before", "unlearned", "control" or "retrained".
+        cost: over one retraining's; None where unknown.
+        closure: on the forget set; None where undefined.
+        kl_over_floor: held-out KL in multiples of the seed floor; None where it was not measured.
+        closure_deviation, kl_deviation: between seeds; None where not known.
     """
-    makers = {
-        "named_examples.png": _plot_named_examples,
-        "heldout_kl.png": _plot_heldout_kl,
-        "solver_residual.png": _plot_solver,
-        "cost.png": _plot_cost,
-    }
-    figures = {name: make(report) for name, make in makers.items()}
-    return {name: to_png(figure) for name, figure in figures.items() if figure is not None}
+
+    label: str
+    kind: str
+    cost: Number | None
+    closure: Number | None
+    kl_over_floor: Number | None
+    closure_deviation: Number | None = None
+    kl_deviation: Number | None = None
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def style_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+def _style(axes: Axes, grid: Any) -> None:
     """What all plots share: no box, a pale grid behind the marks."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, **_GRID)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _plot_named_examples(report: Mapping[str, Any]) -> Figure:
-    """One dot per named example and model, and the mean as a bar; wanted losses in a second panel."""
-    rows = report["named_examples"]
-    edited = [row for row in rows if "wanted_loss" in row]
-    panels = [("forget_loss", rows, "on the examples as they were trained")]
-    if edited:
-        panels.append(("wanted_loss", edited, "on the edited examples as wanted"))
-    groups = [list(dict.fromkeys(row["action"] for row in members)) for _, members, _ in panels]
-    figure = Figure(figsize=(max(7.5, 2.4 + 2.1 * sum(map(len, groups))), 4.8), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(group) for group in groups])[0]
-    rng = np.random.default_rng(0)
-    for axes, (quantity, members, title), actions in zip(all_axes, panels, groups, strict=True):
-        models = [name for name in ("before", "unlearned", "retrained") if name in rows[0]["forget_loss"]]
-        offsets = dict(zip(models, np.linspace(-0.27, 0.27, len(models)), strict=True))
-        for position, action in enumerate(actions):
-            for model in models:
-                values = [row[quantity][model] for row in members if row["action"] == action]
-                finite = np.array([value for value in values if value is not None])
-                if not finite.size:
+def _looks(kinds: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each label: methods in colours, controls grey, both told apart by markers too."""
+    looks = {}
+    counts = {"unlearned": 0, "control": 0}
+    for label, kind in kinds.items():
+        if kind in ("before", "retrained"):
+            looks[label] = (COLOURS[kind], "s" if kind == "before" else "*")
+            continue
+        place = counts[kind]
+        counts[kind] += 1
+        if kind == "control":
+            looks[label] = (COLOURS["control"], _CONTROL_MARKERS[place % len(_CONTROL_MARKERS)])
+        else:
+            looks[label] = (
+                _METHOD_COLOURS[place % len(_METHOD_COLOURS)],
+                _METHOD_MARKERS[place % len(_METHOD_MARKERS)],
+            )
+    return looks
+
+
+def _mark(label: str, colour: str, marker: str) -> Line2D:
+    """A model's entry in a legend."""
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=8, label=label)
+
+
+def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
+    """A PNG with a panel for closure and one for the held-out KL; None where neither has a method to show.
+
+    Args:
+        points: of one comparison, or of several; a model before has no cost and is a line.
+    """
+    drawn = [p for p in points if p.kind != "before" and p.cost is not None and p.cost > 0]
+    methods = [p for p in drawn if p.kind == "unlearned"]
+    panels = [name for name in ("closure", "kl_over_floor") if any(getattr(p, name) is not None for p in methods)]
+    if not panels:
+        return None
+    looks = _looks({p.label: p.kind for p in drawn})
+    before = next((p for p in points if p.kind == "before"), None)
+    height = 4.4 + 0.22 * len(looks)
+    figure = Figure(figsize=(max(8.0, 1.5 + 4.6 * len(panels)), height), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set_xscale("log")
+        axes.set_xlabel("cost / one retraining (gradient equivalents)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _style(axes, "both")
+        level = 0.0
+        if name == "closure":
+            axes.set_ylabel("closure on the forget set (1 = the retrained level)")
+            axes.set_ylim(LOWEST_CLOSURE - 0.1, 1.15)
+        else:
+            axes.set_ylabel("held-out KL / seed floor (1 = another retraining)")
+            shown = [p.kl_over_floor for p in (*drawn, *([] if before is None else [before]))]
+            axes.set_ylim(0, 1.12 * min(_TALLEST, max([1.2, *(value for value in shown if value is not None)])))
+            level = None if before is None or before.kl_over_floor is None else min(before.kl_over_floor, _TALLEST)
+        if level is not None:
+            axes.axhline(level, color=COLOURS["before"], linestyle=":", linewidth=1.5)
+        axes.axhline(1.0, color=COLOURS["retrained"], linestyle="--", linewidth=1.2)
+        for point in drawn:
+            value = getattr(point, name)
+            if value is None or point.cost is None:
+                continue
+            shown = max(value, LOWEST_CLOSURE) if name == "closure" else min(value, _TALLEST)
+            colour, marker = looks[point.label]
+            deviation = point.closure_deviation if name == "closure" else point.kl_deviation
+            if deviation is not None and shown == value:
+                axes.errorbar(point.cost, shown, yerr=deviation, color=colour, linewidth=1.2, capsize=2)
+            size = 14 if marker == "*" else 10
+            look = {"marker": marker, "color": colour, "markersize": size, "markeredgecolor": "white"}
+            axes.plot(point.cost, shown, linestyle="none", markeredgewidth=0.8, alpha=0.95, **look)
+            if shown != value:
+                place: Any = {"xytext": (8, 0), "textcoords": "offset points", "fontsize": 8, "va": "center"}
+                axes.annotate(f"{value:.3g}", (point.cost, shown), **place)
+        # After the points: a margin on either side, so that no mark sits on the frame.
+        costs = [p.cost for p in drawn if p.cost is not None]
+        axes.set_xlim(min(costs) / 1.8, max(costs) * 1.8)
+    handles = [_mark(label, *look) for label, look in looks.items()]
+    if before is not None:
+        handles.append(Line2D([], [], label="before (no cost)", color=COLOURS["before"], linestyle=":"))
+    handles.append(Line2D([], [], color=COLOURS["retrained"], linestyle="--", label="target"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def plot_examples(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[Number | None]]]], kinds: Mapping[str, str]
+) -> bytes | None:
+    """A PNG with one dot per example and model and a bar at the mean; None where there is no number.
+
+    Args:
+        panels: title -> kind of request -> model -> losses of the examples.
+        kinds: of the models, in the order of drawing.
+    """
+    shown = {title: groups for title, groups in panels.items() if any(map(_finite, _values(groups)))}
+    if not shown:
+        return None
+    counts = [len(groups) for groups in shown.values()]
+    width = 2.4 + max(0.35 * len(kinds), 1.4) * sum(counts)
+    figure = Figure(figsize=(min(16.0, max(7.5, width)), 4.8), layout="constrained")
+    looks, rng = _looks(kinds), np.random.default_rng(0)
+    all_axes = figure.subplots(1, len(shown), squeeze=False, width_ratios=counts)[0]
+    offsets = dict(zip(kinds, np.linspace(-0.3, 0.3, len(kinds)), strict=True))
+    for axes, (title, groups) in zip(all_axes, shown.items(), strict=True):
+        for position, by_model in enumerate(groups.values()):
+            for model, losses in by_model.items():
+                values = np.array([loss for loss in losses if _finite(loss)], np.float64)
+                if not values.size:
                     continue
-                centre = position + offsets[model]
-                jitter = rng.uniform(-0.06, 0.06, finite.size) if finite.size > 1 else np.zeros(1)
-                style = {"color": COLOURS[model], "linewidths": 0}
-                axes.scatter(centre + jitter, finite, s=22, marker=MARKERS[model], alpha=0.5, **style)
-                axes.hlines(finite.mean(), centre - 0.11, centre + 0.11, color=COLOURS[model], linewidth=3)
-        counts = [sum(row["action"] == action for row in members) for action in actions]
-        axes.set_xticks(
-            range(len(actions)),
-            [f"{ACTION_NAMES[a]}\n(n = {n})" for a, n in zip(actions, counts, strict=True)],
-        )
-        axes.set_xlim(-0.55, len(actions) - 0.45)
+                (colour, marker), centre = looks[model], position + offsets[model]
+                jitter = rng.uniform(-0.15, 0.15, values.size) / len(kinds) if values.size > 1 else np.zeros(1)
+                axes.scatter(centre + jitter, values, s=22, marker=marker, color=colour, alpha=0.5, linewidths=0)
+                half = 0.25 / len(kinds)
+                axes.hlines(values.mean(), centre - half, centre + half, color=colour, linewidth=3)
+        labels = [f"{name}\n(n = {max(map(len, found.values()), default=0)})" for name, found in groups.items()]
+        axes.set_xticks(range(len(groups)), labels)
+        axes.set_xlim(-0.55, len(groups) - 0.45)
         top = axes.get_ylim()[1]
         axes.set_ylim(-0.03 * top, top)  # room for the marks of losses near 0
         axes.set_title(title, fontsize=10)
-        style_axes(axes, grid="y")
+        _style(axes, "y")
     all_axes[0].set_ylabel("loss (nats per response token)")
-    handles = [_dot(model, label=_with_seeds(model, report)) for model in models]
+    handles = [_mark(label, *looks[label]) for label in kinds]
     handles.append(Line2D([], [], color="#444444", linewidth=3, label="mean"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle("Loss on the named examples", fontweight="bold")
-    return figure
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    return _png(figure)
 
 
-def _with_seeds(model: str, report: Mapping[str, Any]) -> str:
-    seeds = report["models"]["retrained"]["seeds"]
-    if model != "retrained":
-        return model
-    return f"retrained (mean of {seeds} seeds)" if seeds > 1 else "retrained (one seed)"
+def _values(groups: Mapping[str, Mapping[str, Sequence[Number | None]]]) -> list[Number | None]:
+    return [loss for by_model in groups.values() for losses in by_model.values() for loss in losses]
 
 
-def _dot(model: str, label: str) -> Line2D:
-    return Line2D([], [], color=COLOURS[model], marker=MARKERS[model], linestyle="none", label=label)
+def _finite(value: Number | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
 
 
-def _plot_heldout_kl(report: Mapping[str, Any]) -> Figure | None:
-    """One row per model, the seed floor as a line and the spread of the retrained models as a band."""
-    floor = report["seed_floor"]["heldout_kl"]
-    if floor is None:
-        return None
-    models = report["models"]
-    entries = [("before", "before", models["before"]), ("unlearned", "unlearned", models["unlearned"])]
-    entries += [("retrained", seed["name"], seed) for seed in models["retrained"]["per_seed"]]
-    entries += [("control", name, control) for name, control in models["controls"].items()]
-    known = [
-        (kind, name, entry["heldout_kl_to_retrained"])
-        for kind, name, entry in entries
-        if entry["heldout_kl_to_retrained"] is not None
+def plot_residuals(steps: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """A PNG with the relative residual after each iteration, a line per solve; None where no solver iterated.
+
+    Args:
+        steps: `residual_history`, `relative_residual`, `iterations` and `negative_curvature` of each.
+    """
+    curves = [
+        np.array([np.nan if value is None else value for value in [1.0, *s["residual_history"]]]) for s in steps
     ]
-    figure = Figure(figsize=(7.5, 1.9 + 0.42 * len(known)), layout="constrained")
-    axes = figure.subplots()
-    seeds = [value for kind, _, value in known if kind == "retrained"]
-    green = COLOURS["retrained"]
-    axes.axvspan(min(seeds), max(seeds), color=green, alpha=0.15, linewidth=0, label="range of the seeds")
-    axes.axvline(floor, color=green, linestyle="--", label=f"seed floor {floor:.3g}")
-    for row, (kind, _, value) in enumerate(known):
-        axes.plot([0, value], [row, row], color=COLOURS[kind], linewidth=1.5, alpha=0.6)
-        axes.plot(value, row, color=COLOURS[kind], marker=MARKERS[kind], markersize=8)
-        axes.annotate(
-            f"{value:.3g}", (value, row), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
-        )  # fmt: skip
-    labels = {"retrained": "retrained, ", "control": "control: "}
-    axes.set_yticks(range(len(known)), [f"{labels.get(kind, '')}{name}" for kind, name, _ in known])
-    axes.set_ylim(len(known) - 0.5, -0.5)
-    axes.set_xlim(0, 1.15 * max([value for _, _, value in known] + [1e-9]))
-    axes.set_xlabel("held-out KL to the retrained models (nats per response position)")
-    style_axes(axes, grid="x")
-    axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle("Distance to retraining on held-out prompts (smaller is closer)", fontweight="bold")
-    return figure
-
-
-def _plot_solver(report: Mapping[str, Any]) -> Figure | None:
-    """Relative residual after each iteration, one line per path step; hollow marks are recomputed."""
-    steps = report["solver"]["steps"]
-    if not steps:
+    if not any(np.isfinite(curve[1:]).any() for curve in curves):
         return None
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    # Without its pale end, which a white page swallows; one band of the colour bar per step.
-    palette = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.85, len(steps))))
-    norm = BoundaryNorm(np.arange(len(steps) + 1) + 0.5, len(steps))
-    plotted = False
-    for number, step in enumerate(steps, start=1):
-        colour = palette(number - 1) if len(steps) > 1 else COLOURS["unlearned"]
-        curve = np.array([np.nan if value is None else value for value in [1.0, *step["history"]]])
+    for place, (step, curve) in enumerate(zip(steps, curves, strict=True)):
         curve[curve <= 0] = np.nan  # a logarithmic axis has no zero
-        axes.plot(np.arange(curve.size), curve, color=colour, linewidth=1.6)
-        residual = step["relative_residual"]
-        if residual:
-            flagged = step["negative_curvature"]
-            axes.plot(
-                step["iterations"], residual, color=colour, marker="X" if flagged else "o", markersize=9,
-                markerfacecolor=colour if flagged else "white", markeredgewidth=1.6, linestyle="none",
-            )  # fmt: skip
-        plotted = plotted or residual is not None or bool(np.isfinite(curve[1:]).any())
-    if not plotted:
-        return None
+        # From dark to light: the first solve to the last.
+        colour = (0.85 * place / max(1, len(steps) - 1), 0.35 + 0.4 * place / max(1, len(steps) - 1), 0.7)
+        axes.plot(np.arange(curve.size), curve, color=colour, linewidth=1.4)
+        if step["relative_residual"]:
+            marker = "X" if step["negative_curvature"] else "o"
+            axes.plot(step["iterations"], step["relative_residual"], color=colour, marker=marker, markersize=7)
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("solver iteration")
     axes.set_ylabel("relative residual (1 = nothing solved)")
-    style_axes(axes, grid="both")
-    marks = [
-        Line2D([], [], color="#444444", label="recurrence"),
-        Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="none", label="recomputed"),
-    ]
-    if report["solver"]["negative_curvature"]:
-        marks.append(
-            Line2D([], [], color="#444444", marker="X", linestyle="none", label="negative curvature: stopped")
-        )
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
-    if len(steps) > 1:
-        stride = -(-len(steps) // 12)  # at most twelve labels
-        figure.colorbar(
-            ScalarMappable(norm=norm, cmap=palette),
-            ax=axes,
-            label="path step",
-            ticks=np.arange(1, len(steps) + 1, stride),
-            drawedges=len(steps) <= 12,
-        ).minorticks_off()
-    count = f"{len(steps)} path steps" if len(steps) > 1 else "one step"
-    figure.suptitle(f"How far each linear system was solved ({count})", fontweight="bold")
-    return figure
-
-
-def _plot_cost(report: Mapping[str, Any]) -> Figure | None:
-    """Gradient equivalents and seconds of unlearning, of one retraining and of the controls."""
-    cost = report["cost"]
-    entries = [("unlearned", "unlearning", cost["unlearn"]), ("retrained", "one retraining", cost["retrain"])]
-    entries += [("control", f"control: {name}", entry) for name, entry in cost["controls"].items()]
-    panels = [
-        ("gradient_equivalents", "gradient equivalents\n(1 = forward and backward pass of one example)"),
-        ("seconds", "seconds"),
-    ]
-    known = [entry for entry in entries if any(entry[2][quantity] is not None for quantity, _ in panels)]
-    if not known:
-        return None
-    figure = Figure(figsize=(9.5, 1.7 + 0.5 * len(known)), layout="constrained")
-    for axes, (quantity, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        values = [entry[quantity] for _, _, entry in known]
-        for row, ((kind, _, _), value) in enumerate(zip(known, values, strict=True)):
-            axes.barh(row, value or 0.0, color=COLOURS[kind], height=0.6)
-            text = "unknown" if value is None else _short(value)
-            axes.annotate(
-                text, (value or 0.0, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
-            )
-        axes.set_yticks(range(len(known)), [name for _, name, _ in known])
-        axes.set_ylim(len(known) - 0.4, -0.6)
-        axes.set_xlim(0, 1.22 * max([value or 0.0 for value in values] + [1e-9]))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.set_xlabel(label)
-        axes.tick_params(axis="y", length=0)
-        style_axes(axes, grid="x")
-    figure.suptitle("Cost", fontweight="bold")
-    return figure
-
-
-def _short(value: Number) -> str:
-    """Three significant digits, thousands separated, without an exponent."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    _style(axes, "both")
+    return _png(figure)

@@ -7,7 +7,7 @@ A model may hide what it still knows. Two cheap probes are known to uncover it:
 * a short training on data that have nothing to do with what was forgotten (Hu et al. 2024, arXiv 2406.13356;
   Łucki et al. 2024, arXiv 2409.18025): suppressed knowledge returns without being shown.
 
-Each function measures the forget side before and after. The number to compare with is the same probe on a
+`evaluation.measures` takes the loss on the forget set after each. The number to compare with is the same probe on a
 retrained model: rounding harms it too, and relearning moves it too. Only what the unlearned model regains beyond
 the retrained one was hidden. Of an ensemble whose members never saw the named examples nothing can come back:
 what relearning changes is what rows of the other shards teach each member.
@@ -25,9 +25,6 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, ensemble_model, make_ensemble
 from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_min_k_auc
-from llmeraser_jax.evaluation.scoring import score_examples
-from llmeraser_jax.evaluation.tasks import Metric
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.models.quantization import dequantized
@@ -35,77 +32,6 @@ from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 
 Adapter = TypeVar("Adapter", Lora, Ensemble)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ForgetSide:
-    """What one model still knows of the named examples.
-
-    Attributes:
-        losses: on the named examples as trained, nats per token.
-        heldout_losses: on examples that were not trained on.
-        extraction: extraction strength of each named example.
-        membership_aucs: named against held-out examples, by loss and by min-k%.
-    """
-
-    losses: Float[np.ndarray, " named"]
-    heldout_losses: Float[np.ndarray, " heldout"]
-    extraction: Float[np.ndarray, " named"]
-    membership_aucs: tuple[Metric, ...]
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean over the named examples."""
-        return float(np.mean(self.losses))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Robustness:
-    """One probe on one model.
-
-    Attributes:
-        probe: in words.
-        before: as the model was.
-        after: what the probe left of it.
-    """
-
-    probe: str
-    before: ForgetSide
-    after: ForgetSide
-
-    @property
-    def regained(self) -> float:
-        """Nats per token by which the mean loss on the named examples fell; negative where it rose."""
-        return self.before.mean_loss - self.after.mean_loss
-
-
-def measure_forget_side(
-    model: Model,
-    lora: Lora | Ensemble | None,
-    named: TokenDataset,
-    heldout: TokenDataset,
-    *,
-    indices: np.ndarray | None = None,
-) -> ForgetSide:
-    """Losses and membership inference on the named examples.
-
-    Args:
-        model: the base; an `EnsembleModel` of it for an ensemble.
-        lora: the adapter or ensemble; None is the base alone.
-        named: a set with the named examples as trained.
-        heldout: examples that were not trained on.
-        indices: where in `named` they are; None is all.
-    """
-    inside, outside = score_examples(model, lora, named, indices), score_examples(model, lora, heldout)
-    return ForgetSide(
-        losses=inside.losses,
-        heldout_losses=outside.losses,
-        extraction=inside.extraction,
-        membership_aucs=(
-            membership_loss_auc(inside.losses, outside.losses),
-            membership_min_k_auc(inside.min_k, outside.min_k),
-        ),
-    )
 
 
 def round_to_nearest(
@@ -235,32 +161,6 @@ def _unmerged(lora: Lora | None) -> Lora | None:
     return dataclasses.replace(lora, params={**lora.params, "layers": {}})
 
 
-def robustness_to_rounding(
-    model: Model,
-    lora: Lora | Ensemble,
-    named: TokenDataset,
-    heldout: TokenDataset,
-    *,
-    indices: np.ndarray | None = None,
-    bits: int = 4,
-    group_size: int = 64,
-) -> Robustness:
-    """The forget side before and after the merged model was rounded.
-
-    Args:
-        model: the base; an `EnsembleModel` of it for an ensemble.
-        lora: the adapter or ensemble after unlearning (or after retraining, for the comparison).
-        named, heldout, indices: see `measure_forget_side`.
-        bits, group_size: see `round_to_nearest`.
-    """
-    rounded, rest = quantise_merged(model, lora, bits=bits, group_size=group_size)
-    return Robustness(
-        probe=f"merged model rounded to {bits} bits in groups of {group_size}",
-        before=measure_forget_side(model, lora, named, heldout, indices=indices),
-        after=measure_forget_side(rounded, rest, named, heldout, indices=indices),
-    )
-
-
 def relearn(
     model: Model, lora: Adapter, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int
 ) -> Adapter:
@@ -305,42 +205,6 @@ def relearn(
         raise ValueError(msg)
     config = dataclasses.replace(config, epochs=num_steps // steps_per_epoch)
     return finetune(model, short, config, lora=lora).lora
-
-
-def robustness_to_relearning(
-    model: Model,
-    lora: Adapter,
-    named: TokenDataset,
-    heldout: TokenDataset,
-    unrelated: TokenDataset,
-    config: TrainConfig,
-    *,
-    num_steps: int,
-    indices: np.ndarray | None = None,
-) -> Robustness:
-    """The forget side before and after a short training on unrelated examples.
-
-    Args:
-        model: the base; an `EnsembleModel` of it for an ensemble.
-        lora: the adapter or ensemble after unlearning (or after retraining, for the comparison).
-        named, heldout, indices: see `measure_forget_side`.
-        unrelated, config, num_steps: see `relearn`.
-
-    Raises:
-        ValueError: an unrelated example is a named one, or as `relearn`.
-    """
-    which = range(len(named)) if indices is None else np.asarray(indices).tolist()
-    tokens = {named.encoded[i].tokens.tobytes(): named.encoded[i].id for i in which}
-    shared = [tokens[e.tokens.tobytes()] for e in unrelated.encoded if e.tokens.tobytes() in tokens]
-    if shared:
-        msg = f"{len(shared)} unrelated examples are named ones, the first is {shared[0]!r}; leave those out."
-        raise ValueError(msg)
-    again = relearn(model, lora, unrelated, config, num_steps=num_steps)
-    return Robustness(
-        probe=f"{num_steps} steps of {config.batch_size} unrelated examples at a rate of {config.learning_rate:g}",
-        before=measure_forget_side(model, lora, named, heldout, indices=indices),
-        after=measure_forget_side(model, again, named, heldout, indices=indices),
-    )
 
 
 def retained_only(dataset: TokenDataset, named: np.ndarray) -> TokenDataset:

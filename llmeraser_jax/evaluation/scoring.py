@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.baselines.ensemble import Ensemble, ensemble_model
-from llmeraser_jax.baselines.ensemble_generation import generate_ensemble
 from llmeraser_jax.data import Example, TokenDataset, encode_examples, turn_ends
 from llmeraser_jax.evaluation.extraction import extraction_strengths
 from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult
 from llmeraser_jax.evaluation.membership import min_k_plus_plus_scores, min_k_scores
 from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy, yes_no_auc
-from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, generate
 from llmeraser_jax.parallel import place_batch, to_host
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
@@ -144,10 +141,7 @@ def _response_masks(dataset: TokenDataset, indices: np.ndarray, width: int) -> t
 
 
 def heldout_kl_of(
-    model: Model,
-    heldout: TokenDataset,
-    candidates: Mapping[str, LoraParams],
-    retrained: Sequence[Lora],
+    model: Model, heldout: TokenDataset, candidates: Mapping[str, LoraParams], retrained: Sequence[LoraParams]
 ) -> HeldOutKLResult:
     """Held-out KL of every candidate to the retrained models, one micro-batch of vocabularies at a time.
 
@@ -184,7 +178,7 @@ def answer(
     They end where training ended responses, or where the base model does.
 
     Args:
-        model: the base.
+        model: the base. One with a method `generate`, as ensembles' have, generates by that.
         lora: the adapter, or an ensemble; None is the base alone.
         dataset: encoded examples; their responses only bound the length.
         indices: which; None is all, in order.
@@ -196,12 +190,8 @@ def answer(
     trained_end = model.tokenizer.eos_token_id
     ends = turn_ends((dataset.encoded[i] for i in indices), model.tokenizer)
     stops = sorted({*model.config.eos_token_ids, *ends, *(() if trained_end is None else (trained_end,))})
-    if isinstance(lora, Ensemble):
-        tokens = generate_ensemble(
-            ensemble_model(model), lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops
-        )
-    else:
-        tokens = generate(model, lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops)
+    by_model = getattr(model, "generate", partial(generate, model))
+    tokens = by_model(lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops)
     return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 

@@ -1,4 +1,4 @@
-"""Task metrics with counts and standard errors: yes/no accuracy, AUC, exact match, HitRatio@1; means over seeds.
+"""Task metrics with counts and standard errors: yes/no accuracy, AUC, exact match, HitRatio@1.
 
 An answer is *valid* when it parses. Invalid answers stay in the denominator N: a model that answers nothing
 scores 0, it is not excused. The AUC alone is over the valid rows, because nothing else can be ranked.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -335,70 +334,3 @@ def hit_ratio_of_valid(metric: Metric) -> Metric:
         msg = f"{metric.name} has no count of correct answers."
         raise ValueError(msg)
     return count_metric(f"{metric.name}_of_valid", correct=metric.correct, valid=metric.valid, total=metric.valid)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SeedMetric:
-    """One metric over models that differ in their seed alone, on one test set.
-
-    Attributes:
-        name: of the metric.
-        value: mean over seeds, or None where a seed has none.
-        num_seeds: R.
-        seed_standard_deviation: between seeds (ddof = 1); None for one seed.
-        seed_standard_error: of the mean over seeds, `sd / sqrt(R)`: how far R more seeds would move it, on this
-            test set.
-        example_standard_error: mean of the seeds' own sampling errors over test examples: how far another test set
-            of this size would move it. Seeds share the test set, so that more of them do not shrink it.
-        correct, valid, total: means over seeds; None where a seed has none.
-        reason: why a field is None; empty when none is.
-    """
-
-    name: str
-    value: float | None
-    num_seeds: int
-    seed_standard_deviation: float | None
-    seed_standard_error: float | None
-    example_standard_error: float | None
-    correct: float | None
-    valid: float
-    total: float
-    reason: str = ""
-
-
-def over_seeds(metrics: Sequence[Metric]) -> SeedMetric:
-    """The same metric of several seeds as one, with both kinds of standard error.
-
-    Args:
-        metrics: one per seed.
-
-    Raises:
-        ValueError: there is none, or they are of different names.
-    """
-    names = sorted({metric.name for metric in metrics})
-    if len(names) != 1:
-        msg = f"Expected one metric of every seed, got {len(metrics)} of the names {names}."
-        raise ValueError(msg)
-
-    def mean_of(key: str) -> float | None:
-        values = [getattr(metric, key) for metric in metrics]
-        return None if None in values else math.fsum(values) / len(values)
-
-    values = [metric.value for metric in metrics if metric.value is not None]
-    complete = len(values) == len(metrics)
-    deviation = statistics.stdev(values) if complete and len(values) > 1 else None
-    reasons = dict.fromkeys(metric.reason for metric in metrics if metric.reason)
-    if complete and len(metrics) == 1:
-        reasons["one seed: no deviation between seeds is known"] = None
-    return SeedMetric(
-        name=names[0],
-        value=mean_of("value"),
-        num_seeds=len(metrics),
-        seed_standard_deviation=deviation,
-        seed_standard_error=None if deviation is None else deviation / math.sqrt(len(values)),
-        example_standard_error=mean_of("standard_error"),
-        correct=mean_of("correct"),
-        valid=math.fsum(metric.valid for metric in metrics) / len(metrics),
-        total=math.fsum(metric.total for metric in metrics) / len(metrics),
-        reason="; ".join(reasons),
-    )

@@ -10,13 +10,8 @@ from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
 from llmeraser_jax.evaluation import forgetting
-from llmeraser_jax.evaluation.forgetting import (
-    HeldOutKL,
-    heldout_kl,
-    membership_loss_auc,
-    membership_min_k_auc,
-    min_k_scores,
-)
+from llmeraser_jax.evaluation.forgetting import HeldOutKL, heldout_kl
+from llmeraser_jax.evaluation.membership import membership_loss_auc, membership_min_k_auc, min_k_scores
 
 
 def _logs(*rows):

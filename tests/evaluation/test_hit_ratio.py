@@ -1,11 +1,13 @@
 """HitRatio@1 and ValidRatio counted by hand, in both ways to read an answer; means over seeds with both errors."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from llmeraser_jax.evaluation.tasks import auc_metric, count_metric, hit_ratio, hit_ratio_of_valid, over_seeds
+from llmeraser_jax.evaluation.summary import _mean_metrics, _metric
+from llmeraser_jax.evaluation.tasks import auc_metric, count_metric, hit_ratio, hit_ratio_of_valid
 
 TITLES = ["Alien", "Aliens", "Heat (1995)", "Dr. No"]
 
@@ -62,21 +64,19 @@ def test_rows_that_do_not_go_together_are_named():
         hit_ratio(["a", "b"], ["a", "c"], [["a"], ["b"]])
 
 
-def test_means_over_seeds_have_one_error_over_seeds_and_one_over_examples():
-    metrics = [count_metric("accuracy", correct=c, valid=90, total=100) for c in (50, 60, 70)]
-    result = over_seeds(metrics)
-    assert result.value == pytest.approx(0.6)
-    assert (result.correct, result.valid, result.total, result.num_seeds) == (60, 90, 100, 3)
-    assert result.seed_standard_deviation == pytest.approx(0.1)
-    assert result.seed_standard_error == pytest.approx(0.1 / math.sqrt(3))
+def test_means_over_seeds_have_one_deviation_over_seeds_and_one_error_over_examples():
+    metrics = [dataclasses.asdict(count_metric("accuracy", correct=c, valid=90, total=100)) for c in (50, 60, 70)]
+    result = _mean_metrics([{"accuracy": metric} for metric in metrics])["accuracy"]
+    assert result["value"] == pytest.approx(0.6)
+    assert (result["correct"], result["valid"], result["total"]) == (60, 90, 100)
+    assert result["seed_standard_deviation"] == pytest.approx(0.1)
     expected = (0.05 + math.sqrt(0.24 / 100) + math.sqrt(0.21 / 100)) / 3
-    assert result.example_standard_error == pytest.approx(expected)
+    assert result["standard_error"] == pytest.approx(expected)
 
 
 def test_one_seed_or_a_seed_without_a_value_is_said_in_words():
-    single = over_seeds([count_metric("accuracy", correct=1, valid=2, total=2)])
-    assert single.value == 0.5 and single.seed_standard_error is None and "one seed" in single.reason
-    undefined = over_seeds([auc_metric("auc", np.ones(2), np.zeros(size)) for size in (2, 0)])
-    assert undefined.value is None and "0 negative scores" in undefined.reason
-    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
-        over_seeds([count_metric(name, correct=0, valid=0, total=1) for name in "ab"])
+    single = _mean_metrics([{"a": dataclasses.asdict(count_metric("a", correct=1, valid=2, total=2))}])["a"]
+    assert single["value"] == 0.5 and "one retraining seed" in single["reason"]["seed_standard_deviation"]
+    metrics = [_metric(dataclasses.asdict(auc_metric("auc", np.ones(2), np.zeros(size)))) for size in (2, 0)]
+    undefined = _mean_metrics([{"auc": metric} for metric in metrics])["auc"]
+    assert undefined["value"] is None and "0 negative scores" in undefined["reason"]["value"]

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.evaluation.compare import _membership, _View
 from llmeraser_jax.evaluation.membership import (
     LEAST_DEVIATION,
     mean_of_others,
@@ -13,7 +12,8 @@ from llmeraser_jax.evaluation.membership import (
     min_k_plus_plus_scores,
     reference_scores,
 )
-from llmeraser_jax.evaluation.scoring import ExampleScores, token_statistics
+from llmeraser_jax.evaluation.scoring import token_statistics
+from llmeraser_jax.evaluation.summary import membership
 
 
 def test_moments_of_two_symbols_by_hand():
@@ -97,34 +97,33 @@ def test_a_retrained_model_is_never_its_own_reference():
     assert mean_of_others(losses[:1], 0) is None
 
 
-def scores(losses, *, plus_plus=None):
-    """A model's view of examples of which only the losses matter here."""
-    losses = np.asarray(losses, np.float64)
-    return ExampleScores(
-        losses=losses,
-        log_probs=-losses,
-        min_k=-losses,
-        min_k_plus_plus=-losses if plus_plus is None else np.asarray(plus_plus, np.float64),
-        extraction=np.zeros(len(losses)),
-    )
+def view(members, others, *, plus_plus=None):
+    """Scores of a model of which only the losses matter here."""
 
+    def side(losses):
+        low = [-loss for loss in losses]
+        return {"losses": losses, "min_k": low, "min_k_plus_plus": low if plus_plus is None else plus_plus}
 
-def view(members, others, **kwargs):
-    return _View(forget=scores(members, **kwargs), wanted=scores([]), heldout=scores(others, **kwargs))
+    return {"named": side(members), "heldout": side(others)}
 
 
 def test_a_comparison_measures_every_attack_and_leaves_a_retrained_model_out_of_its_reference():
     base = view([3.0, 3.0], [1.0, 1.0])
     retrained = [view([2.0, 2.0], [1.0, 1.5]), view([0.0, 0.0], [1.0, 1.5]), view([2.0, 2.0], [1.0, 1.5])]
     judged = view([2.0, 2.0], [1.0, 1.5], plus_plus=[1, 0])
-    aucs = {m.name: m.value for m in _membership(judged, base, retrained, None)}
+
+    def aucs(scores, left_out=None, retrained=retrained):
+        return {m.name: m.value for m in membership(scores, base=base, retrained=retrained, left_out=left_out)}
+
     # Loss: members are the harder ones. Base: 1 better than the base against 0 and -0.5. Mean of the three
     # retrained: members 4/3, so 2/3 worse; the others exactly as well.
-    assert aucs == {"loss": 0, "min_k": 0, "min_k_plus_plus": 0.5, "reference_base": 1, "reference_retrained": 0}
-    left_out = {m.name: m.value for m in _membership(retrained[1], base, retrained, 1)}
+    expected = {"loss": 0, "min_k": 0, "min_k_plus_plus": 0.5, "reference_base": 1, "reference_retrained": 0}
+    assert aucs(judged) == expected
     # The others' means are 2 on the members: 2 better there, as well elsewhere. With itself they would be 4/3.
-    assert left_out["reference_retrained"] == 1
-    first = {m.name: m.value for m in _membership(retrained[0], base, retrained, 0)}
-    assert first["reference_retrained"] == 0  # the others' mean is 1, so that it is 1 worse
-    assert "reference_retrained" not in {m.name for m in _membership(retrained[0], base, retrained[:1], 0)}
-    assert _membership(_View(forget=scores([1.0]), wanted=scores([]), heldout=None), None, retrained, None) == ()
+    assert aucs(retrained[1], 1)["reference_retrained"] == 1
+    assert aucs(retrained[0], 0)["reference_retrained"] == 0  # the others' mean is 1, so that it is 1 worse
+    assert "reference_retrained" not in aucs(retrained[0], 0, retrained[:1])
+    assert membership({"named": judged["named"]}, retrained=retrained) == ()
+    # One non-member is left out, and the other is easier than both members.
+    alone = membership(judged, nonmembers=[False, True])
+    assert [metric.value for metric in alone[:2]] == [0, 0]

@@ -9,17 +9,17 @@ import pytest
 
 from llmeraser_jax.baselines.ensemble import ensemble_model, make_ensemble
 from llmeraser_jax.data import encode_examples, load_examples
+from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.robustness import (
-    measure_forget_side,
     quantise_merged,
     relearn,
     retained_only,
-    robustness_to_relearning,
-    robustness_to_rounding,
     round_to_nearest,
 )
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import LINEAR_NAMES
+from llmeraser_jax.unlearning.problem import EditProblem
 from tests.baselines.gates import drawn_gate
 from tests.training import tiny
 
@@ -81,34 +81,38 @@ def test_only_linear_layers_of_the_merged_model_are_rounded(model, lora):
 
 
 def test_eight_bits_change_little_and_two_bits_much(model, lora, data):
-    train, heldout = data
-    fine, coarse = (
-        robustness_to_rounding(model, lora, train, heldout, indices=NAMED, bits=bits, group_size=8)
-        for bits in (8, 2)
-    )
-    np.testing.assert_array_equal(
-        fine.before.losses, measure_forget_side(model, lora, train, heldout).losses[NAMED]
-    )
-    np.testing.assert_allclose(fine.after.losses, fine.before.losses, atol=0.1)
-    assert np.abs(coarse.after.losses - coarse.before.losses).max() > 0.1
-    assert fine.regained == pytest.approx(fine.before.losses.mean() - fine.after.losses.mean())
-    assert [metric.name for metric in fine.after.membership_aucs] == ["loss", "min_k"]
+    before = score_examples(model, lora, data[0], NAMED).losses
+
+    def rounded(bits):
+        return score_examples(*quantise_merged(model, lora, bits=bits, group_size=8), data[0], NAMED).losses
+
+    np.testing.assert_allclose(rounded(8), before, atol=0.1)
+    assert np.abs(rounded(2) - before).max() > 0.1
 
 
-def test_relearning_the_named_rows_themselves_is_refused_and_other_rows_leave_a_mark(model, lora, data):
-    train, heldout = data
-    config = dataclasses.replace(tiny.CONFIG, learning_rate=0.02)
+def bench_of(model, rows, **changes):
+    problem = EditProblem(examples=rows, num_trained=len(rows), named=NAMED, replacements=np.array([-1, -1]))
+    return measures.Bench(model=model, problem=problem, **changes)
+
+
+def test_probes_are_the_mean_loss_after_rounding_and_after_training_on_the_other_rows(model, lora, data):
+    train, _ = data
+    config = dataclasses.replace(tiny.CONFIG, learning_rate=5e-4)
+    bench = bench_of(model, train, train=config)
     unrelated = retained_only(train, NAMED)
     assert unrelated.ids == tuple(id_ for k, id_ in enumerate(train.ids) if k not in NAMED)
-    result = robustness_to_relearning(model, lora, train, heldout, unrelated, config, num_steps=2, indices=NAMED)
-    assert not np.array_equal(result.before.losses, result.after.losses)
-    again = relearn(model, lora, unrelated, config, num_steps=2)
-    after = measure_forget_side(model, again, train, heldout, indices=NAMED)
-    np.testing.assert_array_equal(after.losses, result.after.losses)  # the same seed draws the same rows
-    with pytest.raises(ValueError, match="unrelated examples are named ones, the first is 'r1'"):
-        robustness_to_relearning(model, lora, train, heldout, train, config, num_steps=2, indices=NAMED)
+    rounded = score_examples(*quantise_merged(model, lora), train, NAMED).losses.mean()
+    # Six rows: as many steps of one row each, at the training's own rate, which is below the probe's.
+    one = dataclasses.replace(config, batch_size=1)
+    again = relearn(model, lora, unrelated, one, num_steps=6)
+    relearned = score_examples(model, again, train, NAMED).losses.mean()
+    found = measures.measure(bench, model, lora, measures.PROBES)
+    assert found["forget_loss_4_bit"] == pytest.approx(rounded, rel=1e-6)
+    assert found["forget_loss_relearned"] == pytest.approx(relearned, rel=1e-6)  # the same seed draws the same rows
+    assert relearned != pytest.approx(score_examples(model, lora, train, NAMED).losses.mean(), rel=1e-6)
+    assert measures.relearning(bench_of(model, train), model, lora) == {}
     with pytest.raises(ValueError, match="no multiple"):
-        relearn(model, lora, unrelated, config, num_steps=3)
+        relearn(model, lora, unrelated, dataclasses.replace(config, batch_size=4), num_steps=3)
 
 
 @pytest.fixture(scope="module", params=["equal weights", "gated"])

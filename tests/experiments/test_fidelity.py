@@ -6,10 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from experiments.fidelity import cells, main, methods, profiles, table, tasks
+from experiments import study
+from experiments.fidelity import main, methods, profiles, tasks
 from experiments.workdirs import claim_settings
 from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS
+from llmeraser_jax.evaluation.page import rows_of
+from llmeraser_jax.evaluation.records import read_comparison, write_plan
+from llmeraser_jax.evaluation.render import Table
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import EraseConfig, UnlearningError
 from tests.training import tiny
@@ -103,6 +107,17 @@ class TinyTask:
         return {"epochs": self.train.epochs}
 
 
+@dataclasses.dataclass(frozen=True)
+class Hopeless:
+    def fit(self, setting):
+        raise UnlearningError("no step was found")
+
+
+def cell_of(workdir, model, request_seed=0):
+    id_ = main.CellId(task="tiny", category="removal", share=0.125, request_seed=request_seed)
+    return main.study_of(workdir, id_, TinyTask(), model, 2)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return load_model(tiny.save_tiny_model(tmp_path_factory.mktemp("fidelity") / "base"))
@@ -112,16 +127,16 @@ def model(tmp_path_factory):
 def workdir(tmp_path_factory, model):
     """Two requests of one task, one method each that works and one that fails."""
     workdir = tmp_path_factory.mktemp("fidelity") / "out"
-
-    def fails(setting):
-        raise UnlearningError("no step was found")
-
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(main, "METHODS", {**methods.METHODS, "hopeless": Hopeless()})
+    claim_settings(workdir / "tasks" / "tiny", {"train": {"epochs": tiny.CONFIG.epochs}})
     for request_seed in (0, 1):
-        id_ = cells.CellId(task="tiny", category="removal", share=0.125, request_seed=request_seed)
-        cell = cells.Cell(workdir, id_, TinyTask(), model, num_retrained=2)
-        for name in ("matched", "cb-as-matched", "ascent-best"):
-            cell.run(name, methods.METHODS[name])
-        cell.run("hopeless", fails)
+        cell = cell_of(workdir, model, request_seed)
+        names = ("matched", "cb-as-matched", "ascent-best", "hopeless")
+        write_plan(cell.workdir, cell.plan(dict.fromkeys(names, 1)))
+        for name in names:
+            cell.run(name, 0)
+    monkeypatch.undo()
     return workdir
 
 
@@ -136,65 +151,65 @@ def test_a_trained_run_is_shared_and_each_request_has_its_retrainings(workdir):
         assert gone not in {row.id for row in load_examples(path)}
 
 
-def test_what_is_there_is_read_and_not_computed_again(workdir, model):
-    def explodes(setting):
-        raise AssertionError("computed again")
-
-    cell = cells.Cell(workdir, cells.CellId(task="tiny", category="removal", share=0.125), TinyTask(), model)
-    found = cell.run("matched", explodes)
-    assert found == json.loads((workdir / "cells/tiny/removal-0.125/matched.json").read_text())
-    (workdir / "cells/tiny/removal-0.125/again.json").unlink(missing_ok=True)
-    with pytest.raises(AssertionError, match="computed again"):
-        cell.run("again", explodes)
+def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatch):
+    monkeypatch.setattr(study.Study, "fit", None)
+    record = cell_of(workdir, model).run("matched", 0)
+    kept = json.loads((workdir / "cells/tiny/removal-0.125/records/matched-seed_0.json").read_text())
+    assert record.scores == kept["scores"]
+    with pytest.raises(TypeError):
+        cell_of(workdir, model).run("newton", 0)
 
 
 def test_a_cell_is_judged_against_the_mean_of_its_retrained_models(workdir):
-    reference = json.loads((workdir / "cells/tiny/removal-0.125/reference.json").read_text())
-    result = json.loads((workdir / "cells/tiny/removal-0.125/matched.json").read_text())
-    target = np.mean([scores["forget_loss"] for scores in reference["retrained"]])
-    before, after = reference["before"]["forget_loss"], result["after"]["forget_loss"]
-    assert result["closure"] == {"forget_loss": pytest.approx(1 - abs(after - target) / abs(before - target))}
-    assert result["cost"] == pytest.approx(result["gradient_equivalents"] / 70)  # 10 epochs of 7 rows
-    assert result["cost_of_5_epochs"] == pytest.approx(2 * result["cost"])
-    assert result["kl_over_floor"] == pytest.approx(result["after"]["heldout_kl"] / reference["seed_floor"])
-    assert reference["before"]["heldout_kl"] > 0
+    report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
+    retrained, result = report["models"]["retrained"], report["models"]["methods"]["matched"]
+    target = np.mean([scores["forget_loss"] for scores in retrained["per_seed"]])
+    before, after = report["models"]["before"]["forget_loss"], result["forget_loss"]
+    closure = report["gap_closure"]["methods"]["matched"]["forget_loss"]
+    assert closure == pytest.approx(1 - abs(after - target) / abs(before - target))
+    rows = {row.label: row for row in rows_of(report)}
+    spent = report["cost"]["methods"]["matched"]["gradient_equivalents"]
+    assert rows["matched"].share("gradient_equivalents") == pytest.approx(spent / 70)  # 10 epochs of 7 rows
+    assert float(main.FIVE_EPOCHS.cell(rows["matched"])) == pytest.approx(2 * spent / 70, rel=5e-3)
+    assert report["seed_floor"]["heldout_kl"] > 0 and report["models"]["before"]["heldout_kl_to_retrained"] > 0
+    assert set(result["task_metrics"]) == {"exact_match", "retained: exact_match"}
 
 
 def test_controls_move_as_far_as_the_default_or_say_that_an_oracle_chose(workdir):
-    names = ("matched", "cb-as-matched", "ascent-best")
-    read = {n: json.loads((workdir / f"cells/tiny/removal-0.125/{n}.json").read_text()) for n in names}
-    assert read["cb-as-matched"]["delta_norm"] == pytest.approx(read["matched"]["delta_norm"], rel=1e-4)
-    assert not read["cb-as-matched"]["chosen_with_oracle"] and read["ascent-best"]["chosen_with_oracle"]
-    distances = read["ascent-best"]["details"]["distances_to_retraining"]
-    assert 1 - read["ascent-best"]["closure"]["forget_loss"] == pytest.approx(min(distances), abs=1e-5)
+    records = {r.model: r for r in read_comparison(workdir / "cells/tiny/removal-0.125").of("unlearned")}
+    moved = {name: record.details.get("delta_norm") for name, record in records.items()}
+    assert moved["cb-as-matched"] == pytest.approx(moved["matched"], rel=1e-4)
+    assert not records["cb-as-matched"].details["chosen"]
+    distances = records["ascent-best"].details["chosen"]["distances_of_lengths"].values()
+    report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
+    assert 1 - report["gap_closure"]["methods"]["ascent-best"]["forget_loss"] == pytest.approx(
+        min(distances), abs=1e-5
+    )
 
 
 def test_the_oracle_judges_by_the_gaps_that_exist():
     before, losses = {"forget_loss": 0.0, "wanted_loss": 1.0}, {"forget_loss": 1.5, "wanted_loss": 3.0}
     apart = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 2.2)]
-    assert cells.distance_left(before, losses, apart) == pytest.approx(0.25)
+    assert methods.distance_left(before, losses, apart) == pytest.approx(0.25)
     near = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 0.2)]
-    assert cells.distance_left(before, losses, near) == pytest.approx(2.9 / 0.9)
+    assert methods.distance_left(before, losses, near) == pytest.approx(2.9 / 0.9)
     diverged = {"forget_loss": float("nan"), "wanted_loss": None}
-    assert cells.distance_left(before, diverged, near) == 1e30
+    assert methods.distance_left(before, diverged, near) == 1e30
 
 
-def test_the_table_has_a_row_per_method_over_all_requests(workdir):
-    lines = table.render_table(table.load_results(workdir), tuple(methods.METHODS)).splitlines()
-    assert [line.split(" | ")[3] for line in lines[2:]] == [
-        "matched",
-        "cb-as-matched",
-        "ascent-best (oracle)",
-        "hopeless",
-    ]
-    assert [line.split(" | ")[4] for line in lines[2:]] == ["2", "2", "2", "0 of 2"]
-    assert "no step: no step was found" in lines[-1]
-    assert len({line.count(" | ") for line in (lines[0], *lines[2:])}) == 1
+def test_the_grid_has_a_row_per_cell_and_method_and_a_picture(workdir):
+    blocks = main.render(workdir)
+    first = next(block for block in blocks if isinstance(block, Table))
+    assert [row[0].removeprefix("tiny/removal-0.125: ") for row in first.rows[:6]] == [
+        "before", "matched", "cb-as-matched", "ascent-best (chosen with the oracle)", "hopeless (no step)",
+        "retrained, mean of 2",
+    ]  # fmt: skip
+    assert len(first.rows) == 12 and "cost / 5 epochs" in first.header
+    assert (workdir / "grid-cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot_is_a_picture_with_and_without_results(workdir):
-    for results in ([], table.load_results(workdir)):
-        assert table.render_plot(results, tuple(methods.METHODS)).startswith(b"\x89PNG")
+def test_without_results_the_page_says_so(tmp_path):
+    assert main.render(tmp_path) and "No cell was measured yet" in (tmp_path / "report.md").read_text()
 
 
 def test_other_settings_are_refused_in_a_workdir(tmp_path):

@@ -50,19 +50,19 @@ def test_one_call_trains_forgets_retrains_and_measures(directory, prompts, shard
     config = _config(directory, prompts, methods=("finetune-edited", sharded))
     llara.main(config)
     workdir = config.workdir / prompts / "query-removal"
-    results = json.loads((workdir / "results.json").read_text())
-    assert set(results["methods"]) == {"finetune-edited", sharded}
-    assert len(results["retrained"]) == 2
-    for scores in (results["before"], *results["retrained"], *results["methods"][sharded]):
-        held = scores["task"]["metrics"][f"held-out: {HIT_RATIO_SCORED}"]
+    models = json.loads((workdir / "report.json").read_text())["models"]
+    assert set(models["methods"]) == {"finetune-edited", sharded}
+    assert models["retrained"]["seeds"] == 2
+    for scores in (models["before"], *models["retrained"]["per_seed"], models["methods"][sharded]):
+        held = scores["task_metrics"][f"held-out: {HIT_RATIO_SCORED}"]
         assert held["total"] == held["valid"] == 4
-    generated = results["before"]["task"]["metrics"][f"held-out: {HIT_RATIO_GENERATED}"]
+    generated = models["before"]["task_metrics"][f"held-out: {HIT_RATIO_GENERATED}"]
     assert generated["total"] == 2
-    assert results["methods"]["finetune-edited"][0]["delta_norm"] > 0
+    assert models["methods"]["finetune-edited"]["delta_norm"] > 0
     extras = list(workdir.glob("*/adapter/extras.safetensors"))
     assert len(extras) == (1 if prompts == "hybrid" else 0)
-    assert results["before"]["forget_loss_4_bit"] != results["before"]["forget_loss"]
-    assert (workdir / "table.md").exists()
+    assert models["before"]["forget_loss_4_bit"] != models["before"]["forget_loss"]
+    assert (workdir / "report.html").exists()
 
 
 def test_held_out_users_are_shown_to_no_method(directory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,13 +16,12 @@ from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
 from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.data import Action, Example, Request
-from llmeraser_jax.evaluation.blocks import render_markdown
-from llmeraser_jax.evaluation.gather import gather
+from llmeraser_jax.evaluation.job import build_overview, gather, held_out_task, page_of
 from llmeraser_jax.evaluation.klom import klom, response_margins
-from llmeraser_jax.evaluation.overview import build_overview
+from llmeraser_jax.evaluation.records import read_comparison
+from llmeraser_jax.evaluation.render import render_markdown
 from llmeraser_jax.evaluation.scoring import answer, score_examples
-from llmeraser_jax.evaluation.study import read_study
-from llmeraser_jax.evaluation.study_page import render_study
+from llmeraser_jax.evaluation.summary import klom_of, summarise
 from llmeraser_jax.models import load_model
 from llmeraser_jax.runs import load_run
 from llmeraser_jax.unlearning import EraseConfig
@@ -52,7 +52,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "heldout": _examples((10, 11)),
         "num_task_seeds": 1,
         "question": "Can it forget two of eight colours?",
-        "make_task": lambda model, encode: study.held_out_task(model, encode, _examples((8, 9, 10, 11))),
+        "make_task": lambda model, encode: held_out_task(model, encode(_examples((8, 9, 10, 11)))),
     }
     return study.Scenario(**{**fields, **changes})
 
@@ -60,6 +60,14 @@ def _scenario(base, **changes) -> study.Scenario:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny.save_tiny_model(tmp_path_factory.mktemp("base") / "model", seed=4)
+
+
+def methods_of(results):
+    """Records by name."""
+    found = {}
+    for record in results.of("unlearned"):
+        found.setdefault(record.model, []).append(record)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -72,43 +80,45 @@ def done(base, tmp_path_factory):
 
 def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(done):
     _, _, results = done
-    assert {name: len(seeds) for name, seeds in results.methods.items()} == {
+    methods = methods_of(results)
+    assert {name: len(seeds) for name, seeds in methods.items()} == {
         "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
     }  # fmt: skip
-    assert ["task" in scores for scores in results.methods["npo"]] == [True, False]
-    probed = {name: ["forget_loss_4_bit" in scores for scores in seeds] for name, seeds in results.methods.items()}
-    assert probed == {name: [True] + [False] * (len(seeds) - 1) for name, seeds in results.methods.items()}
-    assert len(results.retrained) == 2
-    assert not any("failed" in scores for seeds in results.methods.values() for scores in seeds)
+    assert ["task" in record.scores for record in methods["npo"]] == [True, False]
+    probed = {name: ["forget_loss_4_bit" in r.scores for r in records] for name, records in methods.items()}
+    assert probed == {name: [True] + [False] * (len(seeds) - 1) for name, seeds in methods.items()}
+    assert len(results.of("retrained")) == 2
+    assert not any(record.failed for record in results.records)
 
 
 def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     scenario, workdir, results = done
     owner = study.Study(scenario, workdir, retrain_seeds=2)
-    lora, scores = owner.retrained_loras[0], results.retrained[0]
+    lora, record = owner.retrained_loras[0], results.of("retrained")[0]
     named = score_examples(scenario.model, lora, owner.encode([scenario.examples[2], scenario.examples[5]]))
-    np.testing.assert_allclose(scores["named"]["losses"], named.losses, rtol=1e-5)
+    np.testing.assert_allclose(record.scores["named"]["losses"], named.losses, rtol=1e-5)
+    scores = summarise(results)["models"]["retrained"]["per_seed"][0]
     assert scores["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-5)
     assert scores["forget_probability"] == pytest.approx(np.exp(-named.losses).mean(), rel=1e-5)
     outside = score_examples(scenario.model, lora, owner.encode(scenario.heldout)).losses
     wins = [(a < b) + 0.5 * (a == b) for a in named.losses for b in outside]
-    assert scores["membership"]["loss"] == pytest.approx(np.mean(wins))
+    assert scores["membership_auc"]["loss"]["value"] == pytest.approx(np.mean(wins))
     assert scores["wanted_loss"] is None
 
 
 def test_the_descents_rate_is_the_grids_nearest_to_retraining(done):
     _, _, results = done
-    chosen = results.methods["npo"][0]["chosen"]
+    chosen, later = (record.details["chosen"] for record in methods_of(results)["npo"])
     distances = {float(rate): value for rate, value in chosen["distances_of_learning_rates"].items()}
     assert set(distances) == set(module.LEARNING_RATES)
     assert chosen["learning_rate"] == min(distances, key=distances.__getitem__)
-    assert results.methods["npo"][1]["chosen"] == {"learning_rate": chosen["learning_rate"]}
+    assert later == {"learning_rate": chosen["learning_rate"]}
 
 
 def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, monkeypatch):
     scenario, workdir, results = done
     shutil.copytree(workdir, tmp_path / "copy")
-    (tmp_path / "copy" / "methods" / "npo-seed_0.json").unlink()
+    (tmp_path / "copy" / "records" / "npo-seed_0.json").unlink()
     fit, rates, sizes = NPO.fit, [], set()
 
     def counted(self, setting):
@@ -120,29 +130,28 @@ def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, mo
     owner = study.Study(scenario, tmp_path / "copy", retrain_seeds=2)
     assert owner.before.train_config.microbatch_size is None
     owner.scenario = dataclasses.replace(scenario, train=dataclasses.replace(scenario.train, microbatch_size=1))
-    scores = owner.run("npo", 0)
+    record = owner.run("npo", 0)
     assert rates == list(module.LEARNING_RATES)
     assert sizes == {(NPO().batch_size, 1)}
-    chosen = dataclasses.replace(NPO(), learning_rate=scores["chosen"]["learning_rate"], epochs=20)
+    rate = record.details["chosen"]["learning_rate"]
+    chosen = dataclasses.replace(NPO(), learning_rate=rate, epochs=20)
     afresh = fit(chosen, owner.setting())
-    assert scores["forget_loss"] == pytest.approx(
-        owner.losses(afresh.model, afresh.params)["forget_loss"], rel=1e-5
-    )
-    np.testing.assert_allclose(scores["named"]["losses"], results.methods["npo"][0]["named"]["losses"], rtol=1e-4)
+    losses = record.scores["named"]["losses"]
+    assert np.mean(losses) == pytest.approx(owner.losses(afresh.model, afresh.params)["forget_loss"], rel=1e-5)
+    np.testing.assert_allclose(losses, methods_of(results)["npo"][0].scores["named"]["losses"], rtol=1e-4)
 
 
 def test_costs_are_the_gradients_that_were_taken(done):
     _, _, results = done
-    assert results.retrained[0]["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
-    assert results.methods["sisa"][0]["preparation_gradient_equivalents"] > 0
+    assert results.of("retrained")[0].cost["gradient_equivalents"] == 6 * tiny.CONFIG.epochs
+    assert methods_of(results)["sisa"][0].cost["preparation_gradient_equivalents"] > 0
 
 
 def test_a_second_call_reads_and_other_settings_are_refused(done, monkeypatch):
     scenario, workdir, results = done
-    for name in ("score_examples", "heldout_kl_of", "relearn"):
-        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(module.measures, "measure", None)
     again = study.run_study(scenario, workdir, OPTIONS)
-    assert again.methods == results.methods and again.klom_models == results.klom_models
+    assert again.records == results.records and again.klom_records == results.klom_records
     other = dataclasses.replace(scenario, train=dataclasses.replace(tiny.CONFIG, epochs=3))
     with pytest.raises(ValueError, match="other settings"):
         study.Study(other, workdir)
@@ -164,12 +173,22 @@ def test_other_data_in_the_same_directory_are_refused_and_those_there_kept(done)
 
 def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
     scenario, workdir, results = done
-    own = results.methods["sisa"][0]["own_before"]
+    own = methods_of(results)["sisa"][0].details["own_before"]
     setting = study.Study(scenario, workdir, retrain_seeds=2).setting()
     fitted = SISA().fit(setting)
     named = score_examples(fitted.model, fitted.before, setting.problem.examples, setting.problem.named)
     assert own["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-4)
-    assert "own_before" not in results.methods["npo"][0]
+    assert "own_before" not in methods_of(results)["npo"][0].details
+
+
+def test_a_comparison_killed_between_retrained_models_goes_on(done, tmp_path):
+    scenario, workdir, results = done
+    shutil.copytree(workdir, tmp_path / "copy")
+    seeds = sorted((tmp_path / "copy" / "records").glob("retrained-seed_*.json"))
+    seeds[-1].unlink()
+    again = study.run_study(scenario, tmp_path / "copy", OPTIONS)
+    ours, theirs = (found.of("retrained")[-1].scores["named"]["losses"] for found in (again, results))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_other_numbers_of_retrained_models_are_refused_where_something_was_compared(done):
@@ -180,7 +199,7 @@ def test_other_numbers_of_retrained_models_are_refused_where_something_was_compa
 
 def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     scenario, workdir, results = done
-    assert {name: len(models) for name, models in results.klom_models.items()} == {
+    assert Counter(record.model for record in results.klom_records) == {
         "before": 2, "retrained": 2, "llmeraser-step": 2, "finetune-edited": 2, "npo": 2,
     }  # fmt: skip
     owner = study.Study(scenario, workdir, retrain_seeds=2)
@@ -194,8 +213,8 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
 
     retrained = margins(owner.retrained_loras)
     before = klom(margins([run.load_adapter(scenario.model) for run in again]), retrained)
-    np.testing.assert_allclose(results.klom["before"]["named"].values, before.values, rtol=1e-6)
-    rate = results.methods["npo"][0]["chosen"]["learning_rate"]
+    np.testing.assert_allclose(klom_of(results)["before"]["named"].values, before.values, rtol=1e-6)
+    rate = methods_of(results)["npo"][0].details["chosen"]["learning_rate"]
     # Two named rows are one step of an epoch, of which the library's own are 5.
     forgotten = [
         NPO(epochs=20, learning_rate=rate, seed=seed)
@@ -203,7 +222,7 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
         .params
         for seed, run in enumerate(again)
     ]
-    losses = [model["losses"]["named"] for model in results.klom_models["npo"]]
+    losses = [r.scores["named"]["losses"] for r in results.klom_records if r.model == "npo"]
     np.testing.assert_allclose(
         losses, [score_examples(scenario.model, lora, rows).losses for lora in forgotten], rtol=1e-4
     )
@@ -212,42 +231,41 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
 def test_klom_goes_on_where_it_was_at_the_rate_that_was_chosen(done, monkeypatch):
     scenario, workdir, results = done
     (workdir / "klom" / "npo-seed_1.json").unlink()
-    monkeypatch.setattr(study.Study, "_tuned", None)  # choosing a rate again would fail
+    monkeypatch.setattr(study.Study, "_choose", None)  # choosing a rate again would fail
     study.Study(scenario, workdir, retrain_seeds=2).measure_klom(("npo",), 2)
-    assert read_study(workdir).klom_models["npo"] == results.klom_models["npo"]
+    assert read_comparison(workdir).klom_records == results.klom_records
 
 
-def test_tables_name_every_model_once_and_the_plot_is_a_png(done):
+def test_tables_name_every_model_once_and_the_pictures_are_there(done):
     _, _, results = done
-    tables, plot = render_study(results, "plot.png")
+    page = page_of(summarise(results))
+    tables = render_markdown(page)
     for name in ("before", *METHODS, "**retrained, mean of 2**"):
-        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 4
-    assert plot is not None and plot.startswith(b"\x89PNG")
+        assert sum(line.startswith(f"| {name} |") for line in tables.splitlines()) == 5
+    assert {"report-cost.png", "report-examples.png"} <= {picture.name for picture in page.pictures}
 
 
 def test_the_report_reads_what_a_study_wrote_and_says_what_was_asked(done):
-    _, workdir, results = done
+    _, workdir, _ = done
     page = render_markdown(build_overview(gather([workdir])))
     assert "Can it forget two of eight colours?" in page
-    assert "2 removed of 8 trained on" in page
+    assert "2 removed of 8 training examples" in page
     assert "Not finished" not in page
     assert "**exact match**: share of held-out questions" in page
-    assert "tiny: llmeraser-step" in page  # its certificate
-    tables, _ = render_study(results, "study1-cost.png")
-    assert tables.removeprefix("# tiny\n\n").strip() in page
+    assert "tiny: llmeraser-step" in page  # its receipt
 
 
 def test_methods_of_an_earlier_call_stay_in_the_tables(done, tmp_path):
     scenario, workdir, results = done
     shutil.copytree(workdir, tmp_path / "copy")
-    (tmp_path / "copy" / "study.json").unlink()  # as before there was one
+    (tmp_path / "copy" / "comparison.json").unlink()
     options = study.StudyOptions(methods=("npo",), method_seeds=2, retrain_seeds=2)
     again = study.run_study(scenario, tmp_path / "copy", options)
-    assert again.methods == results.methods
-    assert again.manifest.methods == {"npo": 2}
+    assert methods_of(again) == methods_of(results)
+    assert again.methods == {"npo": 2}
     options = study.StudyOptions(methods=("sisa",), retrain_seeds=2)
     later = study.run_study(scenario, tmp_path / "copy", options)
-    assert later.manifest.methods == {"npo": 2, "sisa": 1}
+    assert later.methods == {"npo": 2, "sisa": 1}
 
 
 def test_what_names_nothing_is_refused(base, tmp_path):

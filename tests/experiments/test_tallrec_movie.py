@@ -139,14 +139,15 @@ def test_a_scenario_names_what_it_says_and_measures_on_other_rows(directory, nam
 def test_one_command_measures_yes_no_answers_of_every_model(directory, capsys):
     config = _config(directory, base=directory / "base", scenarios=("removal",), epochs=2)
     main(dataclasses.replace(config, methods=("finetune-edited",), retrain_seeds=2, method_seeds=1))
-    results = json.loads((config.workdir / "removal" / "results.json").read_text())
-    for scores in (results["before"], *results["retrained"], *results["methods"]["finetune-edited"]):
-        metric = scores["task"]["metrics"]["accuracy"]
+    report = json.loads((config.workdir / "removal" / "report.json").read_text())
+    models = report["models"]
+    for scores in (models["before"], *models["retrained"]["per_seed"], models["methods"]["finetune-edited"]):
+        metric = scores["task_metrics"]["accuracy"]
         # The tiny tokenizer knows neither answer: equally probable ones are no answer.
         assert (metric["total"], metric["valid"]) == (4, 0)
-        assert set(scores["task"]["metrics"]) == {"accuracy", "auc"}
-    assert results["retrained"][0]["gradient_equivalents"] == 6
-    assert "removal: 1 of 4 rows named" in capsys.readouterr().out
+        assert set(scores["task_metrics"]) == {"accuracy", "auc"}
+    assert report["cost"]["retrain"]["per_seed"][0]["gradient_equivalents"] == 6
+    assert "removal: 1 of 4 examples named" in capsys.readouterr().out
 
 
 def test_more_rows_than_there_are_cannot_be_drawn(examples):

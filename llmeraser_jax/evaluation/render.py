@@ -1,6 +1,6 @@
-"""A page as data: headings, sentences, tables, pictures, rendered as one self-contained HTML file or as Markdown.
+"""The renderer: a page as data, and the same page as one self-contained HTML file, as Markdown, or on a terminal.
 
-Texts may use **bold** and `code`; everything else of them is shown as it stands.
+Texts may use **bold** and `code`. Everything else in them is shown as it stands, raw HTML too.
 """
 
 from __future__ import annotations
@@ -8,9 +8,25 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import os
 import re
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
+
+from llmeraser_jax import files
+
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+MISSING = "–"
+_TERMINAL_WIDTH = 100
+
+
+def show_number(value: float | int | None) -> str:
+    """Three significant digits, thousands separated; a dash for nothing."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,30 +120,82 @@ def _pictures(blocks: Sequence[Block]) -> list[Picture]:
     return found
 
 
+def write_page(page: Page, directory: str | os.PathLike[str]) -> Path:
+    """Writes `report.html`, `report.md` and the pictures into an existing directory; returns the first's path."""
+    directory = Path(directory)
+    files.atomic_write_text(directory / HTML_FILE, render_html(page))
+    files.atomic_write_text(directory / MARKDOWN_FILE, render_markdown(page))
+    for picture in page.pictures:
+        (directory / picture.name).write_bytes(picture.content)
+    return directory / HTML_FILE
+
+
 def render_markdown(page: Page) -> str:
     """The page in Markdown; pictures are links to PNG files beside it."""
-    parts = [f"# {page.title}", *(_markdown(block) for block in page.blocks)]
+    parts = [f"# {_escape(page.title)}", *map(_markdown, page.blocks)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escape(text: str) -> str:
+    """One line without raw HTML and without links, which texts of a user's data may hold."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return text.replace("[", "\\[")
 
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"{'#' * block.level} {block.text}"
+        return f"{'#' * block.level} {_escape(block.text)}"
     if isinstance(block, Text):
-        return block.text
+        return _escape(block.text)
     if isinstance(block, Bullets):
-        return "\n".join(f"* {item}" for item in block.items)
+        return "\n".join(f"* {_escape(item)}" for item in block.items)
     if isinstance(block, Picture):
-        return f"![{block.title}]({block.name})"
+        return f"![{_escape(block.title)}]({block.name})"
     if isinstance(block, Details):
-        return "\n\n".join([f"**{block.summary}**", *map(_markdown, block.blocks)])
+        return "\n\n".join([f"**{_escape(block.summary)}**", *map(_markdown, block.blocks)])
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_escape(cell).replace("|", "\\|") for cell in cells) + " |"
 
     rows = [tuple(f"**{cell}**" if cell else "" for cell in row) if k in block.emphasised else row
             for k, row in enumerate(block.rows)]  # fmt: skip
     return "\n".join([line(block.header), "|" + "---|" * len(block.header), *map(line, rows)])
+
+
+def render_text(blocks: Sequence[Block]) -> str:
+    """Blocks for a terminal: tables in columns, wide ones in parts; pictures and what is folded are left out."""
+    return "\n\n".join(filter(None, map(_text, blocks))) + "\n"
+
+
+def _text(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{block.text}\n{('=' if block.level < 3 else '-') * len(block.text)}"
+    if isinstance(block, Text | Bullets):
+        lines = [block.text] if isinstance(block, Text) else [f"* {item}" for item in block.items]
+        plain = [re.sub(r"\*\*(.+?)\*\*|`([^`]+)`", lambda m: m[1] or m[2], line) for line in lines]
+        return "\n".join(textwrap.fill(_printable(line), _TERMINAL_WIDTH, subsequent_indent="  ") for line in plain)
+    if not isinstance(block, Table):
+        return ""
+    columns = [[_printable(cell) for cell in column] for column in zip(block.header, *block.rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    parts: list[list[int]] = [[]]
+    for place in range(1, len(columns)):
+        if parts[-1] and widths[0] + sum(widths[k] + 2 for k in [*parts[-1], place]) > _TERMINAL_WIDTH:
+            parts.append([])
+        parts[-1].append(place)
+
+    def line(row: int, part: Sequence[int]) -> str:
+        cells = [columns[0][row].ljust(widths[0])]
+        cells += [columns[k][row].ljust(widths[k]) if _holds_words(columns[k]) else columns[k][row].rjust(widths[k])
+                  for k in part]  # fmt: skip
+        return "  ".join(cells).rstrip()
+
+    return "\n\n".join("\n".join(line(row, part) for row in range(len(columns[0]))) for part in parts)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, so that no text of a user's data steers the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def render_html(page: Page) -> str:
@@ -165,7 +233,7 @@ def _html(block: Block) -> str:
         inside = "\n".join(map(_html, block.blocks))
         return f"<details><summary>{_inline(block.summary)}</summary>\n{inside}\n</details>"
     columns = list(zip(block.header, *block.rows, strict=True))
-    sides = [' class="words"' if any(map(_is_words, column[1:])) else "" for column in columns]
+    sides = [' class="words"' if _holds_words(column) else "" for column in columns]
     head = "".join(f"<th{side}>{_inline(cell)}</th>" for side, cell in zip(sides, block.header, strict=True))
     rows = []
     for place, row in enumerate(block.rows):
@@ -178,9 +246,10 @@ def _html(block: Block) -> str:
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _is_words(cell: str) -> bool:
+def _holds_words(column: Sequence[str]) -> bool:
     """Columns that hold words stand left, numbers right."""
-    return len(re.findall(r"[A-Za-z]{2,}", cell)) >= 2 or bool(re.fullmatch(r"[A-Za-z ]{4,}", cell))
+    return any(len(re.findall(r"[A-Za-z]{2,}", cell)) >= 2 or re.fullmatch(r"[A-Za-z .]{4,}", cell)
+               for cell in column[1:])  # fmt: skip
 
 
 def _width(png: bytes) -> int:
@@ -190,7 +259,7 @@ def _width(png: bytes) -> int:
 
 _STYLE = """
 :root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #1c1c1c; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: #fff; color: #1c1c1c; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 1rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 2px solid #ddd; }
@@ -201,14 +270,14 @@ li { margin: .2rem 0; }
 code { font: .92em ui-monospace, monospace; background: #f2f2f2; padding: 0 .25em; border-radius: 3px;
   overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+table { overflow-wrap: normal; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; font-weight: 600; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; min-width: 8rem; }
 th.words, td.words { text-align: left; }
-td.words { white-space: normal; max-width: 26rem; }
+td.words { white-space: normal; min-width: 8rem; max-width: 26rem; }
 tr.reference { background: #eaf5f0; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }

@@ -13,7 +13,9 @@ from PIL import Image
 
 from llmeraser_jax.cli import main
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.evaluation.blocks import (
+from llmeraser_jax.evaluation.job import build_overview, gather, page_of, write_overview, write_report
+from llmeraser_jax.evaluation.plots import Point, plot_cost_against_fidelity, plot_examples
+from llmeraser_jax.evaluation.render import (
     Bullets,
     Details,
     Page,
@@ -22,16 +24,13 @@ from llmeraser_jax.evaluation.blocks import (
     Text,
     render_html,
     render_markdown,
+    render_text,
 )
-from llmeraser_jax.evaluation.gather import gather
-from llmeraser_jax.evaluation.overview import build_overview, write_overview
-from llmeraser_jax.evaluation.overview_plots import Point, plot_cost_against_fidelity, plot_each_example
-from llmeraser_jax.evaluation.report import build_report, write_report
-from llmeraser_jax.evaluation.tasks import auc_metric
+from llmeraser_jax.evaluation.summary import summarise
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.runs import RunError
+from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.training import TrainConfig
-from tests.evaluation.test_report import _comparison
+from tests.evaluation.test_summary import _comparison, _receipt, _step, _with
 
 
 def reference(name):
@@ -41,16 +40,14 @@ def reference(name):
 def write_evaluation(
     directory, origin, *, unlearned=(0.5, 1.5, 0.5, 3.5), heldout="h", retrained=("seed",), nonmembers=2, **changes
 ):
-    """A directory of `evaluate` on the comparison of the report's tests, the unlearned model with these losses."""
-    comparison = _comparison(**changes)
-    aucs = (auc_metric("loss", np.array([1.0, 2.0]), np.array([0.0, 1.0])),)
-    model = dataclasses.replace(
-        comparison.unlearned,
-        forget_losses=np.array(unlearned),
-        extraction_strengths=np.array([0.0, 0.5, 1.0, 0.5]),
-        membership_aucs=aucs,
-    )
-    report = build_report(dataclasses.replace(comparison, unlearned=model, num_nonmembers=nonmembers))
+    """A directory of `evaluate` on the comparison of the summary's tests, the unlearned model with these losses."""
+    comparison = _comparison(unlearned=unlearned, steps=(), **changes)
+    records = [dataclasses.replace(record, receipt=None) for record in comparison.records]
+    comparison = dataclasses.replace(comparison, records=tuple(records), nonmembers=(True, True))
+    named = {"losses": list(unlearned), "min_k": [-x for x in unlearned], "min_k_plus_plus": [-x for x in
+             unlearned], "extraction": [0.0, 0.5, 1.0, 0.5]}  # fmt: skip
+    report = summarise(_with(comparison, "unlearned", named=named))
+    report["heldout"]["nonmembers"] = nonmembers
     report["method"] = "path"
     report["context"]["Outcome"] = f"what {origin} reached"
     report["runs"] = {
@@ -87,57 +84,9 @@ def write_run(directory, kind, *, seed=1):
     return directory
 
 
-def step(**changes):
-    return {
-        "weight_before": 1.0,
-        "weight_after": 0.5,
-        "scale": 1.0,
-        "status": "converged",
-        "iterations": 7,
-        "relative_residual": 0.04,
-        "negative_curvature": False,
-        "ritz_extremes": [0.008, 2.5],
-        "error_bound": 0.05,
-        "forget_loss": 0.3,
-        "wanted_loss": None,
-        "probe_loss": 0.1,
-        **changes,
-    }
-
-
 def write_erasure(directory, *, steps):
     write_run(directory, "erase")
-    change = {"before": 0.01, "after": 1.25, "predicted": 0.75}
-    receipt = {
-        "format": 1,
-        "config": {"curvature": "gauss-newton", "curvature_data": "sample", "damping": 0.007},
-        "counts": {"remove": 2, "modify_query": 0, "correct_response": 1},
-        "num_examples_before": 120,
-        "method": "path",
-        "outcome": "complete: the weight was taken out",
-        "range_check": {
-            "verdict": "passed: retained rows stayed",
-            "forget": change,
-            "wanted": None,
-            "probe": change,
-        },
-        "solver": {
-            "status": "not converged: max_steps reached",
-            "iterations": sum(s["iterations"] for s in steps),
-            "relative_residual": max(s["relative_residual"] for s in steps),
-            "negative_curvature": any(s["negative_curvature"] for s in steps),
-        },
-        "steps": steps,
-        "delta_norm": 0.9,
-        "adapter_norm_before": 8.0,
-        "bf16_survival": 0.875,
-        "edited_gradient_norm_before": 0.5,
-        "edited_gradient_norm_after": 0.25,
-        "gradient_equivalents": {"total": 491.0},
-        "seconds": 6.5,
-        "peak_memory_bytes": None,
-    }
-    (directory / "receipt.json").write_text(json.dumps(receipt))
+    (directory / "receipt.json").write_text(json.dumps(_receipt(*steps)))
     return directory
 
 
@@ -148,7 +97,9 @@ def results(tmp_path_factory):
     write_evaluation(root / "eval_a", "run_a")
     write_evaluation(root / "eval_b", "run_b", unlearned=(1.0, 1.0, 1.0, 2.0))
     write_evaluation(root / "eval_other", "run_a", heldout="another")
-    write_erasure(root / "run_a", steps=[step(), step(iterations=3, error_bound=0.2, ritz_extremes=[-0.5, 2.0])])
+    write_erasure(
+        root / "run_a", steps=[_step(iterations=7), _step(iterations=3, error_bound=0.2, ritz_extremes=[-0.5, 2.0])]
+    )
     for seed in (1, 2):
         write_run(root / "retrained" / f"seed_{seed}", "retrain", seed=seed)
     return root
@@ -160,19 +111,24 @@ def page(results):
     return build_overview(gather([results / name for name in names]))
 
 
+def flat(page):
+    return [inner for block in page.blocks for inner in (block.blocks if isinstance(block, Details) else (block,))]
+
+
 def tables(page, title):
     """Tables whose header begins so."""
-    flat = [inner for block in page.blocks for inner in (block.blocks if isinstance(block, Details) else (block,))]
-    return [block for block in flat if isinstance(block, Table) and block.header[: len(title)] == title]
+    return [block for block in flat(page) if isinstance(block, Table) and block.header[: len(title)] == title]
 
 
 def test_each_directory_is_told_by_its_files(results):
     found = gather([results / "eval_a", results / "run_a", results / "retrained", results / "retrained" / "seed_1"])
-    assert [e.path.name for e in found.evaluations] == ["eval_a"]
-    assert [e.run.path.name for e in found.erasures] == ["run_a"]
-    assert [run.path.name for run in found.retrainings] == ["seed_1", "seed_2"]  # named twice, counted once
-    everything = gather([results])
-    assert len(everything.evaluations) == 3 and len(everything.erasures) == 1 and not everything.retrainings
+    # Named twice, counted once.
+    assert [path.name for path in found] == ["eval_a", "run_a", "seed_1", "seed_2"]
+    assert [found.kind if isinstance(found, Run) else "report" for found in found.values()] == [
+        "report", "erase", "retrain", "retrain",
+    ]  # fmt: skip
+    everything = [entry.kind if isinstance(entry, Run) else "report" for entry in gather([results]).values()]
+    assert sorted(everything) == ["erase", "report", "report", "report"]
 
 
 def test_what_is_no_result_is_refused_by_name_and_nothing_is_written(results, tmp_path, capsys):
@@ -194,11 +150,11 @@ def test_other_non_members_and_other_retrained_models_are_another_comparison(res
     write_evaluation(tmp_path / "shown", "run_b", nonmembers=1)
     write_evaluation(tmp_path / "seeds", "run_b", retrained=("seed", "other"))
     found = gather([results / "eval_a", results / "eval_b", tmp_path / "shown", tmp_path / "seeds"])
-    assert len(tables(build_overview(found), ("model", "loss on S"))) == 3
+    assert len(tables(build_overview(found), ("model", "seeds"))) == 3
 
 
 def test_only_one_request_on_one_held_out_set_is_put_side_by_side(page):
-    with_both, alone = tables(page, ("model", "loss on S"))
+    with_both, alone = tables(page, ("model", "seeds"))
     labels = [row[0] for row in with_both.rows]
     assert labels == [
         "before",
@@ -218,12 +174,18 @@ def test_only_one_request_on_one_held_out_set_is_put_side_by_side(page):
 
 
 def test_cells_are_the_evaluations_numbers(page):
-    table, _ = tables(page, ("model", "loss on S"))
+    table, _ = tables(page, ("model", "seeds"))
     cell = {(row[0], title): value for row in table.rows for title, value in zip(table.header, row, strict=True)}
-    assert cell["run_a (path)", "loss on S"] == "1.5" and cell["run_b (path)", "loss on S"] == "1.25"
+    assert (
+        cell["run_a (path)", "loss on the forget set"] == "1.5"
+        and cell["run_b (path)", "loss on the forget set"] == "1.25"
+    )
     # Before 0, retrained 1.25: 1 - 0.25 / 1.25, and nothing left.
-    assert cell["run_a (path)", "closure on S"] == "0.80" and cell["run_b (path)", "closure on S"] == "1.00"
-    assert cell["retrained, mean of 3", "loss on S"] == "1.25 ± 0.1"
+    assert (
+        cell["run_a (path)", "closure, forget set"] == "0.80"
+        and cell["run_b (path)", "closure, forget set"] == "1.00"
+    )
+    assert cell["retrained, mean of 3", "loss on the forget set"] == "1.25 ± 0.1"
     assert cell["run_a (path)", "cost / retraining"] == "0.3"  # 120 of 400
     assert cell["before", "cost / retraining"] == "–"
     assert float(cell["retrained, mean of 3", "held-out KL / floor"].split(" ± ")[0]) == 1.0
@@ -235,11 +197,11 @@ def test_cells_are_the_evaluations_numbers(page):
     }
     assert float(cell["run_b (path)", "probability"]) == pytest.approx((3 * np.exp(-1) + np.exp(-2)) / 4, abs=5e-4)
     assert cell["run_a (path)", "extraction"] == "0.5"
-    assert cell["run_a (path)", "AUC, loss"].startswith("0.875 ±")
+    assert cell["run_a (path)", "AUC, loss"].startswith("0.625 ±")  # 5 of 8 pairs
 
 
 def test_every_column_and_every_certificate_is_explained(page):
-    explained = "\n".join(item for block in page.blocks if isinstance(block, Bullets) for item in block.items)
+    explained = "\n".join(item for block in flat(page) if isinstance(block, Bullets) for item in block.items)
     for table in tables(page, ("model",)):
         for title in table.header[1:]:
             assert f"**{title}**: " in explained
@@ -254,9 +216,9 @@ def test_certificates_are_the_worst_of_the_steps(page):
     assert value["error bound"] == "0.2 (certifies nothing)"
     assert value["Ritz extremes"] == "-0.5 to 2.5"
     assert value["negative curvature"] == "no"
-    assert value["range check"].startswith("passed")
-    assert value["loss on S"] == "0.01 → 1.25 (predicted 0.75)"
-    assert "loss as wanted" not in value  # nothing was edited
+    assert value["validity check"].startswith("passed")
+    assert value["loss on the forget set"] == "0.01 → 1.25 (predicted 0.75)"
+    assert "loss on replacements" not in value  # nothing was edited
     (steps,) = tables(page, ("step",))
     assert [row[6] for row in steps.rows] == ["0.008", "-0.5"]
 
@@ -270,8 +232,8 @@ def test_each_example_stands_before_and_after_every_method(page):
 
 def test_limits_follow_from_the_sizes(page):
     told = "\n".join(item for block in page.blocks if isinstance(block, Bullets) for item in block.items)
-    assert "S has 4 examples" in told
-    assert "2 held-out examples: one of them more or less right moves a share by 0.5" in told
+    assert "The forget set has 4 examples" in told
+    assert "10 examples: one of them more or less right moves a share by 0.1" in told
     assert "about 50 % of itself" in told  # three seeds: 1 / sqrt(2 * 2)
 
 
@@ -303,7 +265,7 @@ def test_the_page_needs_no_other_file_and_the_markdown_links_the_pictures_beside
     parser.feed(text)
     assert parser.open == [] and len(parser.found) == 3
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert pictures == ["comparison1-cost.png", "comparison1-forget.png", "comparison1-wanted.png"]
+    assert pictures == ["comparison1-cost.png", "comparison1-examples.png", "receipt1-residual.png"]
     embedded = [base64.b64decode(found.removeprefix("data:image/png;base64,")) for found in parser.found]
     assert sorted(embedded) == sorted((out / name).read_bytes() for name in pictures)
     for content in embedded:
@@ -323,7 +285,12 @@ def test_text_is_shown_as_it_stands_and_tables_must_be_rectangular():
     text = render_html(page)
     assert "<script>" not in text and "&lt;script&gt;" in text
     assert "<strong>bold</strong>" in text and "<code>code</code>" in text and 'class="reference"' in text
-    assert "x\\|y" in render_markdown(page)
+    markdown = render_markdown(page)
+    assert "x\\|y" in markdown
+    assert "<script>" not in markdown and "&lt;script>" in markdown and "**bold** `code`" in markdown
+    link = render_markdown(Page("t", (Bullets(("[click](javascript:x)\n# no heading",)),)))
+    assert "\\[click]" in link and "\n#" not in link
+    assert "\x1b" not in render_text((Text("\x1b[31mred"), Table(("a", "b"), (("1", "\x1b[0m"),))))
     with pytest.raises(ValueError, match=r"\[3\] cells"):
         Table(("a", "b"), (("1", "2", "3"),))
 
@@ -333,5 +300,21 @@ def test_plots_without_anything_to_show_are_left_out():
     method = Point(label="m", kind="unlearned", cost=0.1, closure=None, kl_over_floor=None)
     assert plot_cost_against_fidelity([retrained, method]) is None
     assert plot_cost_against_fidelity([retrained, dataclasses.replace(method, closure=-7.0)]) is not None
-    assert plot_each_example({"m": [{"before": 1.0, "unlearned": 2.0}]}) is None
-    assert plot_each_example({"m": [{"before": 1.0, "unlearned": 2.0, "retrained": None}]}) is None
+    kinds = {"before": "before", "m": "unlearned"}
+    assert plot_examples({"trained": {"removed": {"before": [None], "m": [None, float("nan")]}}}, kinds) is None
+    assert plot_examples({"trained": {"removed": {"before": [1.0], "m": [None]}}, "wanted": {}}, kinds) is not None
+
+
+def test_texts_and_answers_are_shown_where_they_are_kept_and_stay_text():
+    comparison = _comparison(steps=())
+    texts = [{"query": "<b>who?</b>", "trained": "an answer", "wanted_query": "who else?", "wanted": "another"}] * 4
+    said = {"named": ["I forgot"] * 4, "wanted": ["another"] * 2}
+    comparison = dataclasses.replace(_with(comparison, "unlearned", answers=said), texts=tuple(texts))
+    records = [dataclasses.replace(record, receipt=None) for record in comparison.records]
+    report = summarise(dataclasses.replace(comparison, records=tuple(records)))
+    page = page_of(report)
+    (table,) = tables(page, ("request", "question"))
+    assert table.rows[0] == ("removed", "<b>who?</b>", "an answer", "I forgot")
+    assert table.rows[2] == ("  its replacement", "who else?", "another", "another")
+    assert "<b>" not in render_html(page) and "<b>" not in render_markdown(page)
+    assert not tables(page_of(summarise(_comparison())), ("request", "question"))
