@@ -776,7 +776,9 @@ def receipt_blocks(receipts: Sequence[tuple[str, Json]]) -> list[Block]:
                 rows.append((title, *cells, meaning))
         blocks.append(Table(("", *(name for name, _ in chosen), "how to read it"), tuple(rows)))
     for place, (name, receipt) in enumerate(receipts, start=1):
-        inside: list[Block] = [_steps(receipt)]
+        forget_rows = _forget_rows(receipt)
+        inside: list[Block] = [] if forget_rows is None else [forget_rows]
+        inside.append(_steps(receipt))
         drawn = plot_residuals([s for s in receipt["steps"] if "residual_history" in s])
         if drawn is not None:
             caption = (
@@ -784,16 +786,49 @@ def receipt_blocks(receipts: Sequence[tuple[str, Json]]) -> list[Block]:
                 "recomputed at the end, crosses where negative curvature stopped the solver."
             )
             inside.append(Picture(f"receipt{place}-residual.png", caption, drawn))
-        blocks.append(Details(f"Every step of {name}", tuple(inside)))
+        blocks.append(Details(f"Every forget row and every step of {name}", tuple(inside)))
     return blocks
 
 
-def _range(receipt: Json, group: str) -> str:
-    change = (receipt.get("range_check") or {}).get(group)
+def _validity(receipt: Json) -> str:
+    check = receipt.get("validity")
+    return MISSING if check is None else "; ".join([str(check["verdict"]), *check["reasons"]])
+
+
+def _stayed(receipt: Json, group: str) -> str:
+    """Losses of rows that should have stayed."""
+    change = (receipt.get("validity") or {}).get(group)
     if change is None:
         return MISSING
-    before, after, predicted = (show_number(change.get(key)) for key in ("before", "after", "predicted"))
-    return f"{before} → {after} (predicted {predicted})"
+    words = {"mean": "mean", "percentile_95": "95 %", "worst": "worst"}
+    return ", ".join(
+        f"{word} {show_number(change['before'][name])} → {show_number(change['after'][name])}"
+        for name, word in words.items()
+    )
+
+
+def _forget_rows(receipt: Json) -> Table | None:
+    """Every forget row: where it was, should be and is."""
+    rows = (receipt.get("validity") or {}).get("rows") or ()
+    if not rows:
+        return None
+    words = {True: "arrived", False: "not arrived", None: "not judged"}
+    return Table(
+        ("row", "part", "before", "target", "after", "outcome", "whole response", "retain set says the same"),
+        tuple(
+            (
+                row["id"],
+                row["part"],
+                show_number(row["before"]),
+                show_number(row["target"]),
+                show_number(row["after"]),
+                words[row["arrived"]],
+                f"{show_number(row['whole_before'])} → {show_number(row['whole_after'])}",
+                ", ".join(row["copies"]) or MISSING,
+            )
+            for row in rows
+        ),
+    )
 
 
 def _ritz(receipt: Json) -> str:
@@ -858,12 +893,14 @@ _LINES: tuple[tuple[str, Callable[[Json], str], str], ...] = (
      "met along which the matrix is not positive; the solver then stops with what it has"),
     ("error bound", _bound, f"bound on the relative error of the worst step, for its own sampled matrix; below "
      f"{CERTIFIED_BELOW:g} it certifies the solve. Empty where a step has none"),
-    ("validity check", lambda receipt: (receipt.get("range_check") or {}).get("verdict", MISSING),
-     "whether the forget set moved and retained examples stayed"),
-    ("loss on the forget set", lambda receipt: _range(receipt, "forget"),
-     "before and after, and as a quadratic predicted it"),
-    ("loss on replacements", lambda receipt: _range(receipt, "wanted"), "the same for the replacements"),
-    ("loss on retained examples", lambda receipt: _range(receipt, "probe"), "the same for some that stay"),
+    ("validity check", _validity, "whether every forget row arrived and the others stayed; not judged where "
+     "nothing shows where removed rows should end"),
+    ("loss on retained examples", lambda receipt: _stayed(receipt, "retained"),
+     "before and after, on rows drawn apart from those that any step protected"),
+    ("loss on calibration rows", lambda receipt: _stayed(receipt, "calibration"), "the same for rows that were not "
+     "trained on"),
+    ("standard error", lambda receipt: show_number(receipt.get("step_standard_error")),
+     "of the first step over its norm: how much another sample would change it"),
     ("size of the change", _ratio, "Euclidean norm of the change, of the adapter's"),
     ("gradient norm", _gradient,
      "of the edited objective, before and after, on a sample: smaller is nearer to a stationary point of it"),

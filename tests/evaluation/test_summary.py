@@ -44,7 +44,15 @@ def _step(status="converged", residual=0.04, history=(0.5, 0.2, 0.04), **changes
 
 def _receipt(*steps, **changes):
     """What `erase` writes, of a path with these solves."""
-    change = {"before": 0.01, "after": 1.25, "predicted": 0.75}
+    before = {"mean": 0.01, "median": 0.01, "percentile_95": 0.03, "worst": 0.05}
+    change = {
+        "before": before,
+        "after": {**before, "mean": 0.02},
+        "rise": before,
+        "num_rows": 64,
+        "predicted": None,
+    }
+    row = {"id": "17", "part": "removed", "before": 0.01, "target": 1.5, "after": 1.25, "arrived": True}
     return {
         "format": 1,
         "config": {"curvature": "gauss-newton", "curvature_data": "sample", "damping": 0.007},
@@ -52,12 +60,15 @@ def _receipt(*steps, **changes):
         "num_examples_before": 120,
         "method": "path",
         "outcome": "complete: the weight was taken out",
-        "range_check": {
-            "verdict": "passed: retained rows stayed",
-            "forget": change,
-            "wanted": None,
-            "probe": change,
+        "validity": {
+            "verdict": "complete",
+            "reasons": [],
+            "rows": [{**row, "whole_before": 0.01, "whole_after": 1.25, "copies": []}],
+            "retained": change,
+            "calibration": None,
+            "harm_bound": 0.1,
         },
+        "step_standard_error": 0.125,
         "solver": {
             "status": "not converged: max_steps reached",
             "iterations": sum(s["iterations"] for s in steps),
