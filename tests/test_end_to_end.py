@@ -147,7 +147,7 @@ def test_a_request_without_effect_leaves_an_unchanged_adapter_and_a_receipt_that
 def test_later_requests_see_the_edited_data_and_receipts_chain(erased, work, capsys):
     second = write_lines(work / "second.jsonl", [{"id": "r2", "action": "remove"}])
     arguments = ["erase", "--run", str(erased.path), "--requests", str(second)]
-    assert main([*arguments, "--workdir", str(work / "out2"), *QUICK]) == 3
+    assert main([*arguments, "--workdir", str(work / "out2"), *QUICK]) == 4
     chained = load_run(work / "out2")
     assert len(chained.receipts) == 2
     digest = hashlib.sha256((erased.path / "receipt.json").read_bytes()).hexdigest()
@@ -175,6 +175,30 @@ def test_bad_requests_are_one_clear_error_and_leave_nothing(run, tmp_path, capsy
     error = capsys.readouterr().err
     assert status == 1 and "bad.jsonl" in error and not (tmp_path / "o").exists()
     assert re.search(cause, error), error
+
+
+def test_what_happens_to_an_erasure_that_is_not_complete(run, work, tmp_path, capsys):
+    common = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
+    assert main([*common, "--workdir", str(tmp_path / "no"), "--on-incomplete", "refuse"]) == 3
+    said = capsys.readouterr()
+    assert "No adapter is written" in said.err and "NOT ARRIVED" in said.out and not (tmp_path / "no").exists()
+    assert main([*common, "--workdir", str(tmp_path / "again"), "--on-incomplete", "retrain"]) == 0
+    assert not (tmp_path / "again.retraining").exists()
+    receipt = json.loads((tmp_path / "again" / "receipt.json").read_text())
+    assert receipt["method"] == "retrained" and receipt["complete"]
+    assert receipt["attempts"][-1].startswith("path: incomplete") or "harmful" in receipt["attempts"][-1]
+    # It is the adapter that `retrain` makes, and both are paid for.
+    requests = ["--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main(["retrain", *requests, "--workdir", str(tmp_path / "re"), "--seeds", "1"]) == 0
+    (retrained,) = (load_run(path) for path in (tmp_path / "re").iterdir())
+    model = run.load_model()
+    for a, b in zip(
+        jax.tree.leaves(load_run(tmp_path / "again").load_adapter(model)),
+        jax.tree.leaves(retrained.load_adapter(model)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert receipt["gradient_equivalents"]["total"] > retrained.result["gradient_equivalents"]
 
 
 def test_an_existing_output_directory_is_refused_and_kept(run, work, tmp_path, capsys):
@@ -269,7 +293,8 @@ def test_what_an_earlier_erasure_was_shown_stays_known(run, work):
         arguments = ["erase", "--run", str(parent), "--requests", str(requests), "--workdir", str(work / name)]
         if known is not None:
             arguments += ["--heldout", str(tiny.write_rows(work / f"{name}_known.jsonl", known))]
-        assert main([*arguments, *QUICK]) == 3
+        # The last row has no calibration rows to be judged by; those of the others depend on one or two.
+        assert main([*arguments, *QUICK]) in ((4,) if known is None else (0, 3))
         parent = work / name
     shown = json.loads((parent / "receipt.json").read_text())["heldout_sha256"]
     assert shown == [content_hash(example) for example in load_examples(work / "chain_2_known.jsonl")]

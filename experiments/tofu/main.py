@@ -167,7 +167,7 @@ class FullTofuConfig(full_size.FullSize, TofuConfig):
         """TOFU's prompt for Llama-2, with EOS."""
         return Recipe(
             template="[INST] {instruction} [/INST]", response_prefix="", max_length=self.max_length,
-            truncation_side="error",
+            truncation_side="error", add_bos=True, add_eos=True,
         )  # fmt: skip
 
     @property

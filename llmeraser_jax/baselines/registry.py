@@ -9,6 +9,7 @@ of their sources' configurations. Both want tuning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from llmeraser_jax.baselines.ascent import EqualLengthAscent, GradientAscent, GradientDifference, KLAnchoredAscent
@@ -37,8 +38,8 @@ BASELINES: Mapping[str, Baseline] = {
     "finetune-edited": FinetuneEdited(),
     "llmeraser-auto": Erasing(config=EraseConfig(method="auto")),
     "llmeraser-matched": Erasing(config=EraseConfig(method="matched")),
-    "llmeraser-path": Erasing(config=EraseConfig(method="path")),
-    "llmeraser-step": Erasing(config=EraseConfig(method="step")),
+    "llmeraser-path": Erasing(config=EraseConfig(method="path", budget=math.inf)),
+    "llmeraser-step": Erasing(config=EraseConfig(method="step", budget=math.inf)),
     "llmeraser-newton": Erasing(config=NEWTON),
     "llmeraser-paper-step": Erasing(config=PAPER_STEP),
     "llmeraser-paper-descent": Erasing(config=PAPER_DESCENT),

@@ -26,7 +26,8 @@ def _outputs_and_inputs(apply: ApplyDecoder, base, lora: Lora, taps, batch: Toke
 
     def intercept(call, args, kwargs, context):
         out, linear = call(*args, **kwargs), context.module
-        if isinstance(linear, Linear) and linear.has_variable("lora", "tap"):
+        is_layer = isinstance(linear, Linear) and context.method_name == "__call__"
+        if is_layer and linear.has_variable("lora", "tap"):
             linear.put_variable("lora", "input", args[0])
             out = out + linear.get_variable("lora", "tap")
         return out

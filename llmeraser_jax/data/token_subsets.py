@@ -66,7 +66,7 @@ class TokenSubsets:
             for place, index in enumerate(indices[buckets == bucket]):
                 flat[place] = self._masked(int(index), flat[place])
             batches.append(batch.replace(target_weights=jax.numpy.asarray(kept)))
-        return stack.replace(batches=tuple(batches))
+        return dataclasses.replace(stack, batches=tuple(batches))
 
     def _masked(self, index: int, weights: np.ndarray) -> np.ndarray:
         mask = self.masks[index]

@@ -640,7 +640,30 @@ def _verdict(report: Json) -> list[str]:
     if shares:
         least = min(shares, key=shares.__getitem__)
         told.append(f"**Cheapest that closes half of the gap**: {least}, at {shares[least]:.2g} of one retraining.")
+    told += [line for name, entry in models["methods"].items() for line in _fallen(report, name, entry)]
     return told or ["No method can be compared with retraining yet."]
+
+
+def _fallen(report: Json, name: str, entry: Json) -> list[str]:
+    """Task metrics of a model that are worse than retraining's (else than before) beyond sampling error."""
+    models = report["models"]
+    reference, against = (RETRAINED, "retrained") if models[RETRAINED]["seeds"] else (BEFORE, "before")
+    told = []
+    for metric, node in entry.get("task_metrics", {}).items():
+        counted = "higher" if node.get("correct") is not None else None  # a share of right answers
+        better = report["metrics"].get(metric, {}).get("better", counted)
+        other = models[reference].get("task_metrics", {}).get(metric)
+        if other is None or better not in ("higher", "lower") or None in (node["value"], other["value"]):
+            continue
+        errors = [x["standard_error"] for x in (node, other) if x.get("standard_error") is not None]
+        fall = (other["value"] - node["value"]) * (1 if better == "higher" else -1)
+        allowed = 2 * math.hypot(*errors)
+        if errors and fall > allowed:
+            told.append(
+                f"**{metric} got worse** with {name}: {node['value']:.3g}, {against} {other['value']:.3g}; "
+                f"sampling explains {allowed:.2g}."
+            )
+    return told
 
 
 def _share(cost: Json, retrain: Json) -> Number | None:
@@ -682,4 +705,4 @@ def _verdict_of_one(report: Json) -> list[str]:
     share = report["cost"]["unlearn_over_retrain"]["gradient_equivalents"]
     if share is not None:
         told.append(f"**Cost**: {share:.3g} of one retraining, in gradient computations.")
-    return told
+    return told[:1] + _fallen(report, "the unlearned model", after) + told[1:]

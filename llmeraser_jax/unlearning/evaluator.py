@@ -143,10 +143,11 @@ def _losses_and_log_odds(objective: Objective, params: LoraParams, stack: Exampl
 def _token_losses(objective: Objective, params: LoraParams, stack: ExampleStack):
     token_losses = objective.token_losses_fn
     assert token_losses is not None  # asked for objectives of tokens only
-    return tuple(
-        jax.lax.map(lambda batch: token_losses(objective.outputs(params, batch), batch), batches)
-        for batches in stack.batches
-    )
+
+    def of_batch(batch, token_losses=token_losses):
+        return token_losses(objective.outputs(params, batch), batch)
+
+    return tuple(jax.lax.map(of_batch, batches) for batches in stack.batches)
 
 
 class RowValues(NamedTuple):

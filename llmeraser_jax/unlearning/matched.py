@@ -286,7 +286,7 @@ def _standard_error(
     steps = []
     for chosen in (half, ~half):
         places = jnp.asarray(np.flatnonzero(chosen))
-        part = operator.replace(rows=_kept_rows(operator.rows, places), weights=2 * operator.weights[places])
+        part = FactoredCurvature(_kept_rows(operator.rows, places), 2 * operator.weights[places], operator.mu)
         steps.append(_solve(factorise(part), normals, demand, row_ridge, None).delta)
     distance = float(trees.tree_norm(trees.tree_sub(*steps)))
     return 0.5 * distance / float(trees.tree_norm(step.delta))

@@ -167,6 +167,8 @@ class Receipt:
     def to_mapping(self) -> dict[str, Any]:
         """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""
         mapping = dataclasses.asdict(self)
+        if mapping["config"]["budget"] == math.inf:
+            mapping["config"]["budget"] = "inf"  # JSON has no infinity
         if math.isnan(self.product_asymmetry):
             mapping["product_asymmetry"] = None
         for step in mapping["steps"]:

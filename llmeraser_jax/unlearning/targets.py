@@ -193,7 +193,7 @@ def find_targets(
         new = new[np.argsort(owners[new])]
         ends[old], ends[new] = _exchange(start[old], start[new], start[old].mean() if known.none else known.end)
         centres[old], centres[new] = ends[old], ends[new]
-        spreads[old] = _spread(np.std(start[new])) if len(new) >= _LEAST_PAIRS else unknown.spread
+        spreads[old] = _spread(float(start[new].std())) if len(new) >= _LEAST_PAIRS else unknown.spread
         spreads[new] = known.spread
     rows = np.array([p.row for p in parts], np.int64)
     ends = _with_copies(start, ends, roles, owners, rows, copies)

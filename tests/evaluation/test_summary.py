@@ -176,6 +176,27 @@ def test_the_required_keys_hold_numbers():
     assert set(report["solver"]) >= {"status", "iterations", "relative_residual", "negative_curvature"}
 
 
+def test_a_held_out_metric_that_fell_is_part_of_the_verdict():
+    from llmeraser_jax.evaluation.summary import _fallen
+
+    report = summarise(_comparison())
+    assert not any("got worse" in line for line in report["verdict"])
+    entry = report["models"]["unlearned"]
+    accuracy = {"value": 0.393, "correct": 393, "standard_error": 0.015}
+    other = {
+        **report["models"]["retrained"],
+        "task_metrics": {"accuracy": {"value": 0.482, "standard_error": 0.016}},
+    }
+    models = {**report["models"], "retrained": other}
+
+    def lines(value):
+        changed = {**entry, "task_metrics": {"accuracy": {**accuracy, "value": value}}}
+        return _fallen({**report, "models": models}, "erasing", changed)
+
+    assert lines(0.393) == ["**accuracy got worse** with erasing: 0.393, retrained 0.482; sampling explains 0.044."]
+    assert lines(0.45) == [] and lines(0.6) == []
+
+
 def test_losses_split_by_action_and_average_over_seeds():
     models = summarise(_comparison())["models"]
     assert models["unlearned"]["forget_loss"] == pytest.approx(1.5)

@@ -38,13 +38,14 @@ REQUESTS = [
 ]
 QUICK = ["--num-steps", "3", "--cg-max-steps", "4", "--sample-size", "4", "--chunk-size", "4", "--damping", "0.01"]
 # By name of the directory: the ways through the code that reads results off the devices or writes states.
+EKFAC = ["--solver", "ekfac", "--draws", "64", "--method", "step", "--budget", "inf"]
 ERASURES = {
     "matched": ["--heldout", "heldout.jsonl", *QUICK],
     "streamed": ["--stream", "--method", "step", "--no-trust-region", *QUICK],
     # With few draws the factors have null spaces, and the eigenvectors in those are rounding's.
-    "ekfac": ["--solver", "ekfac", "--draws", "64", "--method", "step", "--factors", "factors", *QUICK],
+    "ekfac": [*EKFAC, "--factors", "factors", *QUICK],
     # With the factors that the one before has kept.
-    "ekfac again": ["--solver", "ekfac", "--draws", "64", "--method", "step", "--factors", "factors", *QUICK],
+    "ekfac again": [*EKFAC, "--factors", "factors", *QUICK],
 }
 
 

@@ -86,7 +86,7 @@ def model(work):
 @pytest.fixture(scope="module")
 def ours(work, model):
     """The run that `llmeraser erase` makes with one step over all data."""
-    config = EraseConfig(method="step", trust_region=False, memory_budget_bytes=0, **CG)
+    config = EraseConfig(method="step", trust_region=False, memory_budget_bytes=0, budget=np.inf, **CG)
     run = runs.load_run(work / "run")
     return erase_run(run, work / "requests.jsonl", work / "ours", config, model=model)[0]
 

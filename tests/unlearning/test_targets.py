@@ -1,0 +1,130 @@
+"""Targets of edits are for the tokens that differ; the others stay."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llmeraser_jax.data import TokenSubsets, align_tokens, encode_examples, find_look_alikes, load_examples
+from llmeraser_jax.data.requests import parse_requests
+from llmeraser_jax.losses import lm_objective
+from llmeraser_jax.models import load_model
+from llmeraser_jax.unlearning import EraseConfig, make_problem
+from llmeraser_jax.unlearning.evaluator import Evaluator
+from llmeraser_jax.unlearning.targets import Role, differing_tokens, find_targets
+from tests.training import tiny
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "in_old", "in_new"),
+    [
+        ([1, 2, 3, 4], [1, 2, 9, 4], [0, 1, 3], [0, 1, 3]),  # one word
+        ([1, 2, 3], [1, 2, 7, 8, 9], [0, 1], [0, 1]),  # the end, and longer
+        ([1, 2], [3, 4, 5], [], []),  # all of it
+        ([1, 2, 3, 4, 5], [1, 4, 5], [0, 3, 4], [0, 1, 2]),  # a part left out
+    ],
+)
+def test_shared_tokens_are_aligned(old, new, in_old, in_new):
+    found = align_tokens(np.array(old), np.array(new))
+    np.testing.assert_array_equal(found[0], in_old)
+    np.testing.assert_array_equal(found[1], in_new)
+
+
+def test_a_shared_token_that_is_harder_in_the_new_response_counts_as_different():
+    old, new = np.array([1, 2, 3, 4]), np.array([1, 2, 9, 4])
+    known, new_losses = np.full(4, 0.01), np.array([0.01, 0.01, 6.0, 0.05])
+    goes, wanted = differing_tokens(old, known, new, new_losses)
+    np.testing.assert_array_equal(goes, [False, False, True, False])
+    np.testing.assert_array_equal(wanted, [False, False, True, False])
+    new_losses[3] = 1.0  # what follows the change is not known either
+    goes, wanted = differing_tokens(old, known, new, new_losses)
+    np.testing.assert_array_equal(goes, [False, False, True, True])
+    np.testing.assert_array_equal(wanted, [False, False, True, True])
+    # Another query to the same response: the tokens that depend on it.
+    goes, wanted = differing_tokens(old, known, old, np.array([0.01, 3.0, 0.02, 0.01]))
+    np.testing.assert_array_equal(goes, [False, True, False, False])
+    np.testing.assert_array_equal(wanted, goes)
+    # Nothing is different: the exchange is about all tokens, and has nowhere to go.
+    assert differing_tokens(old, known, old, known) == (None, None)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("targets")
+    model = load_model(tiny.save_tiny_model(directory / "model"))
+    rows = tiny.rows()
+    rows[3] = {**rows[3], "output": "s3 s4 red blue"}
+    examples = load_examples(tiny.write_rows(directory / "train.jsonl", rows))
+    dataset = encode_examples(examples, tiny.RECIPE, model.tokenizer)
+    requests = parse_requests(
+        [
+            {"id": "r1", "action": "remove"},
+            {"id": "r3", "action": "correct_response", "response": "s3 s4 red green"},
+        ],
+        examples,
+    )
+    return model, dataset, make_problem(model, dataset, requests)
+
+
+def evaluator_of(problem) -> Evaluator:
+    model, _, edits = problem
+    return Evaluator(lm_objective(model.apply, model.base, l2=1e-3), edits, EraseConfig(l2=1e-3, chunk_size=4))
+
+
+def zero_adapter(model):
+    import jax
+
+    return model.init_lora(jax.random.key(0), tiny.LORA)
+
+
+def test_the_loss_at_some_tokens_is_their_mean(problem):
+    model, _, edits = problem
+    evaluator, lora = evaluator_of(problem), zero_adapter(model)
+    rows = np.array([5, int(edits.named[1]), 0, int(edits.wanted[0])])
+    tokens = evaluator.token_values(lora, rows)
+    masks = []
+    for row, (ids, losses) in zip(rows, tokens, strict=True):
+        np.testing.assert_array_equal(ids, edits.examples.encoded[row].tokens[-len(ids) :])
+        masks.append(np.arange(len(losses)) % 2 == 0)
+    view = TokenSubsets(edits.examples, rows, (masks[0], masks[1], None, masks[3]))
+    found = evaluator.row_values(lora, view, np.arange(4))
+    for k, (_, losses) in enumerate(tokens):
+        expected = losses.mean() if k == 2 else losses[masks[k]].mean()
+        assert found.losses[k] == pytest.approx(expected, rel=1e-5)
+        assert found.log_odds[k] == pytest.approx(np.log(np.expm1(expected)), rel=1e-4)
+    with pytest.raises(ValueError, match="A mask of 1 tokens"):
+        short = dataclasses.replace(view, masks=(np.ones(1, bool), *view.masks[1:]))
+        short.stack(np.arange(4), np.ones(4), chunk_size=4)
+
+
+def test_an_edit_has_rows_for_what_goes_what_is_wanted_and_what_stays(problem):
+    model, _, edits = problem
+    evaluator, lora = evaluator_of(problem), zero_adapter(model)
+    targets = find_targets(evaluator, lora, calibration=None, modified=np.zeros(2, bool))
+    of_edit = targets.owners == 1
+    by_role = {Role(int(role)): k for k, role in enumerate(targets.roles) if of_edit[k]}
+    assert set(by_role) == {Role.GOES, Role.WANTED, Role.STAYS}
+    (old_ids, old), (_, new) = evaluator.token_values(lora, np.array([edits.named[1], edits.wanted[0]]))
+    word = len(old_ids) - 2  # the last word, before the end of sequence
+    assert isinstance(targets.examples, TokenSubsets)
+    mask = targets.examples.masks[by_role[Role.GOES]]
+    assert mask is not None and mask[word] and not mask[: word - 1].any()
+    stays = targets.examples.masks[by_role[Role.STAYS]]
+    np.testing.assert_array_equal(stays, ~mask)
+    # Nothing is asked of the shared tokens, and nobody knows where the removed row should end.
+    assert targets.way[by_role[Role.STAYS]] == 0 and not targets.known
+    assert np.isnan(targets.ends[(targets.owners == 0)]).all()
+    assert np.isfinite(targets.ends[of_edit]).all() and len(old) == len(new)
+
+
+def test_look_alikes_are_the_texts_with_most_in_common(problem):
+    _, dataset, _ = problem
+    twice = encode_examples(
+        (*dataset.examples, dataclasses.replace(dataset.examples[1], id="twin")),
+        dataset.recipe,
+        problem[0].tokenizer,
+    )
+    named, others = np.array([1, 4]), np.setdiff1d(np.arange(len(twice)), [1, 4])
+    of_first, of_second = find_look_alikes(twice, named, others, least=0.9)
+    assert list(of_first) == [len(twice) - 1] and len(of_second) == 0
+    assert len(find_look_alikes(twice, named, others, least=0.0, at_most=2)[1]) == 2
