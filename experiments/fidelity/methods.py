@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,8 @@ PAPER_SHARE = 1 / 31  # of a retraining: the cost that the paper states
 
 
 def erasing(**changes: Any) -> Erasing:
-    """`erase` with the task's settings but for `changes`, fields of `EraseConfig`."""
-    return Erasing(config=EraseConfig(**changes))
+    """`erase` with the task's settings but for `changes`, fields of `EraseConfig`. Its cost is a result."""
+    return Erasing(config=EraseConfig(**{"budget": math.inf, **changes}))
 
 
 def within_paper_share(study: Study) -> Erasing:

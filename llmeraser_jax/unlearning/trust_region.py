@@ -15,7 +15,7 @@ from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status, describe, is_failure
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
-from llmeraser_jax.unlearning.evaluator import Evaluator, losses_by_bucket
+from llmeraser_jax.unlearning.evaluator import Evaluator, losses_by_bucket, stacking_order
 from llmeraser_jax.unlearning.problem import Weighted
 from llmeraser_jax.unlearning.steps import StepRecord, UnlearningError
 
@@ -40,10 +40,9 @@ class Check:
         self.evaluator = evaluator
         problem = evaluator.problem
         indices = np.concatenate([probe, problem.named, problem.wanted])
-        buckets = np.array([problem.examples.bucket_of(int(i)) for i in indices])
         self.stack = evaluator.stack(Weighted(indices, np.ones(len(indices))))
         self.keep = real_rows(self.stack)
-        self.order = indices[np.argsort(buckets, kind="stable")]
+        self.order = indices[stacking_order(problem.examples, indices)]
         self.is_forget = np.isin(self.order, problem.named)
         self.is_wanted = np.isin(self.order, problem.wanted)
         self.is_probe = ~self.is_forget & ~self.is_wanted
