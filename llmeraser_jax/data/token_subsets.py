@@ -41,7 +41,7 @@ class TokenSubsets:
 
     examples: ExampleSet
     rows: Int[np.ndarray, " m"]
-    masks: tuple[Bool[np.ndarray, " tokens"] | None, ...]
+    masks: tuple[Bool[np.ndarray, " _"] | None, ...]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -40,10 +40,9 @@ def test_the_golden_file_is_what_the_installed_trl_makes():
 def trl_templates():
     import trl
 
-    return {
-        path.stem: path.read_text("utf-8")
-        for path in (pathlib.Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
-    }
+    assert trl.__file__ is not None
+    folder = pathlib.Path(trl.__file__).parent / "chat_templates"
+    return {path.stem: path.read_text("utf-8") for path in folder.glob("*.jinja")}
 
 
 def outcome(make, *args, **kwargs):
