@@ -501,7 +501,7 @@ def _tell_rows(receipt: Receipt) -> None:
         for name, group in (("retained rows", check.retained), ("calibration rows", check.calibration)):
             if group is not None:
                 _say(
-                    f"  {name:<16}mean {group.before.mean:.3f} -> {group.after.mean:.3f}, "
+                    f"  {name:<18}mean {group.before.mean:.3f} -> {group.after.mean:.3f}, "
                     f"95 % {group.before.percentile_95:.3f} -> {group.after.percentile_95:.3f}, "
                     f"worst rise {group.rise.worst:.3f} ({group.num_rows} rows)"
                 )
