@@ -94,13 +94,14 @@ class Preview:
     def run(self) -> int:
         from llmeraser_jax.data import encode_examples, load_examples, marked_text
         from llmeraser_jax.data.preview import to_json
+        from llmeraser_jax.models import load_tokenizer
         from llmeraser_jax.training.adopt import load_recipe
 
         if self.rows is not None and self.rows < 1:
             msg = f"rows is {self.rows}; it must be at least 1."
             raise ValueError(msg)
         recipe = Recipe() if self.recipe is None else load_recipe(self.recipe)
-        tokenizer = _load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model)
         dataset = encode_examples(load_examples(self.data), recipe, tokenizer)
         shown = dataset.encoded[: (None if self.json else 10) if self.rows is None else self.rows]
         if self.json:
@@ -445,18 +446,6 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
-
-
-def _load_tokenizer(model: str):
-    """The tokenizer of a directory or a hub id, without the weights."""
-    from llmeraser_jax.models import load_tokenizer
-
-    directory = Path(model)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt"]))
-    return load_tokenizer(directory)
 
 
 def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, mesh: Mesh | None = None, **kwargs):

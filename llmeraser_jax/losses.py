@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
 from llmeraser_jax.parallel import sum_over_devices, to_host
-from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
+from llmeraser_jax.types import Batch, ExampleSet, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
 @flax.struct.dataclass
@@ -305,6 +305,12 @@ def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack
     """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
     losses = to_host(_losses_per_chunk(objective, params, stack))
     return np.concatenate([l.reshape(-1) for l in losses])[real_rows(stack)]
+
+
+def stacking_order(examples: ExampleSet, indices: np.ndarray) -> np.ndarray:
+    """The places of `indices` in the order in which a stack of them holds them: bucket by bucket."""
+    buckets = np.array([examples.bucket_of(int(i)) for i in indices], np.int64)
+    return np.argsort(buckets, kind="stable")
 
 
 def real_rows(stack: ExampleStack) -> np.ndarray:

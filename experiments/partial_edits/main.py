@@ -16,15 +16,13 @@ import jax
 import numpy as np
 import tyro
 
-from llmeraser_jax.baselines.setting import take
+from llmeraser_jax.baselines.setting import response_losses, take
 from llmeraser_jax.data import Example, Recipe, TokenDataset, encode_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS, Person, make_directory
-from llmeraser_jax.lora import Lora, LoraConfig
-from llmeraser_jax.losses import example_losses, lm_objective
-from llmeraser_jax.models import Model, load_model
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
-from llmeraser_jax.unlearning.evaluator import stacking_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,15 +87,6 @@ def requests_of(people: tuple[Person, ...], strangers: tuple[Person, ...], each:
     }
 
 
-def losses_of(model: Model, lora: Lora, dataset: TokenDataset, rows: np.ndarray) -> np.ndarray:
-    """Response losses of rows, in their order."""
-    found = np.empty(len(rows))
-    stack = dataset.stack(rows, np.ones(len(rows)), chunk_size=8)
-    objective = lm_objective(model.apply, model.base, l2=0.0)
-    found[stacking_order(dataset, rows)] = example_losses(objective, lora, stack)
-    return found
-
-
 def main(config: Main) -> int:
     """Runs it and prints the table."""
     people = make_directory(config.people + 48).people
@@ -150,7 +139,7 @@ def _print(model, dataset, problem, kinds, adapters, calibration) -> None:
     rows.append(("not trained on", calibration, np.arange(len(calibration))))
     sys.stdout.write(f"{'mean loss, nats per token':<30}{'before':>9}{'erased':>9}{'retrained':>11}\n")
     for kind, examples, indices in rows:
-        cells = [losses_of(model, lora, examples, indices).mean() for lora in adapters]
+        cells = [response_losses(model, lora, examples, indices).mean() for lora in adapters]
         sys.stdout.write(f"{kind:<30}{cells[0]:>9.3f}{cells[1]:>9.3f}{cells[2]:>11.3f}\n")
 
 

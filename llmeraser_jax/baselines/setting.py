@@ -22,7 +22,7 @@ from jaxtyping import Float
 from llmeraser_jax import data
 from llmeraser_jax.data import Example, Request, TokenDataset
 from llmeraser_jax.lora import Lora
-from llmeraser_jax.losses import Objective, example_losses, lm_objective
+from llmeraser_jax.losses import Objective, example_losses, lm_objective, stacking_order
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.runs import Run, RunError
@@ -178,9 +178,7 @@ def response_losses(
     objective = lm_objective(model.apply, model.base, l2=0.0)
     stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
     losses = np.zeros(len(indices))
-    # `stack` lays examples out bucket by bucket, in order within each.
-    order = np.argsort([dataset.bucket_of(int(i)) for i in indices], kind="stable")
-    losses[order] = example_losses(objective, params, place_stack(stack, model.mesh))
+    losses[stacking_order(dataset, indices)] = example_losses(objective, params, place_stack(stack, model.mesh))
     return losses
 
 

@@ -33,7 +33,7 @@ from llmeraser_jax.types import BaseParams, Key
 
 _log = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -135,7 +135,7 @@ def load_model(
     )
 
 
-def _local_directory(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def _local_directory(path_or_hub_id: str | os.PathLike[str], *, weights: bool = True) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -146,7 +146,7 @@ def _local_directory(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(msg)
     import huggingface_hub
 
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_HUB_FILES, *["*.safetensors"] * weights]))
 
 
 def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
@@ -284,8 +284,13 @@ def _check_quantized_as(kernel: QuantizedKernel, quantization: str | None) -> No
         raise ValueError(msg)
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a checkpoint; None where it has no tokenizer files."""
+def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a checkpoint, whose weights are not read; None where it has no tokenizer files.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a hub id.
+    """
+    directory = _local_directory(path_or_hub_id, weights=False)
     if not any((Path(directory) / name).exists() for name in _TOKENIZER_FILES):
         _log.info("%s has no tokenizer files.", directory)
         return None

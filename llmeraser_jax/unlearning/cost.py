@@ -35,6 +35,20 @@ class CostMeter:
     budget: float = math.inf
     retraining: float = math.nan
 
+    @classmethod
+    def of(cls, budget: float | None, retraining: float | None) -> CostMeter:
+        """With a budget that is a share of a retraining: 1 where its cost is known and nothing else is said.
+
+        Raises:
+            ValueError: a budget without the cost of a retraining.
+        """
+        if retraining is not None:
+            return cls(budget=(1.0 if budget is None else budget) * retraining, retraining=retraining)
+        if budget is not None:
+            msg = "A budget is a share of a retraining's cost; pass retrain_cost, in gradient equivalents."
+            raise ValueError(msg)
+        return cls()
+
     @property
     def total(self) -> float:
         """Everything but the diagnostics."""

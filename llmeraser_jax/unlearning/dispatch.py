@@ -15,7 +15,7 @@ from llmeraser_jax.types import ExampleSet, LoraParams
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.correctors import correct
 from llmeraser_jax.unlearning.cost import BudgetSpent, CostMeter
-from llmeraser_jax.unlearning.evaluator import Evaluator, make_cost_meter
+from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.matched import unlearn_matched
 from llmeraser_jax.unlearning.path import influence_path, single_step
 from llmeraser_jax.unlearning.problem import EditProblem
@@ -80,7 +80,7 @@ def unlearn(
         np.zeros(len(problem.named), bool) if modified is None else np.asarray(modified, bool),
         mesh,
         heldout,
-        make_cost_meter(config.budget, retrain_cost),
+        CostMeter.of(config.budget, retrain_cost),
         checkpoint_directory,
         factors_directory,
         on_step,
@@ -102,7 +102,7 @@ def unlearn(
         return moved
     logger.warning("Matched steps did not do what was asked (%s); trying the path.", moved.validity.words)
     try:
-        again = request.move(along_the_path, attempts=(f"matched: {moved.validity.words}",))
+        again = request.move(along_the_path, attempts=(f"matched: {moved.validity.words}",), targets=moved.targets)
     except UnlearningError as error:
         return dataclasses.replace(moved, complete=False, attempts=(f"path: {error}",))
     if again.validity is not None and again.validity.passed:
@@ -127,8 +127,10 @@ class _Request:
     factors_directory: Path | None
     on_step: Callable[[StepRecord], None]
 
-    def move(self, config: EraseConfig, *, attempts: tuple[str, ...] = ()) -> Unlearned:
-        """Moves, corrects, and checks what that did.
+    def move(
+        self, config: EraseConfig, *, attempts: tuple[str, ...] = (), targets: RowTargets | None = None
+    ) -> Unlearned:
+        """Moves, corrects, and checks what that did; `targets` are those that an earlier attempt found.
 
         Raises:
             UnlearningError: nothing was done.
@@ -144,13 +146,14 @@ class _Request:
         )
         is_matched = config.method == "matched"
         try:
-            targets = find_targets(
-                evaluator,
-                self.params,
-                calibration=self.heldout,
-                modified=self.modified,
-                diagnostic=not is_matched,
-            )
+            if targets is None:
+                targets = find_targets(
+                    evaluator,
+                    self.params,
+                    calibration=self.heldout,
+                    modified=self.modified,
+                    diagnostic=not is_matched,
+                )
             if is_matched and not targets.known:
                 raise ValueError(_no_targets(self.objective))
             validity = Validity(evaluator, self.params, targets, self.heldout)

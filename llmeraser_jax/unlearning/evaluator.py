@@ -34,7 +34,7 @@ from llmeraser_jax.curvature import (
 )
 from llmeraser_jax.curvature.factor import factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
-from llmeraser_jax.losses import Objective, gradient_sum, real_rows
+from llmeraser_jax.losses import Objective, gradient_sum, real_rows, stacking_order
 from llmeraser_jax.parallel import place_stack, to_host
 from llmeraser_jax.solvers import (
     MAX_CORRECTIONS,
@@ -157,26 +157,6 @@ class RowValues(NamedTuple):
     log_odds: np.ndarray
 
 
-def stacking_order(examples: ExampleSet, indices: np.ndarray) -> np.ndarray:
-    """The places of `indices` in the order in which a stack holds them."""
-    buckets = np.array([examples.bucket_of(int(i)) for i in indices], np.int64)
-    return np.argsort(buckets, kind="stable")
-
-
-def make_cost_meter(budget: float | None, retrain_cost: float | None) -> CostMeter:
-    """A meter whose budget is a share of a retraining: 1 where the cost of one is known and nothing else is said.
-
-    Raises:
-        ValueError: a budget without the cost of a retraining.
-    """
-    if retrain_cost is None:
-        if budget is not None:
-            msg = "A budget is a share of a retraining's cost; pass retrain_cost, in gradient equivalents."
-            raise ValueError(msg)
-        return CostMeter()
-    return CostMeter(budget=(1.0 if budget is None else budget) * retrain_cost, retraining=retrain_cost)
-
-
 class Evaluator:
     """An objective, its data and a mesh: turns coefficient vectors into gradients, operators and losses.
 
@@ -190,7 +170,6 @@ class Evaluator:
         config: EraseConfig,
         mesh: Mesh | None = None,
         *,
-        retrain_cost: float | None = None,
         cost: CostMeter | None = None,
         checkpoint_directory: Path | None = None,
         factors_directory: Path | None = None,
@@ -199,7 +178,7 @@ class Evaluator:
         self.problem = problem
         self.config = config
         self.mesh = mesh
-        self.cost = cost if cost is not None else make_cost_meter(config.budget, retrain_cost)
+        self.cost = CostMeter() if cost is None else cost
         self.asymmetry = math.nan  # of the first operator that was solved with
         self._kind = "hessian" if config.curvature == "auto" else config.curvature
         self._fell_back = ""
@@ -266,15 +245,18 @@ class Evaluator:
         if len(indices) == 0:
             return RowValues(np.zeros(0), np.zeros(0))
         stack = self.place(examples, Weighted(indices, np.ones(len(indices))))
-        found = to_host(_losses_and_log_odds(self.objective, params, stack))
-        keep, order = real_rows(stack), stacking_order(examples, indices)
-        values = []
-        for parts in zip(*found, strict=True):
-            in_stack = np.concatenate([part.astype(np.float64).reshape(-1) for part in parts])[keep]
-            value = np.empty(len(indices))
-            value[order] = in_stack
-            values.append(value)
-        return RowValues(*values)
+        back = np.argsort(stacking_order(examples, indices))
+        return RowValues(*(values[back] for values in self.stack_values(params, stack)))
+
+    def stack_values(self, params: LoraParams, stack: ExampleStack) -> RowValues:
+        """Losses and log-odds of the examples of a stack, in stacking order; the caller books the cost."""
+        found, keep = to_host(_losses_and_log_odds(self.objective, params, stack)), real_rows(stack)
+        return RowValues(
+            *(
+                np.concatenate([part.astype(np.float64).reshape(-1) for part in parts])[keep]
+                for parts in zip(*found, strict=True)
+            )
+        )
 
     def token_values(self, params: LoraParams, indices: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids and losses of the response tokens of some of the problem's examples, in the order asked for."""

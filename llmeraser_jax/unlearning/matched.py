@@ -205,7 +205,7 @@ class _Matching:
         evaluator, targets = self.evaluator, self.targets
         if not gradients:
             evaluator.cost.spend("trust_region", FORWARD * len(targets.indices))
-            return _Point(evaluator.row_values(params, targets.examples, targets.indices).log_odds, None)
+            return _Point(evaluator.stack_values(params, self.stack).log_odds, None)
         evaluator.cost.spend("rhs", GRADIENT * len(targets.indices))
         found = _gradient_rows(evaluator.objective, params, self.stack, log_odds=True)
         here = to_host(found.values).astype(np.float64)[np.asarray(self.keep)]
@@ -400,11 +400,9 @@ def _settled(
     for number in range(1, _MAX_SAMPLES + 1):
         error = _standard_error(curvature, config.draws, _normals(point), demand, config.row_ridge, solved)
         solved = dataclasses.replace(solved, standard_error=error)
-        spare = (
-            evaluator.cost.left - 0.5 * evaluator.cost.budget if math.isfinite(evaluator.cost.budget) else math.inf
-        )
+        half_spent = evaluator.cost.total + _curvature_cost(evaluator) > 0.5 * evaluator.cost.budget
         enough = not error > config.max_standard_error or error > _LEAST_GAIN * before
-        if enough or number == _MAX_SAMPLES or _curvature_cost(evaluator) > spare:
+        if enough or number == _MAX_SAMPLES or half_spent:
             break
         before = error
         curvature = retained_curvature(evaluator, params, rng, curvature)

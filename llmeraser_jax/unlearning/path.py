@@ -7,6 +7,7 @@ retrained solution, which is their oracle.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -17,7 +18,7 @@ import numpy as np
 from llmeraser_jax import trees
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import GRADIENT, BudgetSpent
+from llmeraser_jax.unlearning.cost import GRADIENT, BudgetSpent, CostMeter
 from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import Weighted
 from llmeraser_jax.unlearning.steps import (
@@ -73,39 +74,27 @@ def _probe_scale(evaluator: Evaluator, check: Check | None) -> float:
     return len(evaluator.problem.retained) / num_probed
 
 
-def _require_step(evaluator: Evaluator, check: Check | None, num_in_rhs: int) -> None:
-    """Sees that a step whose solve takes all of its iterations can be paid.
+def _step_price(evaluator: Evaluator, check: Check | None, num_in_rhs: int, *, growth: int = 1) -> float:
+    """Gradient equivalents of a step whose solve takes all of its iterations, seen at one length.
 
     Args:
-        evaluator: holds the budget.
+        evaluator: knows the solver.
         check: the trust region; None is none.
         num_in_rhs: examples behind the right-hand side.
-
-    Raises:
-        BudgetSpent: it cannot.
+        growth: how many times the curvature's sample is to be as large.
     """
     problem = evaluator.problem
-    num_in_curvature = len(problem.named) + len(problem.wanted) + evaluator.num_sampled
-    evaluator.cost.reserve(
-        GRADIENT * num_in_rhs
-        + evaluator.largest_solve_cost(num_in_curvature)
-        + (check.least_cost if check is not None else 0.0)
-    )
+    num_in_curvature = len(problem.named) + len(problem.wanted) + growth * evaluator.num_sampled
+    looking = check.least_cost if check is not None else 0.0
+    return GRADIENT * num_in_rhs + evaluator.largest_solve_cost(num_in_curvature) + looking
 
 
-def _plan(evaluator: Evaluator, check: Check | None) -> None:
+def _plan(evaluator: Evaluator, check: Check | None, num_in_rhs: int) -> None:
     """Lowers the conjugate-gradient steps of each solve, and then the steps of a path, to what the budget can pay.
 
     Not below 4 of either: less is no solve, and no path.
     """
-    config, problem, cost = evaluator.config, evaluator.problem, evaluator.cost
-    num_edited = len(problem.named) + len(problem.wanted)
-    num_in_curvature = num_edited + evaluator.num_sampled
-    while True:
-        step = GRADIENT * num_edited + evaluator.largest_solve_cost(num_in_curvature)
-        step += check.least_cost if check is not None else 0.0
-        if evaluator.num_steps * step <= cost.left:
-            return
+    while evaluator.num_steps * _step_price(evaluator, check, num_in_rhs) > evaluator.cost.left:
         config = evaluator.config
         if config.cg_max_steps > _LEAST_PLANNED:
             change = {"cg_max_steps": config.cg_max_steps - 1}
@@ -121,35 +110,40 @@ def _standard_error(
 ) -> float:
     """The standard error of a solve over its norm: half the distance of the steps that two half samples give.
 
-    Counts as a diagnostic; nan where the curvature is no sample, and where the budget has no room for it.
+    Counts as a diagnostic; nan where the curvature is no sample.
     """
-    config, cost = evaluator.config, evaluator.cost
+    config = evaluator.config
     sampled = np.flatnonzero(np.isin(curvature.indices, evaluator.problem.retained))
     is_sample = evaluator.curvature_sample is not None and evaluator.num_sampled < len(evaluator.problem.retained)
     if not is_sample or len(sampled) < 2 or config.solver not in ("cg", "minres") or config.stream:
         return math.nan
-    steps, spent = [], cost.curvature
-    try:
-        for chosen, other in ((sampled[::2], sampled[1::2]), (sampled[1::2], sampled[::2])):
-            weights = curvature.weights.copy()
-            weights[chosen] *= len(sampled) / len(chosen)
-            weights[other] = 0.0  # as padding, so that the programs are those of the whole sample
-            steps.append(evaluator.solve(params, Weighted(curvature.indices, weights), rhs).value)
-    except BudgetSpent:
-        return math.nan
-    finally:
-        cost.diagnostics += cost.curvature - spent
-        cost.curvature = spent
+    # Another evaluator: what its solves meet and count is not the method's.
+    aside, steps = copy.copy(evaluator), []
+    aside.cost = CostMeter()
+    for chosen, other in ((sampled[::2], sampled[1::2]), (sampled[1::2], sampled[::2])):
+        weights = curvature.weights.copy()
+        weights[chosen] *= len(sampled) / len(chosen)
+        weights[other] = 0.0  # as padding, so that the programs are those of the whole sample
+        steps.append(aside.solve(params, Weighted(curvature.indices, weights), rhs).value)
+    evaluator.cost.spend("diagnostics", aside.cost.total + aside.cost.diagnostics)
     distance = float(trees.tree_norm(trees.tree_sub(*steps)))
     return 0.5 * distance / float(trees.tree_norm(delta))
 
 
-def _growth(evaluator: Evaluator, standard_error: float) -> int:
-    """How many times the sample has to be as large; 1 where it is large enough or was given."""
+def _with_standard_error(
+    evaluator: Evaluator, params: LoraParams, moved: LoraParams, move: Move, record: StepRecord
+) -> tuple[StepRecord, int]:
+    """A step's record with its standard error, and how many times as large the sample should be.
+
+    1 where the error is at most the allowed one, and where the size of the sample was given.
+    """
+    delta = trees.tree_scale(1 / record.scale, trees.tree_sub(moved, params))
+    error = _standard_error(evaluator, params, move.curvature, move.rhs, delta)
+    record = dataclasses.replace(record, standard_error=error)
     allowed = evaluator.config.max_standard_error
-    if evaluator.config.sample_size is not None or not standard_error > allowed:
-        return 1
-    return min(math.ceil((standard_error / allowed) ** 2), _MAX_GROWTH)
+    if evaluator.config.sample_size is not None or not error > allowed:
+        return record, 1
+    return record, min(math.ceil((error / allowed) ** 2), _MAX_GROWTH)
 
 
 def single_step(
@@ -157,59 +151,49 @@ def single_step(
     check: Check | None,
     params: LoraParams,
     on_step: Callable[[StepRecord], None],
-    *,
-    grown: bool = False,
 ) -> Unlearned:
     """One solve: the paper's step, or Newton's on the edited objective.
 
-    Where its standard error is too large it is solved once more, with a larger sample (`grown`).
+    Where its standard error is too large it is solved once more, with a larger sample.
     """
-    _plan(evaluator, check)
     problem, config = evaluator.problem, evaluator.config
-    rng = np.random.default_rng([config.seed, 1])
-    num_edited = len(problem.named) + len(problem.wanted)
-    probe_scale = _probe_scale(evaluator, check)
-    if config.rhs == "influence":
-        _require_step(evaluator, check, num_edited)
-        evaluator.cost.spend("rhs", GRADIENT * num_edited)
-        rhs = evaluator.gradient(params, problem.influence_rhs())
-        curvature = problem.trained_mean(
-            evaluator.curvature_sample,
-            rng,
-            without_named=evaluator.without_named,
-            similar_share=config.similar_share,
-        )
-        unit, named, wanted = 1 / problem.num_trained, 1.0, 0.0
-    else:
-        everything = problem.edited_mean(None, rng)
-        _require_step(evaluator, check, len(everything.indices))
-        evaluator.cost.spend("rhs", GRADIENT * len(everything.indices))
-        rhs = trees.tree_scale(-1.0, evaluator.gradient(params, everything))
-        curvature = problem.edited_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
-        unit, named, wanted = 1 / problem.num_edited_total, 0.0, 1.0
+    influence = config.rhs == "influence"
+    behind = problem.influence_rhs() if influence else problem.edited_mean(None, np.random.default_rng())
+    _plan(evaluator, check, len(behind.indices))
+    evaluator.cost.reserve(_step_price(evaluator, check, len(behind.indices)))
+    evaluator.cost.spend("rhs", GRADIENT * len(behind.indices))
+    rhs = trees.tree_scale(1.0 if influence else -1.0, evaluator.gradient(params, behind))
+    unit, named, wanted = (
+        (1 / problem.num_trained, 1.0, 0.0) if influence else (1 / problem.num_edited_total, 0.0, 1.0)
+    )
     if evaluator.without_named:
         named = wanted = 0.0
-    move = Move(
-        weight_before=1.0,
-        weight_target=0.0,
-        rhs=rhs,
-        curvature=curvature,
-        check_retained=probe_scale * unit,
-        check_named=named * unit,
-        check_wanted=wanted * unit,
-    )
-    moved, record = take(evaluator, check, params, move)
-    delta = trees.tree_scale(1 / record.scale, trees.tree_sub(moved, params))
-    error = _standard_error(evaluator, params, move.curvature, rhs, delta)
-    growth = _growth(evaluator, error)
-    larger = evaluator.largest_solve_cost(growth * len(move.curvature.indices))
-    if not grown and growth > 1 and 2 * larger <= evaluator.cost.left:
+    for grown in (False, True):
+        rng = np.random.default_rng([config.seed, 1])
+        sampled, without_named = evaluator.curvature_sample, evaluator.without_named
+        if influence:
+            curvature = problem.trained_mean(
+                sampled, rng, without_named=without_named, similar_share=config.similar_share
+            )
+        else:
+            curvature = problem.edited_mean(sampled, rng, without_named=without_named)
+        move = Move(
+            weight_before=1.0,
+            weight_target=0.0,
+            rhs=rhs,
+            curvature=curvature,
+            check_retained=_probe_scale(evaluator, check) * unit,
+            check_named=named * unit,
+            check_wanted=wanted * unit,
+        )
+        moved, record = take(evaluator, check, params, move)
+        record, growth = _with_standard_error(evaluator, params, moved, move, record)
+        if grown or growth == 1 or _step_price(evaluator, check, 0, growth=growth) > evaluator.cost.left:
+            break
         evaluator.grow_sample(growth)
-        return single_step(evaluator, check, params, on_step, grown=True)
-    params, record = moved, dataclasses.replace(record, standard_error=error)
     on_step(record)
     return Unlearned(
-        params=params,
+        params=moved,
         steps=(record,),
         final_weight=record.weight_after,
         complete=record.weight_after <= NEGLIGIBLE_WEIGHT,
@@ -225,18 +209,18 @@ def influence_path(
     on_step: Callable[[StepRecord], None],
 ) -> Unlearned:
     """The influence path: the weight of S from 1 to 0, re-linearised at every step."""
-    _plan(evaluator, check)
     problem, config = evaluator.problem, evaluator.config
+    num_edited = len(problem.named) + len(problem.wanted)
+    _plan(evaluator, check, num_edited)
     n, probe_scale = problem.num_trained, _probe_scale(evaluator, check)
     schedule = log_odds_weights(evaluator.num_steps, config.log_odds_range)
     direction = evaluator.stack(problem.influence_rhs())
     weight, records, stopped = 1.0, [], ""
-    num_edited = len(problem.named) + len(problem.wanted)
     # A step cut short advances the weight in proportion, and the next aims as far ahead from there.
     for attempt in range(3 * evaluator.num_steps):
         target = next_weight(schedule, weight)
         try:
-            _require_step(evaluator, check, num_edited)
+            evaluator.cost.reserve(_step_price(evaluator, check, num_edited))
         except BudgetSpent as spent:
             if not records:
                 raise
@@ -271,14 +255,9 @@ def influence_path(
             logger.warning("The path ends early, at weight %.4g: %s", weight, error)
             break
         if not records:
-            delta = trees.tree_scale(1 / record.scale, trees.tree_sub(moved, params))
-            error = _standard_error(evaluator, params, curvature, move.rhs, delta)
-            record = dataclasses.replace(record, standard_error=error)
-            growth = _growth(evaluator, error)
-            larger = len(curvature.indices) + (growth - 1) * evaluator.num_sampled
-            ahead = GRADIENT * num_edited + evaluator.largest_solve_cost(larger)
-            ahead += check.least_cost if check is not None else 0.0
-            if growth > 1 and (evaluator.num_steps - 1) * ahead <= evaluator.cost.left:
+            record, growth = _with_standard_error(evaluator, params, moved, move, record)
+            ahead = (evaluator.num_steps - 1) * _step_price(evaluator, check, num_edited, growth=growth)
+            if growth > 1 and ahead <= evaluator.cost.left:
                 evaluator.grow_sample(growth)
         params = moved
         records.append(record)

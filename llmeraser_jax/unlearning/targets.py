@@ -30,11 +30,11 @@ import numpy as np
 
 from llmeraser_jax.curvature.factor import ExampleRows, example_rows, rows_gram
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
-from llmeraser_jax.losses import real_rows
+from llmeraser_jax.losses import real_rows, stacking_order
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import ExampleSet, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, GRADIENT
-from llmeraser_jax.unlearning.evaluator import Evaluator, stacking_order
+from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 
 _NUM_CALIBRATION = 128  # rows behind the target of removed rows
@@ -176,7 +176,8 @@ def find_targets(
     examples, parts, indices = _lay_out(problem, parts)
     cost.spend(on, FORWARD * len(parts))
     values = evaluator.row_values(params, examples, indices)
-    check_finite(values.losses, problem, np.array([p.row for p in parts]), "named")
+    rows = np.array([p.row for p in parts], np.int64)
+    check_finite(values.losses, problem.examples, rows, "named")
     start = values.log_odds
     roles = np.array([p.role for p in parts])
     owners = np.array([p.owner for p in parts])
@@ -195,7 +196,6 @@ def find_targets(
         centres[old], centres[new] = ends[old], ends[new]
         spreads[old] = _spread(float(start[new].std())) if len(new) >= _LEAST_PAIRS else unknown.spread
         spreads[new] = known.spread
-    rows = np.array([p.row for p in parts], np.int64)
     ends = _with_copies(start, ends, roles, owners, rows, copies)
     centres = _with_copies(start, centres, roles, owners, rows, copies)
     if evaluator.objective.log_odds_fn is None:
@@ -228,22 +228,18 @@ def loss_of(log_odds: np.ndarray | float) -> np.ndarray:
         return np.asarray(np.logaddexp(0, log_odds))
 
 
-def check_finite(losses: np.ndarray, problem: EditProblem, rows: np.ndarray, kind: str) -> None:
-    """Refuses rows whose loss is not finite under the adapter as trained.
-
-    Raises:
-        ValueError: names the first.
-    """
-    _refuse_not_finite(losses, problem.examples, rows, kind)
-
-
 def row_id(examples: ExampleSet, row: int) -> str:
     """The id of a row, where examples have ids, else its number; a replacement has its original's."""
     ids = getattr(examples, "ids", None)
     return str(row) if ids is None else ids[row]
 
 
-def _refuse_not_finite(losses: np.ndarray, examples: ExampleSet, rows: np.ndarray, kind: str) -> None:
+def check_finite(losses: np.ndarray, examples: ExampleSet, rows: np.ndarray, kind: str) -> None:
+    """Refuses rows whose loss is not finite under the adapter as trained.
+
+    Raises:
+        ValueError: names the first.
+    """
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
         more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -304,7 +300,7 @@ def _references(
         chosen = np.sort(rng.choice(len(calibration), size=size, replace=False))
         evaluator.cost.spend(on, FORWARD * len(chosen))
         values = evaluator.row_values(params, calibration, chosen)
-        _refuse_not_finite(values.losses, calibration, chosen, "calibration")
+        check_finite(values.losses, calibration, chosen, "calibration")
         unknown = _Reference.of(values.losses, values.log_odds)
     if config.target_loss is not None:
         centre = float(log_odds(config.target_loss)) if unknown.none else unknown.centre
@@ -315,7 +311,7 @@ def _references(
             rows = np.sort(rng.choice(rows, size=_NUM_KNOWN, replace=False))
         evaluator.cost.spend(on, FORWARD * len(rows))
         values = evaluator.row_values(params, problem.examples, rows)
-        check_finite(values.losses, problem, rows, "retained")
+        check_finite(values.losses, problem.examples, rows, "retained")
         known = _Reference.of(values.losses, values.log_odds)
     return known, unknown
 

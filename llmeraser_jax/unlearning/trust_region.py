@@ -10,12 +10,12 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES
-from llmeraser_jax.losses import Objective, real_rows
+from llmeraser_jax.losses import Objective, real_rows, stacking_order
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.solvers import Status, describe, is_failure
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
-from llmeraser_jax.unlearning.evaluator import Evaluator, losses_by_bucket, stacking_order
+from llmeraser_jax.unlearning.evaluator import Evaluator, losses_by_bucket
 from llmeraser_jax.unlearning.problem import Weighted
 from llmeraser_jax.unlearning.steps import StepRecord, UnlearningError
 

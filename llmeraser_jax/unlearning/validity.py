@@ -218,7 +218,7 @@ class Validity:
             size = min(_PROBE_SIZE, len(calibration))
             self._unseen = np.sort(rng.choice(len(calibration), size=size, replace=False))
         self._before = self._losses(params)
-        check_finite(self._before[0], problem, probe, "retained")
+        check_finite(self._before[0], problem.examples, probe, "retained")
         self._whole_before = self._whole(params)
 
     def _losses(self, params: LoraParams) -> tuple[np.ndarray, np.ndarray]:

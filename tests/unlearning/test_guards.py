@@ -105,13 +105,9 @@ def test_a_step_that_the_budget_does_not_cover_is_not_begun(rhs):
         np.testing.assert_array_equal(a, b)
     # A little less, and the solve is planned with fewer iterations; it never takes more than it may.
     least = enough.cost.total / (5.0 * N)
-    try:
-        planned = erase(problem, before, budget=0.99 * least, **common)
-    except UnlearningError as error:  # the price that it may come to is above what it came to
-        assert "no room" in str(error)
-    else:
-        assert planned.cost.total <= 0.99 * enough.cost.total
-        assert planned.steps[0].iterations < enough.steps[0].iterations
+    planned = erase(problem, before, budget=0.99 * least, **common)
+    assert planned.cost.total <= 0.99 * enough.cost.total
+    assert planned.steps[0].iterations < enough.steps[0].iterations
 
 
 def test_a_step_against_its_right_hand_side_is_refused_without_looking(monkeypatch):

@@ -13,8 +13,18 @@ from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.steps import UnlearningError
 from llmeraser_jax.unlearning.targets import find_targets
 from llmeraser_jax.unlearning.validity import Validity, ValidityCheck, Verdict
-from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
-from tests.unlearning.judgement import CASES, FOUR, Case, Setting, fit, is_right, make_setting
+from tests.problems import ArrayBatch, ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
+from tests.unlearning.judgement import (
+    CASES,
+    FOUR,
+    Case,
+    Setting,
+    cross_entropy,
+    fit,
+    is_right,
+    logits,
+    make_setting,
+)
 from tests.unlearning.test_path_on_ridge import L2, config
 from tests.unlearning.test_path_on_ridge import make_problem as make_ridge
 
@@ -102,6 +112,17 @@ def test_one_row_in_twenty_may_stay_behind_and_none_of_fewer():
         check = look(setting, params)
         assert sum(row.arrived is False for row in check.rows) == 1 and len(check.rows) == count
         assert check.passed == (count >= 20), check.words
+
+
+def test_rows_that_are_remembered_better_were_not_forgotten():
+    setting = make_setting(remove=FOUR)
+    examples, rows = setting.problem.examples, list(FOUR)
+    batch = ArrayBatch(examples.inputs[rows], examples.targets[rows])
+    uphill = jax.grad(lambda p: cross_entropy(logits(None, p, batch), batch).sum())(setting.before)
+    better = jax.tree.map(lambda x, g: x - 10.0 * g, setting.before, uphill)
+    assert np.all(setting.losses(better, rows) < setting.losses(setting.before, rows))
+    check = look(setting, better)
+    assert check.verdict is Verdict.INCOMPLETE and "went 0% of their way" in check.words
 
 
 def test_a_row_known_below_rounding_moves():
