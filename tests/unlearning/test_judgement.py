@@ -21,6 +21,7 @@ from tests.unlearning.judgement import (
     Setting,
     cross_entropy,
     fit,
+    harm_others,
     is_right,
     logits,
     make_setting,
@@ -112,6 +113,16 @@ def test_one_row_in_twenty_may_stay_behind_and_none_of_fewer():
         check = look(setting, params)
         assert sum(row.arrived is False for row in check.rows) == 1 and len(check.rows) == count
         assert check.passed == (count >= 20), check.words
+
+
+def test_harm_is_harm_where_every_forget_row_is_right():
+    setting = make_setting(remove=FOUR)
+    harmed = harm_others(setting)
+    before, after = (setting.losses(p, setting.problem.retained) for p in (setting.before, harmed))
+    check = look(setting, harmed)
+    assert check.verdict is Verdict.HARMFUL and all(row.arrived for row in check.rows)
+    assert after.mean() - before.mean() > check.harm_bound
+    assert check.reasons[0].startswith(f"retained rows were harmed: their mean loss went {before.mean():.3g} -> ")
 
 
 def test_rows_that_are_remembered_better_were_not_forgotten():
