@@ -436,6 +436,57 @@ class Demo:
         return run_demo(self.workdir, say=_say)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write base and adapter of a run as one model, for servers that load no adapters.
+
+    The losses of the examples are measured on the weights as they are read back, since rounding can take back what
+    erasing changed.
+
+    Attributes:
+        run_directory: the run (finetune, adopt, erase or retrain).
+        merged: directory to make: Hugging Face's layout, with tokenizer and generation configuration.
+        dtype: of the weights: bfloat16, float32 or float16.
+        quantization: store the layers' kernels as bitsandbytes does: nf4, nf4-double or int8.
+        data: where the training data is now, of an erasure that of the run before it; default: where it was.
+    """
+
+    run_directory: tyro.conf.Positional[Path]
+    merged: Path
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    quantization: Literal["nf4", "nf4-double", "int8"] | None = None
+    data: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.export import EXPORT_FILE, export_run
+        from llmeraser_jax.runs import load_run
+
+        exported = export_run(
+            load_run(self.run_directory),
+            self.merged,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            data_path=self.data,
+        )
+        stored = self.dtype if self.quantization is None else f"{self.quantization}, the rest {self.dtype}"
+        _say(f"Merged model: {self.merged}   ({exported.num_bytes / 1e6:.1f} MB in {exported.num_files}, {stored})")
+        _say(f"  {'mean loss, nats per token':<28}{'before':>9}{'adapter':>9}{'exported':>9}   as read back")
+        for name in ("forget", "replacements", "retained"):
+            group = getattr(exported, name)
+            if group is not None:
+                before = "" if group.before is None else f"{group.before:.4f}"
+                _say(
+                    f"  {f'{name} ({group.num_examples} rows)':<28}{before:>9}{group.adapter:>9.4f}"
+                    f"{group.exported:>9.4f}"
+                )
+        if exported.survival is not None:
+            _say(f"  {exported.survival:.1%} of the change of the forget rows' loss survives the rounding.")
+        if exported.not_measured:
+            _say(f"  forget rows: not measured. {exported.not_measured}")
+        _say(f"  the same numbers: {self.merged / EXPORT_FILE}")
+        return 0
+
+
 Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -444,6 +495,7 @@ Command = (
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

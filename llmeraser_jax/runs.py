@@ -5,7 +5,7 @@ A run directory holds
     run.json            what was done: model and its fingerprint, recipe, configurations, versions, training
                         examples by id with the hashes of content and tokens, final losses, the parent run, the
                         receipts since
-    adapter/            the adapter, in PEFT's format
+    adapter/            the adapter, in PEFT's format, and the tokenizer where it is not the base model's
     initial_adapter/    what training started from, in PEFT's format; absent where it is not known
     tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
@@ -422,13 +422,14 @@ def write_run(
         dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
     path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-    source = _tokenizer_source(model)
-    if source is not None:
-        _copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
     for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
         shutil.rmtree(path / name, ignore_errors=True)
         if adapter is not None:
             save_adapter(path / name, adapter, model)
+    source = _tokenizer_source(model)
+    if source is not None:
+        copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
+        copy_tokenizer(source, path / ADAPTER_DIRECTORY)  # servers look for it beside the adapter
     if data_path is None:
         data.save_examples(path / EXAMPLES_FILE, examples)
     recorded = {
@@ -596,8 +597,9 @@ def _tokenizer_source(model: Model) -> Path | None:
     return Path(name)
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies whatever tokenizer files `source` has into the directory `target`, made if it is not there."""
+    target.mkdir(exist_ok=True)
     for part in sorted({part for pattern in _TOKENIZER_FILES for part in source.glob(pattern)}):
         (shutil.copytree if part.is_dir() else shutil.copy2)(part, target / part.name)
 

@@ -1,6 +1,11 @@
 """Conversion between checkpoints on disk and pytrees: declarative tables, read in both directions."""
 
-from llmeraser_jax.convert.bitsandbytes import QuantizedSource, check_quantization_config
+from llmeraser_jax.convert.bitsandbytes import (
+    QuantizedSource,
+    check_quantization_config,
+    quantization_config,
+    quantized_tensors,
+)
 from llmeraser_jax.convert.files import SafetensorsSource, write_safetensors
 from llmeraser_jax.convert.huggingface import BASE_TABLES, PEFT_TABLE
 from llmeraser_jax.convert.table import (
@@ -34,5 +39,7 @@ __all__ = [
     "export_tensors",
     "import_tensors",
     "numpy_dtype",
+    "quantization_config",
+    "quantized_tensors",
     "write_safetensors",
 ]
