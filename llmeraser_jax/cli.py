@@ -201,13 +201,15 @@ class Adopt:
         data: the examples it was trained on.
         recipe: TOML file that states how: template, add_bos, add_eos, loss_on, reduction, truncation_side,
             epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
+            `llmeraser recipe` begins one from what the trainer left.
         workdir: the run directory to make.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
         base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
             nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
             they are in the checkpoint.
         devices: what to compute on.
-        force: adopt it although it does not lower the loss on the data.
+        force: adopt it although another recipe fits the data much better, its loss is not clearly below the base's,
+            or is far above the one that the trainer reported.
     """
 
     model: str
@@ -235,11 +237,58 @@ class Adopt:
         result = run.result
         _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
         _say(f"  loss with / without the adapter     {result['loss']:.4f} / {result['base_loss']:.4f}")
+        if result["trainer_loss"] is not None:
+            where = result["trainer_loss_from"]
+            _say(f"  the trainer's last loss             {result['trainer_loss']:.4f} ({where})")
+        fit = result["recipe_fit"]
+        _say(
+            f"  responses of a sample, as stated    {fit['stated']:.4f}; the best of {fit['num_tried']} recipes is "
+            f"{fit['best_is']}, {fit['best']:.4f}"
+        )
         _say(
             f"  gradient norm, objective / data     {result['gradient_norm']:.3g} / "
             f"{result['data_gradient_norm']:.3g} (on {result['num_sampled']} sampled examples)"
         )
+        for note in result["notes"]:
+            _say(f"  note: {note}")
         _say(f"Run directory: {self.workdir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOf:
+    """Begin adopt's recipe from what a trainer left: PEFT, TRL, transformers' Trainer, axolotl, LLaMA-Factory.
+
+    What is found stands in the recipe with its source; what is missing stands there as a question.
+
+    Attributes:
+        source: the directory of an adapter, or one file: adapter_config.json, trainer_state.json,
+            training_args.json (TRL's arguments as JSON), a model card, or the YAML of axolotl or LLaMA-Factory.
+        output: the recipe to write; default: standard output.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="from")]
+    output: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.files import atomic_write_text
+        from llmeraser_jax.training.trainers import find_recipe
+
+        if self.output is not None and self.output.exists():
+            msg = f"{self.output} is there already; name another file."
+            raise FileExistsError(msg)
+        found = find_recipe(self.source)
+        if self.output is None:
+            _say(found.to_toml().rstrip("\n"))
+            return 0
+        atomic_write_text(self.output, found.to_toml())
+        for line in (*found.facts, *found.notes):
+            _say(line)
+        for key, stated in found.values.items():
+            _say(f"  {key:<18}{stated.value!r:<14} {stated.source}")
+        for key, question in found.questions.items():
+            _say(f"  {key:<18}{'?':<14} {question}")
+        _say(f"Recipe: {self.output}   ({len(found.questions)} questions to answer in it)")
         return 0
 
 
@@ -491,6 +540,7 @@ Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Adopt, tyro.conf.subcommand("adopt")]
+    | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

@@ -18,7 +18,7 @@ from llmeraser_jax.data import Request
 from llmeraser_jax.models import Model
 from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.training import finetune
-from llmeraser_jax.training.config import TrainConfig, refuse_dropout
+from llmeraser_jax.training.config import TrainConfig
 from llmeraser_jax.training.job import train_run
 from llmeraser_jax.unlearning.cost import GRADIENT
 
@@ -61,7 +61,7 @@ def retrain(
 
     Raises:
         RunError: the data or model is not the run's, or what a retraining needs is not known.
-        ValueError: invalid seeds, requests that do not fit the data, or dropout.
+        ValueError: invalid seeds, or requests that do not fit the data.
     """
     config = retraining_config(run, config)
     own = None if "seed" in run.unstated else run.train_config.seed
@@ -70,7 +70,6 @@ def retrain(
     if lora_config.dropout and drop_dropout:
         _log.warning("The adapter was trained with dropout %g; retraining goes without.", lora_config.dropout)
         lora_config = dataclasses.replace(lora_config, dropout=0.0)
-    refuse_dropout(lora_config.dropout)
     edited = data.apply_requests(run.load_examples(data_path), requests)
     if not edited:
         msg = "The requests remove every example; there is nothing left to retrain on."
@@ -174,7 +173,7 @@ class Retrain:
         """Retrains; in a `workdir` finished seeds are not trained again.
 
         Raises:
-            ValueError: invalid seeds, or dropout.
+            ValueError: invalid seeds.
             RunError: the training's hyper-parameters are not wholly known.
         """
         started = time.perf_counter()

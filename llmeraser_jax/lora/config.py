@@ -20,8 +20,8 @@ class LoraConfig:
         target_modules: names (matched as PEFT does: the whole module name or its end after a dot), one regular
             expression that must match the whole module name, or "all-linear".
         use_rslora: divide alpha by sqrt(rank) instead of rank.
-        dropout: probability with which an entry of the adapter's input is zeroed while training; nothing
-            else in the package draws it.
+        dropout: probability with which an entry of the adapter's input is zeroed while training; losses,
+            gradients and curvature are without it.
     """
 
     rank: int = 8

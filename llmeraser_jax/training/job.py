@@ -27,7 +27,7 @@ from llmeraser_jax.runs import (
     run_settings,
     write_run,
 )
-from llmeraser_jax.training.config import TrainConfig, refuse_dropout
+from llmeraser_jax.training.config import TrainConfig
 from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, IDENTITY_FILE, finetune_held
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,6 @@ def finetune_run(
         ValueError: unusable data or settings, see `data.encode_examples` and `training.finetune`.
     """
     lora, config = lora or LoraConfig(), config or TrainConfig()
-    refuse_dropout(lora.dropout)
     examples = data.load_examples(data_path)
     recipe = recipe or Recipe()
     if recipe.date is None:

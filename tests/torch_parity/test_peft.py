@@ -115,3 +115,33 @@ def test_what_peft_saves_with_an_option_that_is_not_honoured_is_refused(base, se
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=name):
         load_adapter(tmp_path / "adapter", load_model(directory))
+
+
+def _mask(shape):
+    """A fixed mask by shape, as different between modules as their widths and positions are."""
+    return (np.arange(np.prod(shape)) * 7 % 5 != 0).reshape(shape).astype(np.float32)
+
+
+def test_dropout_acts_where_peft_has_it(base, tmp_path, monkeypatch):
+    """With the same masks in both, training mode gives the same logits."""
+    import torch
+
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "lora_dropout": 0.2}
+    adapted = reference.adapt(_theirs(directory), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = reference.logits(adapted)
+    drawn = [module for module in adapted.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(drawn) == 7 * adapted.config.num_hidden_layers
+    for module in drawn:
+        module.forward = lambda x: x * torch.tensor(_mask(x.shape)) / 0.8
+    expected = reference.logits(adapted)
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, keep, shape: _mask(shape) == 1)
+    model = load_model(directory)
+    lora = load_adapter(tmp_path / "adapter", model)
+    tokens, mask = case_tokens()
+    ours = jax.jit(lambda: model.apply(model.base, lora, tokens, mask, dropout_key=jax.random.key(0)))()
+    assert largest_relative_difference(ours, expected, mask) < 1e-5
+    assert largest_relative_difference(plain, expected, mask) > 1e-2
