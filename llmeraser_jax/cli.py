@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
@@ -618,7 +618,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     _log.setLevel(logging.INFO)
-    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_json_tables())
+    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_flag_types())
     try:
         return command.run()
     except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
@@ -631,8 +631,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _json_tables() -> tyro.constructors.ConstructorRegistry:
-    """Flags that are tables are given as JSON."""
+def _flag_types() -> tyro.constructors.ConstructorRegistry:
+    """Flags that are tables are given as JSON, modules by names or by one expression."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -645,6 +645,28 @@ def _json_tables() -> tyro.constructors.ConstructorRegistry:
             instance_from_str=lambda given: json.loads(given[0]),
             is_instance=lambda value: isinstance(value, Mapping),
             str_from_instance=lambda value: [json.dumps(dict(value))],
+        )
+
+    @registry.primitive_rule
+    def modules(
+        type_info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        """Names of modules, or one regular expression: what has a character that no name has."""
+        if set(get_args(type_info.type)) - {type(None)} != {tuple[str, ...], str}:
+            return None
+
+        def parse(given: list[str]) -> tuple[str, ...] | str:
+            (first, *others) = given
+            return (
+                first if not others and (first == "all-linear" or set(first) & set(r"\*+?()[]{}|^$")) else (*given,)
+            )
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAME [NAME ...] | REGEX | all-linear",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, str | tuple),
+            str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
         )
 
     return registry

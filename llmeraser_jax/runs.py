@@ -500,9 +500,6 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 
 
 def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
-    lora = dict(recorded["lora"])
-    if not isinstance(lora["target_modules"], str):
-        lora["target_modules"] = tuple(lora["target_modules"])
     token_sha256 = recorded["data"].get("token_sha256")
     return Run(
         path=path,
@@ -514,7 +511,7 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
         matmul_precision=recorded["model"].get("matmul_precision", "auto"),
         recipe=_read_recipe(recorded["recipe"]),
         normalizer=recorded["normalizer"],
-        lora_config=LoraConfig(**lora),
+        lora_config=LoraConfig.from_mapping(recorded["lora"]),
         train_config=TrainConfig.from_mapping(recorded["train"]),
         unstated=tuple(recorded["unstated"]),
         data_path=path / recorded["data"]["path"],  # an absolute path stays as it is

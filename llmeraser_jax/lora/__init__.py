@@ -1,6 +1,6 @@
 """Adapters: a float32 pytree of its own, its configuration, and PEFT's format."""
 
-from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config, resolve_target_modules
 from llmeraser_jax.lora.params import (
     Lora,
     add_delta,
@@ -8,7 +8,6 @@ from llmeraser_jax.lora.params import (
     linear_shape,
     merge_lora,
     product_norms,
-    resolve_config,
 )
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
@@ -21,6 +20,7 @@ from llmeraser_jax.lora.peft_io import (
 __all__ = [
     "Lora",
     "LoraConfig",
+    "adapted_modules",
     "adapter_config_from_peft",
     "adapter_config_to_peft",
     "add_delta",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmeraser_jax import trees
-from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.types import BaseParams, Key
@@ -26,7 +26,8 @@ class Lora:
 
     Attributes:
         params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`.
-        config: static; its `target_modules` are the modules present, in the order of a decoder layer.
+        config: static; its `target_modules` are written out. A layer of lower rank than its module's highest has
+            rows of A and columns of B that nothing reads; they are zero.
     """
 
     params: Any
@@ -44,33 +45,21 @@ def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
         model_config: the base model.
 
     Raises:
-        ValueError: `target_modules` cannot be honoured; see `resolve_target_modules`.
+        ValueError: `target_modules` cannot be honoured; see `resolve_config`.
     """
     config = resolve_config(config, model_config)
+    names, num_layers = adapted_modules(config, model_config), model_config.num_layers
     modules = {}
-    for name, module_key in zip(
-        config.target_modules, jax.random.split(key, len(config.target_modules)), strict=True
-    ):
+    for name, module_key in zip(names, jax.random.split(key, len(names)), strict=True):
         width_in, width_out = linear_shape(model_config, name)
-        bound = 1 / math.sqrt(width_in)
-        shape = (model_config.num_layers, config.rank, width_in)
+        bound, rank = 1 / math.sqrt(width_in), config.stack_rank(name, num_layers)
+        a = jax.random.uniform(module_key, (num_layers, rank, width_in), jnp.float32, -bound, bound)
+        scales = config.row_scales(name, num_layers)
         modules[name] = {
-            "a": jax.random.uniform(module_key, shape, jnp.float32, -bound, bound),
-            "b": jnp.zeros((model_config.num_layers, width_out, config.rank), jnp.float32),
+            "a": a if scales is None else jnp.where(scales[..., None] == 0, 0, a),
+            "b": jnp.zeros((num_layers, width_out, rank), jnp.float32),
         }
     return Lora(params={"layers": modules}, config=config)
-
-
-def resolve_config(config: LoraConfig, model_config: ModelConfig) -> LoraConfig:
-    """`config` with its targets written out, so that equal adapters have equal tree structures."""
-    modules = resolve_target_modules(config.target_modules, model_config)
-    return LoraConfig(
-        rank=config.rank,
-        alpha=float(config.alpha),
-        target_modules=modules,
-        use_rslora=config.use_rslora,
-        dropout=float(config.dropout),
-    )
 
 
 def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
@@ -105,7 +94,8 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
             msg = f"The adapter targets layers/{name}, which the base lacks."
             raise ValueError(msg)
         kernel = dequantized(merged["layers"][name]["kernel"])
-        product = jnp.einsum("lri,lor->lio", leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
+        a = lora.config.scaled_rows(name, leaves["a"])
+        product = jnp.einsum("lri,lor->lio", a, leaves["b"], precision=jax.lax.Precision.HIGHEST)
         dtype = jnp.promote_types(kernel.dtype, product.dtype)
         total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)
         merged["layers"][name] = dict(merged["layers"][name], kernel=total.astype(kernel.dtype))
@@ -131,6 +121,7 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     change = product = jnp.zeros(())
     for name, leaves in lora.params["layers"].items():
         step = delta.params["layers"][name]
-        change += squared((step["b"], leaves["b"]), (leaves["a"] + step["a"], step["a"]))
-        product += squared((leaves["b"],), (leaves["a"],))
+        a, step_a = (lora.config.scaled_rows(name, x["a"]) for x in (leaves, step))
+        change += squared((step["b"], leaves["b"]), (a + step_a, step_a))
+        product += squared((leaves["b"],), (a,))
     return lora.config.scaling * jnp.sqrt(change), lora.config.scaling * jnp.sqrt(product)
