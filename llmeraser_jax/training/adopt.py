@@ -211,9 +211,9 @@ def _refuse(problem: str | None, *, force: bool, notes: list[str]) -> None:
     if problem is None:
         return
     if not force:
-        msg = f"{problem[0].upper()}{problem[1:]}; --force adopts it all the same."
+        msg = f"{problem[0].upper()}{problem[1:]} --force adopts it all the same."
         raise ValueError(msg)
-    notes.append(f"Forced: {problem}.")
+    notes.append(f"Forced: {problem}")
 
 
 def _base_notes(adapter_dir: str | os.PathLike[str], model: Model) -> list[str]:
@@ -257,7 +257,7 @@ def _compare_with_trainer(
     if found > _FAR_RATIO * reported + _FAR_NATS:
         problem = (
             f"by the stated recipe the loss is {found:.4g}, and the trainer's last was {reported:.4g} ({source}). "
-            "Model, data or recipe is not what the adapter was trained with"
+            "Model, data or recipe is not what the adapter was trained with."
         )
         _refuse(problem, force=force, notes=notes)
     elif found < _FAR_BELOW * reported - _FAR_NATS:
@@ -341,7 +341,7 @@ def adopt(
     if not loss < _CLEARLY_LOWER * base_loss:
         problem = (
             f"the adapter does not lower the loss on {data_path} by {1 - _CLEARLY_LOWER:.0%} or more: {loss:.4f} "
-            f"with it, {base_loss:.4f} without. Model, data or recipe is not what it was trained with"
+            f"with it, {base_loss:.4f} without. Model, data or recipe is not what it was trained with."
         )
         _refuse(problem, force=force, notes=notes)
     if reported is not None:
