@@ -329,8 +329,8 @@ class Retrain:
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
-        from llmeraser_jax.baselines import retrain
         from llmeraser_jax.data import load_requests
+        from llmeraser_jax.rivals import retrain
 
         mesh = self.devices.open()
         run = self.devices.load_run(self.run_directory)

@@ -49,11 +49,14 @@ class ExampleStack:
     """Examples as stacked micro-batches, one entry per length bucket, each with a coefficient.
 
     Everything the package computes over data is `sum_i weights_i * f(example_i)`; means, removals, edits and
-    path weights differ in `weights` only. An example with weight 0 is padding.
+    path weights differ in `weights` only. Padding has weight 0; so may an example.
     """
 
     batches: tuple[Batch, ...]  # leaves [chunks, batch, ...]
     weights: tuple[Float[Array, "_chunks _batch"], ...]  # [chunks, batch], as many chunks as the bucket needs
+    # [chunks, batch]: the place of each example in the order that was asked for, -1 for padding. None where nobody
+    # asks for values of single examples.
+    places: tuple[Int[Array, "_chunks _batch"], ...] | None = None
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # its axis "data" shares out each batch
 
 
@@ -68,7 +71,7 @@ class ExampleSet(Protocol):
         ...
 
     def stack(self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int) -> ExampleStack:
-        """Lays out `indices` with coefficients `weights`, in order within a bucket; padding has weight 0."""
+        """Lays out `indices` with coefficients `weights`; `places` says where each went."""
         ...
 
 
@@ -94,6 +97,8 @@ class Solution:
     value: LoraParams
     status: Int[Array, ""]  # a `solvers.status.Status`
     num_steps: Int[Array, ""]
+    # Every product that was computed, that of the residual included; of stochastic solvers, products of terms.
+    num_products: Int[Array, ""]
     relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
     negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
     history: Float[Array, " max_steps"]  # recurrence's relative residual after each step; nan beyond num_steps
@@ -106,6 +111,11 @@ class Solution:
 @runtime_checkable
 class Solver(Protocol):
     """Hyper-parameters only; sees an operator and a right-hand side, never data."""
+
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes."""
+        ...
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution: ...
 

@@ -31,18 +31,18 @@ class ArrayExamples:
         return index % self.num_buckets
 
     def stack(self, indices, weights, *, chunk_size: int) -> ExampleStack:
-        batches, stacked_weights = [], []
+        parts = []
         for bucket in range(self.num_buckets):
-            chosen = np.asarray(indices) % self.num_buckets == bucket
-            if not chosen.any():
+            chosen = np.flatnonzero(np.asarray(indices) % self.num_buckets == bucket)
+            if not len(chosen):
                 continue
-            rows, w = np.asarray(indices)[chosen], np.asarray(weights)[chosen]
-            padding = -len(rows) % chunk_size
-            rows = np.concatenate([rows, np.repeat(rows[:1], padding)]).reshape(-1, chunk_size)
-            w = np.concatenate([w, np.zeros(padding)]).reshape(-1, chunk_size)
-            batches.append(ArrayBatch(jnp.asarray(self.inputs[rows]), jnp.asarray(self.targets[rows])))
-            stacked_weights.append(jnp.asarray(w))
-        return ExampleStack(tuple(batches), tuple(stacked_weights))
+            padding = -len(chosen) % chunk_size
+            padded = np.concatenate([chosen, np.full(padding, -1)]).reshape(-1, chunk_size)
+            rows = np.asarray(indices)[np.where(padded < 0, chosen[0], padded)]
+            w = np.where(padded < 0, 0.0, np.asarray(weights, np.float64)[padded])
+            batch = ArrayBatch(jnp.asarray(self.inputs[rows]), jnp.asarray(self.targets[rows]))
+            parts.append((batch, jnp.asarray(w), jnp.asarray(padded, jnp.int32)))
+        return ExampleStack(*map(tuple, zip(*parts, strict=True)))
 
 
 def linear_outputs(frozen, params, batch):

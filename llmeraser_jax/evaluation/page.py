@@ -24,7 +24,7 @@ from llmeraser_jax.evaluation.render import (
     show_number,
 )
 from llmeraser_jax.evaluation.summary import UNLEARNED
-from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW
+from llmeraser_jax.unlearning.records import CERTIFIED_BELOW
 
 NOT_FINITE = "not finite"
 ACTION_NAMES = {"remove": "removed", "modify_query": "query modified", "correct_response": "response corrected"}

@@ -35,6 +35,7 @@ class CGState:
     residual_sq: Float[Array, ""]  # ||residual||^2
     residual_dot: Float[Array, ""]  # residual' P^-1 residual; residual_sq without a preconditioner
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # num_steps and those of steps that could not be taken
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
@@ -68,12 +69,15 @@ class ConjugateGradients:
         max_steps: stop after so many products; this is not convergence, and the status says so.
         radius: stop on the sphere `||x|| = radius` where the next step would leave it, or where the curvature
             along a direction is not positive (Steihaug 1983).
+        preconditioner: states the preconditioner of an influence step (`unlearning.inverse`), which is made where
+            the operator is; `solve` takes the one made.
         while_loop: `(cond, body, state) -> state`.
     """
 
     rtol: float = 1e-2
     max_steps: int = 20
     radius: float = math.inf
+    preconditioner: Any = None
     while_loop: Callable[..., Any] = jax.lax.while_loop
 
     def __post_init__(self) -> None:
@@ -81,6 +85,11 @@ class ConjugateGradients:
         if not self.radius > 0:
             msg = f"radius is {self.radius}; it must be above 0 (infinity for no trust region)."
             raise ValueError(msg)
+
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes, the true residual's among them."""
+        return self.max_steps + 1
 
     def _tolerance(self, dtype) -> float:
         return common.effective_tolerance(self.rtol, dtype)
@@ -101,6 +110,7 @@ class ConjugateGradients:
             residual_sq=rhs_sq,
             residual_dot=rhs_dot,
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=finite & positive & (rhs_dot > 0),
             negative_curvature=never,
             non_finite=~finite,
@@ -176,6 +186,7 @@ class ConjugateGradients:
             residual_sq=jnp.where(taken, residual_sq, state.residual_sq),
             residual_dot=jnp.where(moved, residual_dot, state.residual_dot),
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=running & ~useless & ~non_finite_dot,
             negative_curvature=state.negative_curvature | (finite & negative),
             non_finite=state.non_finite | ~finite | non_finite_dot,
@@ -207,7 +218,13 @@ class ConjugateGradients:
             The solution; `relative_residual` is recomputed from the definition, at one more product.
             `ritz_extremes` are those of `A`, and with a preconditioner those of `P^-1 A` (equally of
             `P^-1/2 A P^-1/2`); a direction of non-positive curvature that stopped the solve is in them.
+
+        Raises:
+            ValueError: a preconditioner is stated and none is given.
         """
+        if self.preconditioner is not None and preconditioner is None:
+            msg = f"{type(self.preconditioner).__name__} is stated; make it and pass it to solve, or state none."
+            raise ValueError(msg)
         unit_rhs, unit = common.to_units(rhs)
         unit_radius = self.unit_radius(radius, unit)
         start = self.init(unit_rhs, preconditioner)
@@ -238,6 +255,7 @@ class ConjugateGradients:
             value=value,
             status=status,
             num_steps=state.num_steps,
+            num_products=state.num_products + 1,
             relative_residual=relative,
             negative_curvature=state.negative_curvature,
             history=state.history,

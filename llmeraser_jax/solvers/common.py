@@ -21,7 +21,8 @@ def check_hyper_parameters(
         ValueError: which, what it is, and what it must be.
     """
     for name in positive:
-        if not getattr(solver, name) > 0:
+        value = getattr(solver, name)
+        if value is not None and not value > 0:
             msg = f"{name} is {getattr(solver, name)}; it must be above 0."
             raise ValueError(msg)
     for name in at_least_one:

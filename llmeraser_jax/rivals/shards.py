@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llmeraser_jax.baselines.partition import Partition
-from llmeraser_jax.baselines.setting import take
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
+from llmeraser_jax.rivals.partition import Partition
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning.cost import GRADIENT
+from llmeraser_jax.unlearning.budget import GRADIENT
+from llmeraser_jax.unlearning.task import take
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

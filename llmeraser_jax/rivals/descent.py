@@ -1,12 +1,12 @@
-"""Owns the loop of baselines that move the trained adapter by an optimiser on a loss of named and retained rows.
+"""Owns the loop of rivals that move the trained adapter by an optimiser on a loss of named and retained rows.
 
 Every step takes a batch of S (in an order drawn anew each epoch), the replacements of its edited rows, and, where
-the baseline looks at retained rows, a batch of those from a permutation of R of its own. It minimises
+the rival looks at retained rows, a batch of those from a permutation of R of its own. It minimises
 
     (1/B) sum_{S batch} forget(z) + (w/B) sum_{its replacements} l(z') + (v/B_R) sum_{R batch} retain(z)
 
 so that a removal moves along `-g` and an edit along `-(g - g')`, as the right-hand side of the influence method
-does. What `forget` and `retain` are, and w and v, is the baseline's. The sources minimise the same without the
+does. What `forget` and `retain` are, and w and v, is the rival's. The sources minimise the same without the
 middle term: they know removals only. Optimiser: Adam with a linear warm-up and a cosine to zero, no decay of the
 weights and no L2 term (some sources use AdamW with decay 0.01, which no objective here has), dropout off. The
 sources' epochs are counted in passes over S, and so are these.
@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import parallel, trees
-from llmeraser_jax.baselines.setting import Fitted, Setting
-from llmeraser_jax.baselines.terms import CrossEntropy, ExampleLoss, terms_gradient
 from llmeraser_jax.lora import Lora
+from llmeraser_jax.rivals.terms import CrossEntropy, ExampleLoss, terms_gradient
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.batches import lay_out_mean, step_indices
 from llmeraser_jax.training.finetune import adam_of, adam_step, learning_rates
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import FORWARD, GRADIENT
+from llmeraser_jax.unlearning import Result, UnlearningTask, Workspace
+from llmeraser_jax.unlearning.budget import FORWARD, GRADIENT, Cost
 
 _RETAINED_STREAM = 2**31  # apart from the order of S where both are drawn from one seed
 
@@ -59,7 +59,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Descent:
-    """What all baselines of this kind let a user choose.
+    """What all rivals of this kind let a user choose.
 
     Attributes:
         epochs: passes over the named rows.
@@ -104,25 +104,25 @@ class Descent:
         """What is minimised, epoch by epoch; their epochs add up to `epochs`."""
         raise NotImplementedError
 
-    def teachers(self, setting: Setting) -> tuple[tuple[LoraParams, ...], float]:
+    def teachers(self, task: UnlearningTask) -> tuple[tuple[LoraParams, ...], float]:
         """Frozen adapters that the losses look at, and what making them cost."""
-        return (setting.lora,), 0.0
+        return (task.adapter,), 0.0
 
-    def fit(self, setting: Setting) -> Fitted:
-        """Moves the setting's adapter.
+    def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
+        """Moves the task's adapter.
 
         Raises:
             ValueError: retained rows are needed, and every row is named.
             FloatingPointError: a loss or the adapter is no longer finite.
         """
         started = time.perf_counter()
-        teachers, teacher_cost = self.teachers(setting)
-        descended = descend(setting, self.phases(), self._optimiser(), teachers, self.retain_batch_size)
-        return Fitted(
-            model=setting.model,
+        teachers, teacher_cost = self.teachers(task)
+        descended = descend(task, self.phases(), self._optimiser(), teachers, self.retain_batch_size)
+        return Result(
+            model=task.language_model,
             params=descended.params,
-            before=setting.lora,
-            gradient_equivalents=teacher_cost + descended.gradient_equivalents,
+            before=task.adapter,
+            cost=Cost(training=teacher_cost + descended.gradient_equivalents, retraining=task.cost_of_retraining),
             seconds=time.perf_counter() - started,
             details={"num_steps": len(descended.history), "loss_terms": descended.history},
         )
@@ -156,7 +156,7 @@ def _require_number(config: Any, names: Sequence[str], holds, expected: str) -> 
 
 
 def descend(
-    setting: Setting,
+    task: UnlearningTask,
     phases: Sequence[Phase],
     optimiser: TrainConfig,
     teachers: tuple[LoraParams, ...],
@@ -165,13 +165,13 @@ def descend(
     """Minimises the phases' losses one after the other, under one schedule of learning rates.
 
     Args:
-        setting: where the rows are, and the adapter to start from.
+        task: where the rows are, and the adapter to start from.
         phases: their epochs add up to the optimiser's.
         optimiser: Adam's settings, batch size and seed.
         teachers: frozen adapters.
         retain_batch_size: retained rows per step; None is the batch size.
     """
-    problem, model = setting.problem, setting.model
+    problem, model = task.problem, task.language_model
     named, retained = problem.named, problem.retained
 
     def room(wanted: int, there: int) -> int:
@@ -181,13 +181,13 @@ def descend(
     size = room(optimiser.batch_size, len(named))
     retain_size = room(retain_batch_size or optimiser.batch_size, len(retained))
     if any(phase.retain for phase in phases) and not len(retained):
-        msg = "Every training row is named; there is no retained row for this baseline to look at."
+        msg = "Every training row is named; there is no retained row for this rival to look at."
         raise ValueError(msg)
     steps_per_epoch = -(-len(named) // size)
     plan = [phase for phase in phases for _ in range(phase.epochs * steps_per_epoch)]
     rates = learning_rates(optimiser, len(plan))
     adam = adam_of(optimiser)
-    params = parallel.replicate(setting.lora, model.mesh)
+    params = parallel.replicate(task.adapter, model.mesh)
     teachers = parallel.replicate(teachers, model.mesh)
     opt_state = parallel.replicate(adam.transformation().init(params), model.mesh)
     no_decay = trees.tree_zeros_like(params)

@@ -241,7 +241,7 @@ class EnsembleModel(Model):
 
     def generate(self, params: Any, *arguments: Any, **options: Any) -> list[list[int]]:
         """`models.generate` for an adapter, the same by all members together for an `Ensemble`."""
-        from llmeraser_jax.baselines.ensemble_generation import generate_ensemble
+        from llmeraser_jax.rivals.ensemble_generation import generate_ensemble
 
         if isinstance(params, Ensemble):
             return generate_ensemble(self, params, *arguments, **options)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmeraser_jax.baselines.descent import Descent, Phase, require_non_negative, require_positive
-from llmeraser_jax.baselines.setting import Setting
-from llmeraser_jax.baselines.terms import CrossEntropy, ExampleLoss, NegativePreference, SimpleNegativePreference
+from llmeraser_jax.rivals.descent import Descent, Phase, require_non_negative, require_positive
+from llmeraser_jax.rivals.terms import CrossEntropy, ExampleLoss, NegativePreference, SimpleNegativePreference
 from llmeraser_jax.types import LoraParams
+from llmeraser_jax.unlearning import UnlearningTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,6 @@ class SimNPO(_Preference):
     def _forget(self) -> ExampleLoss:
         return SimpleNegativePreference(beta=self.beta, gamma=self.gamma)
 
-    def teachers(self, setting: Setting) -> tuple[tuple[LoraParams, ...], float]:
+    def teachers(self, task: UnlearningTask) -> tuple[tuple[LoraParams, ...], float]:
         """None."""
         return (), 0.0

@@ -1,4 +1,4 @@
-"""Owns what descent-type baselines minimise: losses of one example, and their weighted sums with gradients.
+"""Owns what descent-type rivals minimise: losses of one example, and their weighted sums with gradients.
 
 A loss sees the logits of the adapter being moved and those of frozen ones (its teachers) at the response positions.
 All are frozen dataclasses, so that they are static arguments of the one compiled function here.

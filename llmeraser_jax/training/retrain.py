@@ -1,26 +1,21 @@
-"""Owns exact unlearning by retraining: the oracle that every other way is compared with."""
+"""Exact unlearning by retraining: the oracle that every method is compared with."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from llmeraser_jax import data
-from llmeraser_jax.baselines.ensemble import ensemble_model, make_ensemble, place_ensemble
-from llmeraser_jax.baselines.setting import Fitted, Setting
 from llmeraser_jax.data import Request
 from llmeraser_jax.models import Model
 from llmeraser_jax.runs import Run, RunError
-from llmeraser_jax.training import finetune
 from llmeraser_jax.training.config import TrainConfig, refuse_dropout
 from llmeraser_jax.training.job import train_run
-from llmeraser_jax.unlearning.cost import GRADIENT
 
 _log = logging.getLogger(__name__)
 
@@ -154,52 +149,3 @@ def choose_seeds(seeds: int | Sequence[int], *, own: int | None, of: str) -> tup
         )
         raise ValueError(msg)
     return chosen
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Retrain:
-    """Exact unlearning: training again on the edited data, from where the training began, once per seed.
-
-    The oracle and no rival: its cost is what the others are there to avoid. Removals drop rows, edits replace them.
-    Several seeds are returned as an ensemble, whose prediction is the mean of theirs: what held-out KL is measured
-    against. Where the initial adapter is not known, every seed draws its own.
-
-    Attributes:
-        seeds: how many, or which; all must differ from the setting's own.
-    """
-
-    seeds: int | tuple[int, ...] = 1
-
-    def fit(self, setting: Setting) -> Fitted:
-        """Retrains; in a `workdir` finished seeds are not trained again.
-
-        Raises:
-            ValueError: invalid seeds, or dropout.
-            RunError: the training's hyper-parameters are not wholly known.
-        """
-        started = time.perf_counter()
-        train = setting.training
-        own = None if "seed" in setting.unstated else train.seed
-        chosen = choose_seeds(self.seeds, own=own, of="the trained adapter")
-        retrained = [
-            finetune(
-                setting.model,
-                setting.edited,
-                dataclasses.replace(train, seed=seed),
-                lora=setting.initial_adapter(seed),
-                workdir=None if setting.workdir is None else setting.workdir / "retrain" / f"seed_{seed}",
-            )
-            for seed in chosen
-        ]
-        model, params = setting.model, retrained[0].lora
-        if len(retrained) > 1:
-            model = ensemble_model(model)
-            params = place_ensemble(make_ensemble([result.lora for result in retrained]), model)
-        return Fitted(
-            model=model,
-            params=params,
-            before=setting.lora,
-            gradient_equivalents=GRADIENT * train.epochs * len(setting.edited) * len(chosen),
-            seconds=time.perf_counter() - started,
-            details={"seeds": list(chosen), "losses": [result.loss for result in retrained]},
-        )

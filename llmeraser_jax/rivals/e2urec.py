@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmeraser_jax.baselines.descent import Descent, Phase, require_positive
-from llmeraser_jax.baselines.setting import Setting, take
-from llmeraser_jax.baselines.terms import ForgettingTeacher, KLToReference
+from llmeraser_jax.rivals.descent import Descent, Phase, require_positive
+from llmeraser_jax.rivals.terms import ForgettingTeacher, KLToReference
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.cost import GRADIENT
+from llmeraser_jax.unlearning import UnlearningTask
+from llmeraser_jax.unlearning.budget import GRADIENT
+from llmeraser_jax.unlearning.task import take
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,9 @@ class E2URec(Descent):
             return (both,)
         return (Phase(epochs=self.forget_only_epochs, forget=forget), both)
 
-    def teachers(self, setting: Setting) -> tuple[tuple[LoraParams, ...], float]:
+    def teachers(self, task: UnlearningTask) -> tuple[tuple[LoraParams, ...], float]:
         """The trained adapter, and the one that is trained further on S as it was."""
-        named = take(setting.problem.examples, setting.problem.named)
+        named = take(task.problem.examples, task.problem.named)
         config = self._augmenting()
-        augmented = finetune(setting.model, named, config, lora=setting.lora)
-        return (setting.lora, augmented.lora), GRADIENT * config.epochs * len(named)
+        augmented = finetune(task.language_model, named, config, lora=task.adapter)
+        return (task.adapter, augmented.lora), GRADIENT * config.epochs * len(named)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
 from llmeraser_jax.models import ModelConfig
 from llmeraser_jax.models.decoder import KVCache, bind
 from llmeraser_jax.models.generation import append, empty_cache, generate_batches, greedy_search, make_stale
+from llmeraser_jax.rivals.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
 from llmeraser_jax.types import BaseParams
 
 

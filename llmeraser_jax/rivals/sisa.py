@@ -18,15 +18,15 @@ from typing import Literal
 
 import numpy as np
 
-from llmeraser_jax.baselines.ensemble import AGGREGATIONS, ensemble_model, make_ensemble, place_ensemble
-from llmeraser_jax.baselines.partition import random_partition
-from llmeraser_jax.baselines.setting import Fitted, Setting
-from llmeraser_jax.baselines.shards import ShardedTraining, ShardTrainer
+from llmeraser_jax.rivals.ensemble import AGGREGATIONS, ensemble_model, make_ensemble, place_ensemble
+from llmeraser_jax.rivals.partition import random_partition
+from llmeraser_jax.rivals.shards import ShardedTraining, ShardTrainer
+from llmeraser_jax.unlearning import Cost, Result, UnlearningTask, Workspace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SISA:
-    """Sharded training with the setting's hyper-parameters.
+    """Sharded training with the task's hyper-parameters.
 
     Attributes:
         num_shards: adapters.
@@ -50,56 +50,60 @@ class SISA:
             msg = f"aggregation is {self.aggregation!r}; it must be one of {', '.join(AGGREGATIONS)}."
             raise ValueError(msg)
 
-    def trainer(self, setting: Setting) -> ShardTrainer:
+    def trainer(self, task: UnlearningTask) -> ShardTrainer:
         """What trains a stage."""
-        train = setting.training
+        train = task.require_training()
         return ShardTrainer(
-            model=setting.model,
-            initial=setting.initial_adapter(train.seed),
+            model=task.language_model,
+            initial=task.initial_adapter(train.seed),
             train=train,
             epochs=max(1, round(2 * train.epochs / (self.num_slices + 1))),
-            workdir=None if setting.workdir is None else setting.workdir / "sisa",
+            workdir=None if task.workdir is None else task.workdir / "sisa",
         )
 
-    def prepare(self, setting: Setting) -> ShardedTraining:
+    def prepare(self, task: UnlearningTask) -> ShardedTraining:
         """Trains all shards on the data as they stood: what has to be there before a request comes.
 
         Raises:
             ValueError: fewer rows than slices.
         """
-        n = len(setting.dataset)
+        n = len(task.dataset)
         partition = random_partition(n, self.num_shards, self.num_slices, self.seed)
-        return self.trainer(setting).fit(setting.problem.examples, partition, np.arange(n), name="before")
+        return self.trainer(task).fit(task.problem.examples, partition, np.arange(n), name="before")
 
-    def fit(self, setting: Setting, prepared: ShardedTraining | None = None) -> Fitted:
+    def run(self, task: UnlearningTask, workspace: Workspace, prepared: ShardedTraining | None = None) -> Result:
         """Repeats the training of the stages that the requests touch.
 
         Args:
-            setting: the setting.
-            prepared: of `prepare` with the same setting; None prepares.
+            task: the task.
+            workspace: not used.
+            prepared: of `prepare` with the same task; None prepares.
         """
         started = time.perf_counter()
         if prepared is None:
-            prepared = self.prepare(setting)
+            prepared = self.prepare(task)
         prepared_at = time.perf_counter()
-        after = self.trainer(setting).fit(
-            setting.problem.examples, prepared.partition, setting.current, before=prepared, name="after"
+        after = self.trainer(task).fit(
+            task.problem.examples, prepared.partition, task.current, before=prepared, name="after"
         )
-        model = ensemble_model(setting.model)
+        model = ensemble_model(task.language_model)
 
         def ensemble(training: ShardedTraining):
             return place_ensemble(make_ensemble(training.members, aggregation=self.aggregation), model)
 
         params = ensemble(after)
-        return Fitted(
+        return Result(
             model=model,
             params=params,
             before=ensemble(prepared),
-            gradient_equivalents=after.gradient_equivalents,
+            cost=Cost(
+                training=after.gradient_equivalents,
+                preparation=prepared.gradient_equivalents,
+                retraining=task.cost_of_retraining,
+            ),
             seconds=time.perf_counter() - prepared_at,
-            preparation_gradient_equivalents=prepared.gradient_equivalents,
-            preparation_seconds=prepared_at - started,
             details={
+                "preparation_seconds": prepared_at - started,
                 "shard_sizes": np.bincount(prepared.partition.shard_of, minlength=self.num_shards).tolist(),
                 "repeated_from_slice": list(after.repeated_from),
                 "num_shards_repeated": sum(first < self.num_slices for first in after.repeated_from),

@@ -27,8 +27,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from llmeraser_jax.baselines.descent import require_non_negative, require_positive
-from llmeraser_jax.baselines.ensemble import (
+from llmeraser_jax.data import TokenDataset
+from llmeraser_jax.models import Model
+from llmeraser_jax.parallel import place_batch, to_host
+from llmeraser_jax.rivals.descent import require_non_negative, require_positive
+from llmeraser_jax.rivals.ensemble import (
     AttentionGate,
     Ensemble,
     MeanHiddenState,
@@ -36,14 +39,12 @@ from llmeraser_jax.baselines.ensemble import (
     make_ensemble,
     place_ensemble,
 )
-from llmeraser_jax.baselines.partition import embedding_partition
-from llmeraser_jax.baselines.setting import Fitted, Setting, take
-from llmeraser_jax.baselines.shards import ShardedTraining, ShardTrainer
-from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import place_batch, to_host
+from llmeraser_jax.rivals.partition import embedding_partition
+from llmeraser_jax.rivals.shards import ShardedTraining, ShardTrainer
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
-from llmeraser_jax.unlearning.cost import FORWARD
+from llmeraser_jax.unlearning import Result, UnlearningTask, Workspace
+from llmeraser_jax.unlearning.budget import FORWARD, Cost
+from llmeraser_jax.unlearning.task import take
 
 _CHUNK_SIZE = 16
 
@@ -54,7 +55,7 @@ class RecEraser:
 
     Attributes:
         num_shards: adapters.
-        by_user: divide users instead of rows where the setting knows them.
+        by_user: divide users instead of rows where the task knows them.
         embed: `(base, tokens, attention_mask, last) -> [batch, width]`, hashable: embeds the prompt that ends at
             index `last`; None is the base's mean last hidden state.
         attention_rows: rows of the edited data that the attention is trained on; None is all.
@@ -84,70 +85,76 @@ class RecEraser:
         require_positive(self, "attention_learning_rate")
         require_non_negative(self, "attention_l2")
 
-    def trainer(self, setting: Setting) -> ShardTrainer:
+    def trainer(self, task: UnlearningTask) -> ShardTrainer:
         """What trains a shard."""
-        train = setting.training
+        train = task.require_training()
         return ShardTrainer(
-            model=setting.model,
-            initial=setting.initial_adapter(train.seed),
+            model=task.language_model,
+            initial=task.initial_adapter(train.seed),
             train=train,
             epochs=train.epochs,
-            workdir=None if setting.workdir is None else setting.workdir / "receraser",
+            workdir=None if task.workdir is None else task.workdir / "receraser",
         )
 
     def embed_of(self, model: Model) -> Callable[..., Array]:
         """The embedding in use."""
         return MeanHiddenState(model.config) if self.embed is None else self.embed
 
-    def prepare(self, setting: Setting) -> ShardedTraining:
+    def prepare(self, task: UnlearningTask) -> ShardedTraining:
         """Divides the data as they stood and trains all shards.
 
         Raises:
             ValueError: fewer rows (or users) than shards, or a loss on more than the response.
         """
-        if setting.dataset.recipe.loss_on != "response":
+        if task.dataset.recipe.loss_on != "response":
             msg = (
-                f"loss_on is {setting.dataset.recipe.loss_on!r}; RecEraser weighs its members by the prompt, which "
+                f"loss_on is {task.dataset.recipe.loss_on!r}; RecEraser weighs its members by the prompt, which "
                 "a batch shows only where the loss is on the response alone. Use SISA."
             )
             raise ValueError(msg)
-        n = len(setting.dataset)
-        embeddings, _ = _embeddings_and_log_probs(setting.model, (), setting.dataset, self.embed_of(setting.model))
+        n = len(task.dataset)
+        embeddings, _ = _embeddings_and_log_probs(
+            task.language_model, (), task.dataset, self.embed_of(task.language_model)
+        )
         scale = float(np.sqrt(((embeddings - embeddings.mean(0)) ** 2).mean()))
         partition = embedding_partition(
             embeddings / max(scale, np.finfo(np.float32).tiny),
             self.num_shards,
             seed=self.seed,
-            users=setting.users if self.by_user else None,
+            users=task.users if self.by_user else None,
         )
-        trained = self.trainer(setting).fit(setting.problem.examples, partition, np.arange(n), name="before")
+        trained = self.trainer(task).fit(task.problem.examples, partition, np.arange(n), name="before")
         return dataclasses.replace(trained, gradient_equivalents=trained.gradient_equivalents + FORWARD * n)
 
-    def fit(self, setting: Setting, prepared: ShardedTraining | None = None) -> Fitted:
+    def run(self, task: UnlearningTask, workspace: Workspace, prepared: ShardedTraining | None = None) -> Result:
         """Trains the shards that the requests touch again, then the attention on the edited data.
 
         Args:
-            setting: the setting.
-            prepared: of `prepare` with the same setting; None prepares.
+            task: the task.
+            workspace: not used.
+            prepared: of `prepare` with the same task; None prepares.
         """
         started = time.perf_counter()
         if prepared is None:
-            prepared = self.prepare(setting)
-        before, before_cost, _ = self._gated(setting, prepared)
+            prepared = self.prepare(task)
+        before, before_cost, _ = self._gated(task, prepared)
         prepared_at = time.perf_counter()
-        after = self.trainer(setting).fit(
-            setting.problem.examples, prepared.partition, setting.current, before=prepared, name="after"
+        after = self.trainer(task).fit(
+            task.problem.examples, prepared.partition, task.current, before=prepared, name="after"
         )
-        params, gate_cost, losses = self._gated(setting, after)
-        return Fitted(
-            model=ensemble_model(setting.model),
+        params, gate_cost, losses = self._gated(task, after)
+        return Result(
+            model=ensemble_model(task.language_model),
             params=params,
             before=before,
-            gradient_equivalents=after.gradient_equivalents + gate_cost,
+            cost=Cost(
+                training=after.gradient_equivalents + gate_cost,
+                preparation=prepared.gradient_equivalents + before_cost,
+                retraining=task.cost_of_retraining,
+            ),
             seconds=time.perf_counter() - prepared_at,
-            preparation_gradient_equivalents=prepared.gradient_equivalents + before_cost,
-            preparation_seconds=prepared_at - started,
             details={
+                "preparation_seconds": prepared_at - started,
                 "shard_sizes": np.bincount(prepared.partition.shard_of, minlength=self.num_shards).tolist(),
                 "num_shards_repeated": sum(first == 0 for first in after.repeated_from),
                 "num_members": params.num_members,
@@ -156,18 +163,18 @@ class RecEraser:
             },
         )
 
-    def _gated(self, setting: Setting, training: ShardedTraining) -> tuple[Ensemble, float, np.ndarray]:
+    def _gated(self, task: UnlearningTask, training: ShardedTraining) -> tuple[Ensemble, float, np.ndarray]:
         """The ensemble with an attention of its own, what that cost, and the attention's loss at every step.
 
         Costs the members' and the base's forward passes; the attention itself is a few thousand numbers.
         """
-        model, members = setting.model, training.members
+        model, members = task.language_model, training.members
         embed = self.embed_of(model)
         there = np.flatnonzero(training.current >= 0)
         rng = np.random.default_rng([self.seed, 1])
         if self.attention_rows is not None and self.attention_rows < len(there):
             there = np.sort(rng.choice(there, self.attention_rows, replace=False))
-        rows = take(setting.problem.examples, training.current[there])
+        rows = take(task.problem.examples, training.current[there])
         embeddings, log_probs = _embeddings_and_log_probs(model, members, rows, embed)
         gate = self._first_gate(embeddings, training.partition.shard_of[there], training.occupied, embed)
         gate, losses = fit_gate(
