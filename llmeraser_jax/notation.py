@@ -45,13 +45,13 @@ def read_solver(text: str) -> Solver:
         if kind not in PRECONDITIONERS:
             msg = f"preconditioner is {kind!r}; it must be one of {', '.join(PRECONDITIONERS)}."
             raise ValueError(msg)
-        roots = {"num_roots": _number(options.pop("num_roots"))} if "num_roots" in options else {}
-        if kind == "rows":
-            preconditioner = RowPreconditioner(**roots)
-        else:
-            directory = {"directory": Path(options.pop("factors"))} if "factors" in options else {}
-            preconditioner = KroneckerPreconditioner(**roots, **directory)
+        preconditioner = RowPreconditioner() if kind == "rows" else KroneckerPreconditioner()
+        if "num_roots" in options:
+            preconditioner = dataclasses.replace(preconditioner, num_roots=_number(options.pop("num_roots")))
+        if isinstance(preconditioner, KroneckerPreconditioner):
             options.setdefault("max_steps", "1")
+            if "factors" in options:
+                preconditioner = dataclasses.replace(preconditioner, directory=Path(options.pop("factors")))
     solver: Any = _replaced(SOLVERS[name], options, _NOT_WRITTEN)
     return solver if preconditioner is None else dataclasses.replace(solver, preconditioner=preconditioner)
 

@@ -186,11 +186,11 @@ def method_to_mapping(method: Any) -> dict[str, Any]:
             return str(value)
         if isinstance(value, float) and math.isinf(value):
             return "inf"  # JSON has no infinity
-        if callable(value):
-            return getattr(value, "__name__", type(value).__name__)
         return value
 
-    fields = {field.name: value_of(getattr(method, field.name)) for field in dataclasses.fields(method)}
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    # A loop that a solver runs in is no choice that changes results.
+    fields = {name: value_of(value) for name, value in values.items() if name != "while_loop"}
     return {"type": type(method).__name__, **fields}
 
 
