@@ -94,6 +94,8 @@ class Solution:
     value: LoraParams
     status: Int[Array, ""]  # a `solvers.status.Status`
     num_steps: Int[Array, ""]
+    # Every product that was computed, that of the residual included; of stochastic solvers, products of terms.
+    num_products: Int[Array, ""]
     relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
     negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
     history: Float[Array, " max_steps"]  # recurrence's relative residual after each step; nan beyond num_steps

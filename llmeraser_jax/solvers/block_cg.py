@@ -43,6 +43,7 @@ class BlockCGState:
     directions: LoraParams  # [k, ...], A-conjugate to the earlier ones
     relative: Float[Array, " k"]  # ||residual|| / ||b||; 0 for columns without a system
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # block products: num_steps and that of a step that could not be taken
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
@@ -55,7 +56,8 @@ class BlockSolution(Solution):
     """A `Solution` per right-hand side: every field, and every leaf of `value`, has the leading axis `k`."""
 
     status: Int[Array, " k"]
-    num_steps: Int[Array, " k"]  # block products; 0 for a zero or non-finite right-hand side
+    num_steps: Int[Array, " k"]  # block steps; 0 for a zero or non-finite right-hand side
+    num_products: Int[Array, " k"]  # products with single vectors; equal for all, since a block holds every column
     relative_residual: Float[Array, " k"]
     negative_curvature: Bool[Array, " k"]
     history: Float[Array, "k max_steps"]
@@ -128,6 +130,7 @@ class BlockConjugateGradients:
             directions=factors.dual,
             relative=active.astype(norms.dtype),
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=jnp.any(active) & sound & ~indefinite,
             negative_curvature=jnp.zeros((), bool),
             non_finite=~sound,
@@ -145,6 +148,7 @@ class BlockConjugateGradients:
             value=value,
             status=status,
             num_steps=jnp.where(active, state.num_steps, 0),
+            num_products=jnp.full((len(norms),), state.num_products + 1),
             relative_residual=relative,
             negative_curvature=state.negative_curvature & active,
             history=jnp.where(active[:, None], state.history, jnp.nan),
@@ -181,6 +185,7 @@ class BlockConjugateGradients:
             directions=trees.tree_where(taken, directions, state.directions),
             relative=jnp.where(taken, relative, state.relative),
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=unfinished & ~indefinite & jnp.any(_present(directions)),
             negative_curvature=state.negative_curvature | (finite & negative),
             non_finite=state.non_finite | ~finite,

@@ -35,6 +35,7 @@ class CGState:
     residual_sq: Float[Array, ""]  # ||residual||^2
     residual_dot: Float[Array, ""]  # residual' P^-1 residual; residual_sq without a preconditioner
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # num_steps and those of steps that could not be taken
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
@@ -101,6 +102,7 @@ class ConjugateGradients:
             residual_sq=rhs_sq,
             residual_dot=rhs_dot,
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=finite & positive & (rhs_dot > 0),
             negative_curvature=never,
             non_finite=~finite,
@@ -176,6 +178,7 @@ class ConjugateGradients:
             residual_sq=jnp.where(taken, residual_sq, state.residual_sq),
             residual_dot=jnp.where(moved, residual_dot, state.residual_dot),
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=running & ~useless & ~non_finite_dot,
             negative_curvature=state.negative_curvature | (finite & negative),
             non_finite=state.non_finite | ~finite | non_finite_dot,
@@ -238,6 +241,7 @@ class ConjugateGradients:
             value=value,
             status=status,
             num_steps=state.num_steps,
+            num_products=state.num_products + 1,
             relative_residual=relative,
             negative_curvature=state.negative_curvature,
             history=state.history,

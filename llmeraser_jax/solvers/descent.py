@@ -52,6 +52,7 @@ class DescentState:
     mean: LoraParams  # of the iterates after each step
     optimiser: optax.OptState
     num_steps: Int[Array, ""]
+    num_gradients: Int[Array, ""]  # num_steps and that of a step that could not be taken
     running: Bool[Array, ""]
     non_finite: Bool[Array, ""]
     diverged: Bool[Array, ""]
@@ -94,6 +95,7 @@ def descend(
             mean=trees.tree_where(finite, mean, state.mean),
             optimiser=trees.tree_where(finite, optimiser_state, state.optimiser),
             num_steps=num,
+            num_gradients=state.num_gradients + 1,
             running=finite & (num < num_steps),
             non_finite=~finite & ~grown,
             diverged=~finite & grown,
@@ -106,6 +108,7 @@ def descend(
         mean=trees.tree_zeros_like(start),
         optimiser=optimiser.init(start),
         num_steps=jnp.zeros((), jnp.int32),
+        num_gradients=jnp.zeros((), jnp.int32),
         running=jnp.isfinite(norm) & (norm > 0),
         non_finite=~jnp.isfinite(norm),
         diverged=never,
@@ -121,6 +124,7 @@ def conclude(
     rtol: float,
     *,
     num_steps: Int[Array, ""],
+    num_products: Int[Array, ""],
     non_finite: Bool[Array, ""],
     diverged: Bool[Array, ""],
     history: Float[Array, " max_steps"],
@@ -134,6 +138,7 @@ def conclude(
         value: the iterate; zero is returned in its place for a zero or non-finite right-hand side.
         rtol: the true relative residual up to which the solution is called converged.
         num_steps: steps taken.
+        num_products: products so far, in the unit of the solver, and that of the residual computed here.
         non_finite: a product was not finite.
         diverged: the iteration was seen to diverge.
         history: mini-batch estimates of the relative residual.
@@ -160,6 +165,7 @@ def conclude(
         value=value,
         status=jnp.where(non_finite, Status.NON_FINITE, status).astype(jnp.int32),
         num_steps=num_steps,
+        num_products=num_products,
         relative_residual=relative,
         negative_curvature=(trees.tree_max_abs(x) > 0) & (curvature <= 0),
         history=history,

@@ -42,6 +42,7 @@ class DirectInverse:
             value,
             common.effective_tolerance(self.rtol, trees.tree_vdot(rhs, rhs).dtype),
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.ones((), jnp.int32),
             non_finite=~(trees.tree_all_finite(value) & trees.tree_all_finite(rhs)),
             diverged=jnp.zeros((), bool),
             history=jnp.zeros((0,), trees.tree_vdot(rhs, rhs).dtype),

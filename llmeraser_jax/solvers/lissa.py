@@ -30,6 +30,7 @@ class LissaState:
     x: LoraParams  # the last finite iterate
     relative: Float[Array, ""]  # ||change of x|| / ||b||: the mini-batch residual of x / scale
     num_steps: Int[Array, ""]
+    num_batches: Int[Array, ""]  # num_steps and that of a step that could not be taken
     running: Bool[Array, ""]
     non_finite: Bool[Array, ""]
     diverged: Bool[Array, ""]
@@ -72,6 +73,8 @@ class Lissa:
             The solution. `num_steps` is the longest repeat's, and `history` the worst repeat's mini-batch estimate
             `||b - H_batch x / scale|| / ||b||` before each step. The status is `DIVERGED` where any repeat did,
             or where the end is worse than no step; the value holds that repeat's last iterate, finite.
+            `num_products` counts products of single terms in all repeats; the whole operator's, for the residual,
+            is `num_terms` of them.
 
         Raises:
             TypeError: the operator is no finite sum.
@@ -99,6 +102,7 @@ class Lissa:
                     x=trees.tree_where(finite, x, state.x),
                     relative=jnp.where(finite, relative, state.relative),
                     num_steps=num_steps,
+                    num_batches=state.num_batches + 1,
                     running=finite & ~diverged & (num_steps < self.num_steps),
                     non_finite=~finite & ~diverged,
                     diverged=diverged,
@@ -109,6 +113,7 @@ class Lissa:
                 x=unit_rhs,
                 relative=jnp.ones_like(norm),
                 num_steps=jnp.zeros((), jnp.int32),
+                num_batches=jnp.zeros((), jnp.int32),
                 running=jnp.isfinite(norm) & (norm > 0),
                 non_finite=~jnp.isfinite(norm),
                 diverged=never,
@@ -116,9 +121,9 @@ class Lissa:
             )
             end = jax.lax.while_loop(lambda s: s.running, body, start)
             total = trees.tree_axpy(1 / (self.scale * self.repeats), end.x, total)
-            return total, (end.num_steps, end.non_finite, end.diverged, end.history)
+            return total, (end.num_steps, end.num_batches, end.non_finite, end.diverged, end.history)
 
-        value, (num_steps, non_finite, diverged, history) = jax.lax.scan(
+        value, (num_steps, num_batches, non_finite, diverged, history) = jax.lax.scan(
             repeat, trees.tree_zeros_like(rhs), jnp.arange(self.repeats)
         )
         return descent.conclude(
@@ -127,6 +132,7 @@ class Lissa:
             trees.tree_scale(unit, value),
             self.rtol,
             num_steps=jnp.max(num_steps),
+            num_products=jnp.sum(num_batches, dtype=jnp.int32) * self.batch_terms + terms.num_terms,
             non_finite=jnp.any(non_finite),
             diverged=jnp.any(diverged),
             history=jax.lax.reduce(history, jnp.asarray(jnp.nan, history.dtype), jnp.fmax, (0,)),

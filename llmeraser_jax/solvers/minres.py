@@ -41,6 +41,7 @@ class MinresState:
     phi_bar: Float[Array, ""]  # norm of the residual
     norm_sq: Float[Array, ""]  # squared Frobenius norm of the Lanczos matrix
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # num_steps and those of steps that could not be taken
     running: Bool[Array, ""]
     least_squares: Bool[Array, ""]
     non_finite: Bool[Array, ""]
@@ -100,6 +101,7 @@ class Minres:
             phi_bar=one,
             norm_sq=zero,
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=positive,
             least_squares=jnp.zeros((), bool),
             non_finite=~finite,
@@ -117,6 +119,7 @@ class Minres:
             value=value,
             status=status,
             num_steps=state.num_steps,
+            num_products=state.num_products + 1,
             relative_residual=relative,
             negative_curvature=ritz[0] < -rounding,
             history=state.history,
@@ -165,6 +168,7 @@ class Minres:
             phi_bar=jnp.where(taken, phi_bar, state.phi_bar),
             norm_sq=norm_sq,
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=taken & ~exhausted & (phi_bar > tolerance) & (num_steps < self.max_steps),
             least_squares=state.least_squares | (finite & least_squares),
             non_finite=state.non_finite | ~finite,

@@ -61,7 +61,8 @@ class QuadraticDescent:
             The solution. `history` holds mini-batch estimates `||b - H_batch d|| / ||b||` before each step, which
             are noisy and not the residual; `relative_residual` is the true one. The status is `DIVERGED`, with
             the last finite iterate, where numbers left the range or where the end is worse than no step.
-            `negative_curvature` says that `d'Hd <= 0` at the end. `ritz_extremes` are nan.
+            `negative_curvature` says that `d'Hd <= 0` at the end. `ritz_extremes` are nan. `num_products`
+            counts products of single terms; the whole operator's, for the residual, is `num_terms` of them.
 
         Raises:
             TypeError: the operator is no finite sum.
@@ -81,6 +82,7 @@ class QuadraticDescent:
             state.mean if self.average else state.x,
             self.rtol,
             num_steps=state.num_steps,
+            num_products=state.num_gradients * self.batch_terms + terms.num_terms,
             non_finite=state.non_finite,
             diverged=state.diverged,
             history=state.history,

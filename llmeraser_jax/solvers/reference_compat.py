@@ -58,7 +58,8 @@ class ReferenceCompat:
         Returns:
             The solution. `history` holds `||1/2 H_batch d - b|| / ||b||` before each step; `relative_residual` is
             that of the system `H d = b`, which the loop does not solve. A zero or non-finite right-hand side
-            gives a zero value in place of the constant start.
+            gives a zero value in place of the constant start. `num_products` counts products of single terms; the
+            whole operator's, for the residual, is `num_terms` of them.
 
         Raises:
             TypeError: the operator is no finite sum.
@@ -86,6 +87,7 @@ class ReferenceCompat:
             state.x,
             self.rtol,
             num_steps=state.num_steps,
+            num_products=state.num_gradients * self.batch_terms + terms.num_terms,
             non_finite=state.non_finite,
             diverged=state.diverged,
             history=state.history,

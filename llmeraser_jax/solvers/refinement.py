@@ -63,8 +63,9 @@ def solve_refined(
 
     Returns:
         The solution, its `relative_residual` that of `exact`, its history and Ritz values those of the first inner
-        solve, its steps those of all; and how many inner solves there were, at one exact product each. Where the
-        first inner solve did not converge, that is its status and there are no corrections.
+        solve, its steps and products those of all; and how many inner solves there were, each with one product of
+        `exact`, which `num_products` includes. Where the first inner solve did not converge, that is its status
+        and there are no corrections.
     """
     unit_rhs, unit = common.to_units(rhs)
     rhs_norm = trees.tree_norm(unit_rhs)
@@ -81,6 +82,7 @@ def solve_refined(
             trees.tree_where(is_first, inner, before),
             value=trees.tree_where(kept, x, before.value),
             num_steps=before.num_steps + inner.num_steps,
+            num_products=before.num_products + inner.num_products + 1,
             relative_residual=jnp.where(kept, relative, before.relative_residual),
             negative_curvature=before.negative_curvature | inner.negative_curvature,
         )
