@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.parallel import leads, parse_mesh, start_processes
+from llmeraser_jax.parallel import is_primary, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.unlearning import EraseConfig, Receipt
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("llmeraser_jax")
 
 def _say(text: str = "") -> None:
     """Results go to standard output, once; progress and warnings to standard error."""
-    if leads():
+    if is_primary():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -59,7 +59,7 @@ class Devices:
     def open(self) -> Mesh | None:
         """Connects the processes and lays out their devices; before anything is computed."""
         start_processes(self.processes)
-        if not leads():
+        if not is_primary():
             _log.setLevel(logging.WARNING)
         return parse_mesh(self.mesh)
 

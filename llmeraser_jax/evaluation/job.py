@@ -47,7 +47,7 @@ from llmeraser_jax.evaluation.summary import FORMAT, REPORT_FILE, UNLEARNED, sum
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader, place_stack
+from llmeraser_jax.parallel import on_primary, place_stack
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.erase import make_problem
@@ -232,7 +232,7 @@ def evaluate_runs(
         "heldout_sha256": None if heldout is None else _digest(heldout),
         "requests_sha256": hashlib.sha256((after.path / REQUESTS_FILE).read_bytes()).hexdigest(),
     }
-    on_leader(lambda: write_report(workdir, report))
+    on_primary(lambda: write_report(workdir, report))
     return report
 
 

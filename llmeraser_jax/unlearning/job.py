@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llmeraser_jax import checkpoint, data, files, trees
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import Run, RunError, load_run, write_run
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.erase import EraseResult, erase
@@ -206,6 +206,6 @@ def erase_run(
         shutil.rmtree(solves, ignore_errors=True)
         shutil.rmtree(retraining, ignore_errors=True)
 
-    on_leader(write)
+    on_primary(write)
     _log.info("%s: %s.", Path(workdir), result.receipt.outcome)
     return load_run(workdir), result
