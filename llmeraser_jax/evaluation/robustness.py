@@ -24,10 +24,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, ensemble_model, make_ensemble
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 
