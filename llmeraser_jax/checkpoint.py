@@ -57,7 +57,7 @@ def _abstract(named: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes the arrays of a tree to the new directory `path`, whole or not at all.
 
-    Of several processes the one that calls it writes; see `parallel.on_leader`.
+    Of several processes the one that calls it writes; see `parallel.on_primary`.
 
     Args:
         path: must not exist, or be an empty directory.

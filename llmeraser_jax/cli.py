@@ -23,7 +23,7 @@ from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
-from llmeraser_jax.parallel import leads, parse_mesh, start_processes
+from llmeraser_jax.parallel import is_primary, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning import Auto, Corrected, Receipt, Step, TargetMatching, TrustRegion, Verdict
@@ -37,7 +37,7 @@ _log = logging.getLogger("llmeraser_jax")
 
 def _say(text: str = "") -> None:
     """Results go to standard output, once; progress and warnings to standard error."""
-    if leads():
+    if is_primary():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -63,7 +63,7 @@ class Devices:
     def open(self) -> Mesh | None:
         """Connects the processes and lays out their devices; before anything is computed."""
         start_processes(self.processes)
-        if not leads():
+        if not is_primary():
             _log.setLevel(logging.WARNING)
         return parse_mesh(self.mesh)
 

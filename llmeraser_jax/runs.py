@@ -73,7 +73,7 @@ class Run:
         model_path: directory or hub id of the base model.
         model_dtype: the dtype that the base was stored in while it was used.
         model_sha256: fingerprint of the base model, see `model_fingerprint`.
-        model_quantization: how its kernels were quantised, one of `models.quantization.QUANTIZATIONS`, or None.
+        model_quantization: how its kernels were quantised, one of `convert.QUANTIZATIONS`, or None.
         matmul_precision: the setting for products with its matrices, see `models.precision`.
         recipe: how examples become tokens, resolved.
         normalizer: with reduction "token", the constant that sums over tokens are divided by; else None.

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmeraser_jax import files
-from llmeraser_jax.parallel import leads
+from llmeraser_jax.parallel import is_primary
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[str]:
@@ -58,7 +58,7 @@ class MetricsLogger:
         """
         self._file = None
         self._writer = None
-        if not leads():
+        if not is_primary():
             return
         if tensorboard_dir is not None:
             self._writer = _tensorboard_writer(tensorboard_dir, purge_step=last_step + 1)
@@ -125,5 +125,5 @@ def progress(
         total: how many items; read off `iterable` when that has a length.
         initial: items done before, after a restart.
     """
-    hidden = not leads() or not sys.stderr.isatty()
+    hidden = not is_primary() or not sys.stderr.isatty()
     return tqdm(iterable, desc=description, total=total, initial=initial, disable=hidden, leave=False)

@@ -141,4 +141,42 @@ class FiniteSum(Operator, Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptableConfig(Protocol):
+    """What an adapter has to know of a decoder's configuration (`models.ModelConfig`)."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a decoder layer, in its order."""
+        ...
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of all modules as PyTorch's `named_modules` gives them."""
+        ...
+
+
+@runtime_checkable
+class AdaptableModel(Protocol):
+    """What reading and writing an adapter has to know of its base model (`models.Model`)."""
+
+    @property
+    def config(self) -> AdaptableConfig: ...
+
+    @property
+    def base(self) -> BaseParams: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def adapter_extras(self) -> tuple[str, ...]: ...
+
+
 Key: TypeAlias = jax.Array

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
-from experiments.study import Nearest, Study
-from llmeraser_jax import trees
 from llmeraser_jax.baselines import EqualLengthAscent
 from llmeraser_jax.baselines.erasing import Erasing
 from llmeraser_jax.baselines.finetune_edited import FinetuneEdited
+
+from experiments.study import Nearest, Study
+from llmeraser_jax import trees
 from llmeraser_jax.evaluation.closure import gap_closure, seed_mean
 from llmeraser_jax.unlearning import EraseConfig
 

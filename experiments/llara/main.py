@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from llmeraser_jax.baselines import Baseline, RecEraser
 
 from experiments import full_size, study
 from experiments.llara import hybrid, sasrec
@@ -38,7 +39,6 @@ from experiments.llara.scoring import (
 )
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files
-from llmeraser_jax.baselines import Baseline, RecEraser
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.evaluation.measures import metrics_as_json
 from llmeraser_jax.evaluation.records import MetricMeaning

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-
-from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_base
-from experiments.llara.prompts import make_response
 from llmeraser_jax.baselines import Ensemble, ensemble_model
 from llmeraser_jax.baselines.ensemble import ApplyEnsemble
 from llmeraser_jax.baselines.ensemble_generation import greedy_search_of_members
+
+from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_base
+from experiments.llara.prompts import make_response
 from llmeraser_jax.data import Example, TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
 from llmeraser_jax.models import Model

@@ -15,8 +15,8 @@ from importlib.resources import as_file, files
 import jax
 import numpy as np
 import tyro
-
 from llmeraser_jax.baselines.setting import response_losses, take
+
 from llmeraser_jax.data import Example, Recipe, TokenDataset, encode_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS, Person, make_directory
 from llmeraser_jax.lora import LoraConfig

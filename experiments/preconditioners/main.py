@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD
 
 from experiments.fidelity.profiles import NUM_HELDOUT_PEOPLE, write_rows
 from experiments.fidelity.tasks import profiles_task
@@ -49,7 +50,6 @@ from llmeraser_jax.solvers.spectral import (
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.types import ExampleStack, LoraParams, Preconditioner
 from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
-from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD
 
 logger = logging.getLogger("preconditioners")
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from llmeraser_jax.baselines import BASELINES
 from llmeraser_jax.baselines.descent import Descent
+
 from llmeraser_jax.evaluation.records import BEFORE, RETRAINED
 
 DESCENTS = tuple(name for name, baseline in BASELINES.items() if isinstance(baseline, Descent))

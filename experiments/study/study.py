@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
+from llmeraser_jax.baselines.descent import Descent
+from llmeraser_jax.baselines.erasing import Erasing
 
 from experiments.study.options import SHARDED, StudyOptions
 from experiments.workdirs import claim_settings
 from llmeraser_jax import files, trees
-from llmeraser_jax.baselines import BASELINES, Baseline, Fitted, Setting, retrain, setting_of_run
-from llmeraser_jax.baselines.descent import Descent
-from llmeraser_jax.baselines.erasing import Erasing
 from llmeraser_jax.data import (
     Example,
     Recipe,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmeraser_jax.unlearning.cost import GRADIENT
 
 from experiments.torch_baseline.batches import num_examples
 from experiments.torch_baseline.config import BaselineConfig
@@ -20,7 +21,6 @@ from experiments.torch_baseline.model import Params, axpy, norm, vdot
 from llmeraser_jax.data import Example, Request, content_hash, edited_example
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.unlearning import EraseConfig, Receipt
-from llmeraser_jax.unlearning.cost import GRADIENT
 from llmeraser_jax.unlearning.receipt import GradientEquivalents, NamedExample, summarise_solves
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmeraser_jax.convert.files import SafetensorsSource
-from llmeraser_jax.convert.table import READABLE, Shape
-from llmeraser_jax.models.quantization import (
+from llmeraser_jax.convert.quantization import (
     DYNAMIC_TABLE,
     NF4_TABLE,
     Int8Kernel,
@@ -17,6 +16,7 @@ from llmeraser_jax.models.quantization import (
     QuantizedKernel,
     nf4_layout,
 )
+from llmeraser_jax.convert.table import READABLE, Shape
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, UInt8
 
 from llmeraser_jax import checkpoint, trees
 from llmeraser_jax.losses import Objective, weight_sum
-from llmeraser_jax.parallel import on_leader, to_host
+from llmeraser_jax.parallel import on_primary, to_host
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -212,13 +212,13 @@ def fingerprint(params: LoraParams, stack: ExampleStack) -> UInt8[np.ndarray, " 
 def save_ekfac(path: str | os.PathLike[str], factors: EkFac, params: LoraParams, stack: ExampleStack) -> None:
     """Writes the factors, and what they were made from as a fingerprint, to the new directory `path`.
 
-    Of several processes all have to come here, and the leader writes.
+    Every process has to call this; the primary one writes.
 
     Raises:
         FileExistsError: `path` already holds something.
     """
     stored = to_host(_stored(factors, fingerprint(params, stack)))
-    on_leader(lambda: checkpoint.save_pytree(path, stored))
+    on_primary(lambda: checkpoint.save_pytree(path, stored))
 
 
 def load_ekfac(

@@ -44,7 +44,7 @@ from llmeraser_jax.evaluation.render import (
 from llmeraser_jax.evaluation.scoring import make_task_metrics
 from llmeraser_jax.evaluation.summary import FORMAT, REPORT_FILE, UNLEARNED, summarise
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.rivals import EqualLengthAscent
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.types import LoraParams
@@ -233,7 +233,7 @@ def evaluate_runs(
         "heldout_sha256": None if heldout is None else _digest(heldout),
         "requests_sha256": hashlib.sha256((after.path / REQUESTS_FILE).read_bytes()).hexdigest(),
     }
-    on_leader(lambda: write_report(workdir, report))
+    on_primary(lambda: write_report(workdir, report))
     return report
 
 

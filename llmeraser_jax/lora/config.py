@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmeraser_jax.models.config import ModelConfig, hf_module_names
+from llmeraser_jax.types import AdaptableConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class LoraConfig:
 
 
 def resolve_target_modules(
-    target_modules: Sequence[str] | str, model_config: ModelConfig, *, allow_unmatched: bool = False
+    target_modules: Sequence[str] | str, model_config: AdaptableConfig, *, allow_unmatched: bool = False
 ) -> tuple[str, ...]:
     """The linear layers that `target_modules` selects, in the order in which a decoder layer holds them.
 
@@ -80,7 +80,7 @@ def resolve_target_modules(
     linear = tuple(model_config.linear_shapes)
     if target_modules == "all-linear":
         return linear
-    names = hf_module_names(model_config)
+    names = model_config.module_names
     selected: dict[str, set[int]] = {}
     refused: list[str] = []
     unmatched: list[str] = []

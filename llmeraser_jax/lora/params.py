@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from llmeraser_jax import trees
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.quantization import dequantized
-from llmeraser_jax.types import BaseParams, Key
+from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
 @flax.struct.dataclass
@@ -33,7 +32,7 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
+def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -51,7 +50,7 @@ def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
     for name, module_key in zip(
         config.target_modules, jax.random.split(key, len(config.target_modules)), strict=True
     ):
-        width_in, width_out = linear_shape(model_config, name)
+        width_in, width_out = model_config.linear_shapes[name]
         bound = 1 / math.sqrt(width_in)
         shape = (model_config.num_layers, config.rank, width_in)
         modules[name] = {
@@ -61,7 +60,7 @@ def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
     return Lora(params={"layers": modules}, config=config)
 
 
-def resolve_config(config: LoraConfig, model_config: ModelConfig) -> LoraConfig:
+def resolve_config(config: LoraConfig, model_config: AdaptableConfig) -> LoraConfig:
     """`config` with its targets written out, so that equal adapters have equal tree structures."""
     modules = resolve_target_modules(config.target_modules, model_config)
     return LoraConfig(
@@ -73,9 +72,28 @@ def resolve_config(config: LoraConfig, model_config: ModelConfig) -> LoraConfig:
     )
 
 
-def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    return config.linear_shapes[name]
+def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
+    """Refuses an adapter that does not fit: linen ignores module names that it does not know.
+
+    Raises:
+        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
+    """
+    stray = [name for name in lora.params if name != "layers"]
+    modules = lora.params.get("layers", {})
+    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
+    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
+    if stray:
+        msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
+        raise ValueError(msg)
+    for name, leaves in modules.items():
+        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
+        rank = lora.config.rank
+        expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
+        for leaf, shape in expected.items():
+            if leaf not in leaves or leaves[leaf].shape != shape:
+                got = leaves[leaf].shape if leaf in leaves else "missing"
+                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
+                raise ValueError(msg)
 
 
 def add_delta(lora: Lora, delta: Lora) -> Lora:

@@ -19,10 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
-from llmeraser_jax.lora.params import Lora, linear_shape
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.decoder import check_lora
-from llmeraser_jax.models.loading import Model
+from llmeraser_jax.lora.params import Lora, check_lora
+from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,7 +50,7 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 _OFF = (None, False, {}, [])
 
 
-def load_adapter(directory: str | os.PathLike[str], model: Model) -> Lora:
+def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lora:
     """Reads a PEFT adapter.
 
     Args:
@@ -77,7 +75,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> Lora:
         raise FileNotFoundError(msg)
     shapes = {}
     for name in config.target_modules:
-        width_in, width_out = linear_shape(model.config, name)
+        width_in, width_out = model.config.linear_shapes[name]
         shapes[f"layers/{name}/a"] = (model.config.num_layers, config.rank, width_in)
         shapes[f"layers/{name}/b"] = (model.config.num_layers, width_out, config.rank)
     source = convert.SafetensorsSource.from_file(weights)
@@ -119,7 +117,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def adapter_config_from_peft(peft: Mapping[str, Any], model_config: ModelConfig) -> LoraConfig:
+def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableConfig) -> LoraConfig:
     """Reads the content of an adapter_config.json.
 
     Args:
@@ -187,7 +185,7 @@ def adapter_config_to_peft(config: LoraConfig, base_model: str | None) -> dict[s
     }
 
 
-def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Model) -> None:
+def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: AdaptableModel) -> None:
     """Writes an adapter as PEFT does, in float32, whole or not at all.
 
     Args:

@@ -1,6 +1,6 @@
 """Language models: configuration, the decoder, reading and writing, generation."""
 
-from llmeraser_jax.models.config import FAMILIES, LINEAR_NAMES, ModelConfig, hf_module_names
+from llmeraser_jax.models.config import FAMILIES, LINEAR_NAMES, ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, Decoder, DecoderLayer, base_shapes, init_base
 from llmeraser_jax.models.generation import generate, greedy_decode
 from llmeraser_jax.models.loading import Model, load_model, load_tokenizer, read_config, save_model
@@ -18,7 +18,6 @@ __all__ = [
     "base_shapes",
     "generate",
     "greedy_decode",
-    "hf_module_names",
     "init_base",
     "load_model",
     "load_tokenizer",

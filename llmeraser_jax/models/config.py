@@ -466,6 +466,31 @@ class ModelConfig:
         return tuple(last if plain else int(own) for plain, own in zip(unrotated, local, strict=True))
 
     @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
+        attention = [
+            name for name in self.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+        ]
+        mlp = [name for name in self.linear_shapes if name not in attention]
+        inside = ["self_attn", *(f"self_attn.{name}" for name in attention)]
+        inside += [f"self_attn.{name}" for name in ("q_norm", "k_norm") if self.qk_norm]
+        inside += ["mlp", *(f"mlp.{name}" for name in mlp)]
+        if self.num_experts:
+            inside += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]
+        elif self.fused_projections:
+            inside += ["mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"]
+        else:
+            inside.append("mlp.act_fn")
+        norms = ["post_attention_layernorm"]
+        norms += ["input_layernorm"] if self.input_norms else []
+        norms += ["post_feedforward_layernorm"] if self.output_norms else []
+        norms += ["pre_feedforward_layernorm"] if self.input_norms and self.output_norms else []
+        names = ["model", "model.embed_tokens", "model.layers"]
+        for layer in range(self.num_layers):
+            names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
+        return (*names, "model.norm", "model.rotary_emb", "lm_head")
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the linear layers of a decoder layer, in its order: those an adapter can target."""
         query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -766,28 +791,3 @@ def _unhonoured(hf: Mapping[str, Any], name: str) -> list[str]:
         elif not (key in honoured or key in _INERT or key.startswith("_") or value is None):
             problems.append(f"{show(key)[1:-1]} = {show(value)} is unknown")
     return problems
-
-
-def hf_module_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
-    attention = [
-        name for name in config.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-    ]
-    mlp = [name for name in config.linear_shapes if name not in attention]
-    inside = ["self_attn", *(f"self_attn.{name}" for name in attention)]
-    inside += [f"self_attn.{name}" for name in ("q_norm", "k_norm") if config.qk_norm]
-    inside += ["mlp", *(f"mlp.{name}" for name in mlp)]
-    if config.num_experts:
-        inside += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]
-    elif config.fused_projections:
-        inside += ["mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"]
-    else:
-        inside.append("mlp.act_fn")
-    norms = ["post_attention_layernorm"]
-    norms += ["input_layernorm"] if config.input_norms else []
-    norms += ["post_feedforward_layernorm"] if config.output_norms else []
-    norms += ["pre_feedforward_layernorm"] if config.input_norms and config.output_norms else []
-    names = ["model", "model.embed_tokens", "model.layers"]
-    for layer in range(config.num_layers):
-        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
-    return (*names, "model.norm", "model.rotary_emb", "lm_head")

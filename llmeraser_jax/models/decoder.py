@@ -29,7 +29,7 @@ and of the adapter, for each targeted linear layer:
     layers/{name}/a                             [layers, rank, in]
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
-A kernel of the seven layers may be quantised, see `models.quantization`. The effective weight is
+A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
 `kernel + scaling * (B A)'`.
 """
 
@@ -47,10 +47,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from llmeraser_jax.convert import QuantizedKernel, dequantized
+from llmeraser_jax.lora import check_lora
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
-from llmeraser_jax.models.quantization import QuantizedKernel, dequantized
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
@@ -443,30 +444,6 @@ def adapter_variables(params: LoraParams) -> LoraParams:
             for name, leaves in params.get("layers", {}).items()
         }
     }
-
-
-def check_lora(config: ModelConfig, base: BaseParams, lora: LoraParams) -> None:
-    """Refuses an adapter that does not fit: linen would pass over a module name that it does not know.
-
-    Raises:
-        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
-    """
-    stray = [name for name in lora.params if name != "layers"]
-    modules = lora.params.get("layers", {})
-    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
-    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
-    if stray:
-        msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
-        raise ValueError(msg)
-    for name, leaves in modules.items():
-        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
-        rank = lora.config.rank
-        expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
-        for leaf, shape in expected.items():
-            if leaf not in leaves or leaves[leaf].shape != shape:
-                got = leaves[leaf].shape if leaf in leaves else "missing"
-                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
-                raise ValueError(msg)
 
 
 @dataclasses.dataclass(frozen=True)

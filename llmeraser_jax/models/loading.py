@@ -17,16 +17,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
-from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.models.quantization import (
+from llmeraser_jax.convert import (
     QuantizedKernel,
     base_quantization,
     check_quantization,
     dequantize_base,
     quantize,
 )
+from llmeraser_jax.lora import Lora, LoraConfig, init_lora
+from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
+from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
 from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.types import BaseParams, Key
@@ -62,7 +63,7 @@ class Model:
 
     @property
     def quantization(self) -> str | None:
-        """How the base is quantised: one of `quantization.QUANTIZATIONS`, or None."""
+        """How the base is quantised: one of `convert.QUANTIZATIONS`, or None."""
         return base_quantization(self.base)
 
     @property
@@ -70,19 +71,8 @@ class Model:
         """Names in an adapter's `params` besides "layers": none, unless a subclass's `apply` reads more."""
         return ()
 
-    def init_lora(self, key: Key, config: Any) -> Any:
-        """A fresh adapter for this model; see `lora.init_lora`.
-
-        Args:
-            key: random key.
-            config: a `lora.LoraConfig`.
-
-        Returns:
-            A `lora.Lora`.
-        """
-        # `lora` builds on `models`, so it is not there yet when this module is imported.
-        from llmeraser_jax.lora import init_lora
-
+    def init_lora(self, key: Key, config: LoraConfig) -> Lora:
+        """A fresh adapter for this model; see `lora.init_lora`."""
         return init_lora(key, config, self.config)
 
 
@@ -104,7 +94,7 @@ def load_model(
         dtype: storage dtype of the base: float32, bfloat16, float16, or float64 (with 64-bit JAX). What is added up
             is float32 or wider whatever it is.
         mesh: shares the base out over its devices.
-        quantization: how the kernels of the layers are stored, one of `quantization.QUANTIZATIONS`; they are
+        quantization: how the kernels of the layers are stored, one of `convert.QUANTIZATIONS`; they are
             dequantised to `dtype`. None: as they are on disk, where bitsandbytes may have quantised them already.
         matmul_precision: how products with the base's matrices are computed, see `precision.frozen_product`.
 

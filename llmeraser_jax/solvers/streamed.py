@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
 from llmeraser_jax.types import Batch, LoraParams, Operator, Preconditioner, Solution
@@ -145,7 +145,7 @@ def solve_streamed(
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.exclusive_use(directory))
         fingerprint = _fingerprint(solver, rhs, preconditioner, description)
-        on_leader(lambda: _claim(directory, fingerprint))
+        on_primary(lambda: _claim(directory, fingerprint))
         checkpoints = stack.enter_context(StepCheckpoints(directory / "states"))
         saved = checkpoints.latest_step()
         if saved is not None:

@@ -292,5 +292,5 @@ def adopt(
                 dataset=dataset,
             )
 
-    parallel.on_leader(write)
+    parallel.on_primary(write)
     return load_run(workdir)

@@ -230,7 +230,7 @@ def finetune_held(
         checkpoints = metrics = None
         if workdir is not None:
             workdir, identity = Path(workdir), _identity(dataset, config, lora)
-            parallel.on_leader(partial(_claim, workdir, identity))
+            parallel.on_primary(partial(_claim, workdir, identity))
             checkpoints = stack.enter_context(StepCheckpoints(workdir / CHECKPOINT_DIRECTORY))
             metrics = stack.enter_context(
                 MetricsLogger(

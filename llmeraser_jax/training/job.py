@@ -15,7 +15,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import Example, Recipe, TokenDataset
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import (
     RUN_FILE,
     Run,
@@ -140,7 +140,7 @@ def train_run(
             result = finetune_held(
                 model, dataset, config, lora=initial_lora, workdir=workdir, tensorboard=tensorboard
             )
-            on_leader(
+            on_primary(
                 lambda: write_run(
                     workdir,
                     kind=kind,
@@ -163,7 +163,7 @@ def train_run(
                 )
             )
             run = load_run(workdir)
-        on_leader(lambda: _tidy(workdir))
+        on_primary(lambda: _tidy(workdir))
     return run
 
 

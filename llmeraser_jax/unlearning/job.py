@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llmeraser_jax import checkpoint, data, files, trees
 from llmeraser_jax.lora import product_norms
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import Run, load_run, write_run
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
@@ -213,6 +213,6 @@ def erase_run(
         shutil.rmtree(solves, ignore_errors=True)
         shutil.rmtree(retraining, ignore_errors=True)
 
-    on_leader(write)
+    on_primary(write)
     _log.info("%s: %s.", Path(workdir), receipt.outcome)
     return load_run(workdir), result

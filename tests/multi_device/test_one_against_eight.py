@@ -13,9 +13,9 @@ from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, make_linearised
 from llmeraser_jax.losses import gradient_sum, loss_sum
 from llmeraser_jax.parallel import (
-    leads,
+    is_primary,
     make_mesh,
-    on_leader,
+    on_primary,
     parse_mesh,
     place_stack,
     replicate,
@@ -223,11 +223,11 @@ def test_processes_that_cannot_be_are_refused(text):
         start_processes(text)
 
 
-def test_of_one_process_the_leader_does_it_all():
+def test_a_single_process_is_the_primary_one():
     seen = []
-    on_leader(lambda: seen.append(1))
-    assert seen == [1] and leads()
+    on_primary(lambda: seen.append(1))
+    assert seen == [1] and is_primary()
     with pytest.raises(ZeroDivisionError):
-        on_leader(lambda: 1 / 0)
+        on_primary(lambda: 1 / 0)
     spread = place_stack(random_stack(1, 8, "float32"), make_mesh(data=4)).weights[0]
     assert isinstance(to_host(spread), np.ndarray) and np.array_equal(to_host((spread,))[0], spread)

@@ -24,7 +24,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.cli import main as llmeraser
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, make_linearised
 from llmeraser_jax.losses import example_losses, gradient_sum
-from llmeraser_jax.parallel import make_mesh, on_leader, parse_mesh, replicate, start_processes, to_host
+from llmeraser_jax.parallel import make_mesh, on_primary, parse_mesh, replicate, start_processes, to_host
 from tests.multi_device.test_one_against_eight import setup
 from tests.training import tiny
 
@@ -122,7 +122,7 @@ def test_what_fails_in_the_leader_fails_everywhere_and_nothing_else_does():
         },
         {
             "good": "waited",
-            "bad": "RuntimeError: The first process has failed; it says why.",
+            "bad": "RuntimeError: The primary process failed; its output has the reason.",
             "whole": True,
             "idle": "leaves processes 1 without a device",
         },
@@ -173,12 +173,12 @@ def _inside(out: str, how: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def both(files) -> tuple[Path, Path]:
-    """Directories of all results, of one process and of two; and that only the leader of two speaks."""
+    """Directories of all results, of one process and of two; and that only the primary process prints."""
     with contextlib.chdir(files):
         alone = said(commands("one"))
-        leader, follower = in_two_processes("commands", 1)
+        primary, follower = in_two_processes("commands", 1)
     assert follower == ""
-    assert len(leader.splitlines()) == len(alone.splitlines())
+    assert len(primary.splitlines()) == len(alone.splitlines())
     return files / "one", files / "two"
 
 
@@ -235,9 +235,9 @@ def _failures() -> dict[str, object]:
         raise OSError(msg)
 
     wrote: list[bool] = []
-    on_leader(lambda: wrote.append(True))
+    on_primary(lambda: wrote.append(True))
     try:
-        on_leader(fail)
+        on_primary(fail)
         bad = "nothing"
     except (OSError, RuntimeError) as error:
         bad = f"{type(error).__name__}: {error}"

@@ -1,9 +1,9 @@
 """A finished tiny run and a request of every kind on it, shared by the tests that only read them."""
 
 import pytest
+from llmeraser_jax.baselines import setting_of_run
 
 from llmeraser_jax import data
-from llmeraser_jax.baselines import setting_of_run
 from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401
 
 MIXED = (

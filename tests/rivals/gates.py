@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-
 from llmeraser_jax.baselines.ensemble import AttentionGate, MeanHiddenState
+
 from llmeraser_jax.models import ModelConfig
 
 

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import finetune_edited, gradient_ascent, gradient_difference
 
 from llmeraser_jax import data, trees
-from llmeraser_jax.baselines import finetune_edited, gradient_ascent, gradient_difference
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.training import finetune
 from tests.training import tiny

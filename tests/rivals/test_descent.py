@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from llmeraser_jax import data, trees
 from llmeraser_jax.baselines import (
     NPO,
     E2URec,
@@ -21,6 +19,8 @@ from llmeraser_jax.baselines import (
     response_losses,
 )
 from llmeraser_jax.baselines.terms import CrossEntropy, terms_gradient
+
+from llmeraser_jax import data, trees
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from tests.baselines.conftest import MIXED
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from llmeraser_jax import data, trees
 from llmeraser_jax.baselines import (
     SISA,
     RecEraser,
@@ -22,6 +20,8 @@ from llmeraser_jax.baselines import (
 )
 from llmeraser_jax.baselines.ensemble import AttentionGate, MeanHiddenState
 from llmeraser_jax.baselines.receraser import fit_gate
+
+from llmeraser_jax import data, trees
 from llmeraser_jax.models import generate, layers
 from llmeraser_jax.training import finetune
 from tests.baselines.gates import drawn_gate

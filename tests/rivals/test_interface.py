@@ -6,9 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import BASELINES, Baseline, Erasing, FinetuneEdited, fit, get_baseline
 
 from llmeraser_jax import trees
-from llmeraser_jax.baselines import BASELINES, Baseline, Erasing, FinetuneEdited, fit, get_baseline
 from llmeraser_jax.runs import RunError
 from llmeraser_jax.training import finetune
 from llmeraser_jax.unlearning import EraseConfig, erase

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from llmeraser_jax.baselines.partition import balanced_clusters, embedding_partition, random_partition
 
 

@@ -9,9 +9,9 @@ import logging
 import jax
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import retrain
 
 from llmeraser_jax import data, runs
-from llmeraser_jax.baselines import retrain
 from llmeraser_jax.lora import save_adapter
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.training.adopt import adopt

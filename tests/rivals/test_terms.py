@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-
 from llmeraser_jax.baselines.terms import (
     CrossEntropy,
     ForgettingTeacher,
@@ -13,6 +12,7 @@ from llmeraser_jax.baselines.terms import (
     NegativePreference,
     SimpleNegativePreference,
 )
+
 from llmeraser_jax.types import TokenBatch
 
 BATCH, RESPONSE, VOCAB = 3, 4, 7

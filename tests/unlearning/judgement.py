@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from llmeraser_jax.unlearning.config import EraseConfig
 
 from llmeraser_jax.losses import Objective, cross_entropy_log_odds, example_losses
-from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.problem import EditProblem
 from tests.problems import ArrayExamples
 

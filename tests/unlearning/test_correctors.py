@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 from llmeraser_jax.unlearning.dispatch import unlearn
+
 from tests.problems import join_params, ridge_objective, split_params
 from tests.unlearning.test_path_on_ridge import L2, config, make_problem
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.evaluator import Evaluator
 
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, block_mean_eigenvalues, mean_eigenvalue
 from llmeraser_jax.curvature.kfac import load_ekfac
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import Status
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import Weighted
 from tests.problems import join_params, ridge_objective, split_params
 from tests.unlearning.test_matched import CONFIG, OBJECTIVE, make

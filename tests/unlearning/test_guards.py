@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.evaluator import Evaluator
+from llmeraser_jax.unlearning.steps import NoStepError, UnlearningError
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, mean_eigenvalue
 from llmeraser_jax.solvers import Status
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
-from llmeraser_jax.unlearning.steps import NoStepError, UnlearningError
 from llmeraser_jax.unlearning.validity import Validity, Verdict
 from tests.problems import ArrayExamples, ridge_objective, split_params
 from tests.unlearning.test_matched import CONFIG, OBJECTIVE, make

@@ -6,11 +6,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.steps import UnlearningError
+
+from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.targets import find_targets
 from llmeraser_jax.unlearning.validity import Validity, ValidityCheck, Verdict
 from tests.problems import ArrayBatch, ArrayExamples, join_params, ridge_objective, ridge_solution, split_params

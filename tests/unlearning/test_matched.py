@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from llmeraser_jax.losses import Objective, example_losses, gradient_sum
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.steps import NoStepError, UnlearningError
+
+from llmeraser_jax.losses import Objective, example_losses, gradient_sum
+from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.targets import Role, _exchange, find_targets, log_odds
 from llmeraser_jax.unlearning.validity import Validity, Verdict
 from tests.problems import ArrayExamples, ridge_objective, split_params

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.evaluator import Evaluator
 
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, NarrowProducts
 from llmeraser_jax.solvers import ConjugateGradients, Status
 from llmeraser_jax.unlearning import evaluator as evaluator_module
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
 from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
 from tests.unlearning.test_path_on_ridge import config

@@ -5,12 +5,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
-
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.dispatch import unlearn
+from llmeraser_jax.unlearning.steps import UnlearningError
+
 from llmeraser_jax.unlearning.path import log_odds_weights, next_weight
 from llmeraser_jax.unlearning.problem import EditProblem
-from llmeraser_jax.unlearning.steps import UnlearningError
 from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
 
 L2 = 0.1

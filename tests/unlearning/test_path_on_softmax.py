@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.config import EraseConfig
+from llmeraser_jax.unlearning.dispatch import unlearn
 from scipy.optimize import minimize
 
 from llmeraser_jax.losses import Objective
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.problem import EditProblem
 from tests.problems import ArrayExamples
 

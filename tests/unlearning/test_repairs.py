@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from llmeraser_jax.unlearning import matched
 from llmeraser_jax.unlearning.config import EraseConfig
 from llmeraser_jax.unlearning.dispatch import unlearn
+
+from llmeraser_jax.unlearning import matched
 from llmeraser_jax.unlearning.targets import Role, RowTargets
 from tests.unlearning.test_matched import CONFIG, OBJECTIVE, N, draw, losses, make, memorise
 from tests.unlearning.test_matched import memorised as memorised_rows

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from llmeraser_jax.unlearning.evaluator import Evaluator
 
 from llmeraser_jax.data import TokenSubsets, align_tokens, encode_examples, find_look_alikes, load_examples
 from llmeraser_jax.data.requests import parse_requests
 from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import EraseConfig, make_problem
-from llmeraser_jax.unlearning.evaluator import Evaluator
 from llmeraser_jax.unlearning.targets import Role, differing_tokens, find_targets
 from tests.training import tiny
 
