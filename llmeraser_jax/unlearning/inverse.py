@@ -529,7 +529,8 @@ def check_solver(spec: CurvatureSpec, solver: Solver) -> None:
     ):
         msg = (
             "A preconditioner goes with kind 'gauss-newton', damping_kind 'constant', matmul_precision "
-            f"'float32' and no stream; got {spec.kind!r}, {spec.damping_kind!r}, {spec.matmul_precision!r}, stream {spec.stream}."
+            f"'float32' and no stream; got {spec.kind!r}, {spec.damping_kind!r}, {spec.matmul_precision!r}, "
+            f"stream {spec.stream}."
         )
         raise ValueError(msg)
     if spec.stream and not isinstance(solver, ConjugateGradients):

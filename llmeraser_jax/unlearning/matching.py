@@ -8,7 +8,8 @@ directions are kept and the `a_i` are solved for: the step is the solution of
 
 `C_R` the Gauss-Newton matrix of retained examples, `h_i` the gradient of row i's log-odds and `t_i` its share of
 the way left. In the dual that is `d = C^-1 H' a`, `(H C^-1 H' + kappa I) a = t`, with one gradient per row and
-step; C is factored (`curvature.factor`), so that its inverse costs no further pass through the network.
+step; C is factored into random rows, so that its inverse costs no further pass through the network where rows are
+stored, and a few where they do not fit into memory (`unlearning.matching_rows`).
 
 A quadratic model does not see how retained rows change along the way. So restoration steps follow the K steps: the
 same constrained solve, with a fresh sample of retained rows constrained to their original loss. Forget rows that
@@ -23,29 +24,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.dual import DualInverse, factorise
-from llmeraser_jax.curvature.factor import (
-    ExampleRows,
-    FactoredCurvature,
-    combine,
-    concatenate_rows,
-    example_rows,
-    factored_curvature,
-)
-from llmeraser_jax.losses import data_losses, example_places, per_example
-from llmeraser_jax.parallel import to_host
+from llmeraser_jax.losses import data_losses, per_example
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.inverse import check_at_least, check_positive, measure_asymmetry
 from llmeraser_jax.unlearning.judged import run_judged
+from llmeraser_jax.unlearning.matching_rows import MatchingRows, MatchingStep, SketchedRows, StoredRows
 from llmeraser_jax.unlearning.records import MatchingRecord, Moved, NoStepError
 from llmeraser_jax.unlearning.result import Result
 from llmeraser_jax.unlearning.targets import Role, RowTargets, loss_of
@@ -60,7 +50,6 @@ _DEFAULT_STEPS = 4
 _CORRECT_ABOVE = 0.03  # further off than this is worth another step
 _HARM_BELOW = 0.02  # nats per token that retained rows may have lost on average before restoration is worth a step
 _LEAST_CONSTRAINTS = 16  # retained rows; a restoration step with fewer is not worth it
-_RETAIN_RIDGE = 0.1  # how softly retained rows are constrained, relative to their mean influence on themselves
 _MAX_LOG_ODDS_STEP = 4.0  # a linearisation reaches no further
 _MAX_OVERSHOOT = 1.5  # of the predicted move, before a step is shortened
 _MAX_HALVINGS = 5
@@ -93,6 +82,8 @@ class TargetMatching:
             They end early where a fresh sample lost less than 0.02 nats per token and the forget rows have arrived.
         restoration_rows: retained rows in each; None is as many as there are forget rows, but 128 at least and 256
             at most.
+        memory_budget_bytes: rows are stored where they fit; else they are computed when needed, which costs one to
+            six more passes over them per step.
     """
 
     num_steps: int | None = None
@@ -104,12 +95,13 @@ class TargetMatching:
     row_ridge: float = 0.01
     restoration_steps: int = 5
     restoration_rows: int | None = None
+    memory_budget_bytes: int = 2**33
 
     needs_targets = True
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_steps", "num_roots", "refresh_every", "restoration_rows")
-        check_at_least(self, 0, "damping", "row_ridge", "restoration_steps")
+        check_at_least(self, 0, "damping", "row_ridge", "restoration_steps", "memory_budget_bytes")
         check_positive(self, "max_standard_error")
         size = self.sample_size
         if not (size is None or size == "all" or (isinstance(size, int) and size >= 1)):
@@ -141,41 +133,12 @@ class TargetMatching:
         return _Matching(self, task, workspace, targets).run()
 
 
-@partial(jax.jit, static_argnames="log_odds")
-def _gradient_rows(objective, params, stack, log_odds: bool) -> ExampleRows:
-    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0, log_odds=log_odds)
-
-
-@jax.jit
-def _joined(rows: LoraParams, others: LoraParams) -> LoraParams:
-    return concatenate_rows(rows, others)
-
-
-_factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
-
-
-@jax.jit
-def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
-    return jax.tree.map(lambda x: x[keep], rows)
-
-
-@jax.jit
-def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
-    return combine(coefficients, rows)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Point:
     """The targeted rows under one adapter."""
 
     here: np.ndarray  # log-odds
-    normals: LoraParams | None  # gradients of the log-odds; None where only losses were computed
-
-    @property
-    def gradients(self) -> LoraParams:
-        """Of a point that was measured with gradients."""
-        assert self.normals is not None
-        return self.normals
+    rows: Any  # of their gradients, as `MatchingRows.measure` gives them; None where only losses were computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,72 +148,17 @@ class _RetainConstraints:
     stack: ExampleStack
     trained: np.ndarray  # losses under the trained adapter
     losses: np.ndarray  # and now
-    gradients: LoraParams
+    rows: Any  # of their gradients
+
+    @property
+    def asked(self) -> tuple[Any, np.ndarray]:
+        """The rows, and that they get back what they lost."""
+        return self.rows, np.minimum(self.trained - self.losses, 0)
 
     @property
     def harm(self) -> float:
         """Mean rise of the loss, nats per token."""
         return float((self.losses - self.trained).mean())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A solved step: where it leads, and what it should do."""
-
-    delta: LoraParams
-    rhs: LoraParams
-    predicted: np.ndarray  # change of the rows' log-odds
-    standard_error: float = math.nan  # of the step over its norm, from two halves of the curvature's sample
-
-
-def _solve(
-    curvature: DualInverse,
-    normals: LoraParams,
-    demand: np.ndarray,
-    row_ridge: float,
-    constraints: _RetainConstraints | None,
-) -> _Step:
-    """The least step, in the metric of the curvature, that moves the rows as demanded and brings constraints back.
-
-    Retain constraints are soft: only what they lost is demanded back, and a ridge keeps rows of tiny gradient
-    from asking much.
-    """
-    count = len(demand)
-    if constraints is not None:
-        normals = _joined(normals, constraints.gradients)
-        demand = np.concatenate([demand, np.minimum(constraints.trained - constraints.losses, 0)])
-    metric, solved = curvature.metric(normals)
-    ridge = np.full(len(demand), row_ridge * float(np.trace(metric[:count, :count])) / count)
-    if constraints is not None:
-        own = metric[count:, count:]
-        ridge[count:] = _RETAIN_RIDGE * float(np.trace(own)) / len(own)
-    try:
-        coefficients = np.linalg.solve(metric + np.diag(ridge), demand)
-    except np.linalg.LinAlgError as error:
-        msg = f"The rows' gradients depend on each other ({error}); give them a row_ridge above 0."
-        raise NoStepError(msg) from error
-    return _Step(
-        delta=curvature.combination(coefficients, normals, solved),
-        rhs=_combined(jnp.asarray(coefficients), normals),
-        predicted=(metric @ coefficients)[:count],
-    )
-
-
-def _standard_error(
-    curvature: DualInverse, num_roots: int, normals: LoraParams, demand: np.ndarray, row_ridge: float, step: _Step
-) -> float:
-    """The step's standard error over its norm: half the distance of the steps that two half samples give."""
-    operator = curvature.operator
-    half = np.arange(len(operator.weights)) // num_roots % 2 == 0
-    if half.all():
-        return math.nan
-    steps = []
-    for chosen in (half, ~half):
-        places = jnp.asarray(np.flatnonzero(chosen))
-        part = FactoredCurvature(_kept_rows(operator.rows, places), 2 * operator.weights[places], operator.mu)
-        steps.append(_solve(factorise(part), normals, demand, row_ridge, None).delta)
-    distance = float(trees.tree_norm(trees.tree_sub(*steps)))
-    return 0.5 * distance / float(trees.tree_norm(step.delta))
 
 
 class _Matching:
@@ -259,7 +167,6 @@ class _Matching:
     def __init__(self, method: TargetMatching, task: UnlearningTask, workspace: Workspace, targets: RowTargets):
         self.method, self.task, self.workspace, self.targets = method, task, workspace, targets
         self.stack = workspace.stack(targets.examples, targets.indices)
-        self.places = example_places(self.stack)
         self.way = targets.way
         self.asked = targets.roles != Role.STAYS
         self.rng = workspace.rng(3)
@@ -274,6 +181,16 @@ class _Matching:
         default = int(np.clip(len(problem.named), 128, 256))
         self.restoration_rows = default if method.restoration_rows is None else method.restoration_rows
         self.least_constraints = min(_LEAST_CONSTRAINTS, self.restoration_rows, self.num_retained)
+        samples = math.ceil((method.num_steps or _DEFAULT_STEPS) / method.refresh_every)
+        num_rows = 2 * self.num_rows + self.restoration_rows + samples * num_sampled * method.num_roots
+        row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(task.adapter))
+        options = {"damping": method.damping, "row_ridge": method.row_ridge, "num_roots": method.num_roots}
+        self.stores = num_rows * row_bytes <= method.memory_budget_bytes
+        self.rows: MatchingRows = (
+            StoredRows(task.objective, **options)
+            if self.stores
+            else SketchedRows(task.objective, workspace.budget, seed=workspace.seed, **options)
+        )
 
     def demand(self, point: _Point) -> np.ndarray:
         """What is asked of every row, in log-odds: what is left of its way, or back where it was taken too far.
@@ -304,9 +221,7 @@ class _Matching:
             rows = (self.targets.examples, self.targets.indices)
             return _Point(self.workspace.row_values(objective, params, *rows).log_odds, None)
         budget.spend("rhs", GRADIENT * self.num_rows)
-        found = _gradient_rows(objective, params, self.stack, log_odds=True)
-        here = to_host(found.values).astype(np.float64)[self.places]
-        return _Point(here, _kept_rows(found.gradients, jnp.asarray(self.places)))
+        return _Point(*self.rows.measure(params, self.stack, "log-odds"))
 
     def draw_constraints(self, params: LoraParams) -> _RetainConstraints:
         """A fresh sample of retained rows, with their losses then and now and their gradients now.
@@ -322,55 +237,35 @@ class _Matching:
         size = min(self.restoration_rows, int(min(spare / _CONSTRAINT_COST, 1e9)))
         chosen = problem.trained_mean(size, self.rng, without_named=True).indices
         stack = self.workspace.stack(problem.examples, chosen)
-        places = example_places(stack)
         budget.spend("trust_region", (FORWARD + GRADIENT) * len(chosen))
         trained = per_example(data_losses, stack, objective, self.task.adapter)
-        found = _gradient_rows(objective, params, stack, log_odds=False)
-        losses = to_host(found.values).astype(np.float64)[places]
-        return _RetainConstraints(stack, trained, losses, _kept_rows(found.gradients, jnp.asarray(places)))
+        return _RetainConstraints(stack, trained, *self.rows.measure(params, stack, "loss"))
 
-    def retained_curvature(self, params: LoraParams, earlier: DualInverse | None) -> DualInverse:
-        """The factored Gauss-Newton matrix of a sample of retained examples, damped, and its inverse.
+    def add_curvature(self, params: LoraParams) -> None:
+        """Joins a sample of retained rows to the curvature.
 
-        The normaliser is that of the mean over all trained examples, as along the path.
-
-        Args:
-            params: where.
-            earlier: of the steps before, whose rows stay: at another adapter, but of other examples, they keep the
-                step from harming more of the retained ones than one sample could.
+        The normaliser is that of the mean over all trained examples, as along the path. Rows of the steps before
+        stay: at another adapter, but of other examples, they keep the step from harming more of the retained ones
+        than one sample could.
 
         Raises:
             NoStepError: the damping is too small for float32.
             BudgetSpent: the sample cannot be paid.
         """
-        method, objective, problem = self.method, self.task.objective, self.task.problem
+        problem, workspace = self.task.problem, self.workspace
         if self.num_retained == 0:
-            none = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), params)
-            return factorise(FactoredCurvature(none, jnp.zeros(1), method.damping + objective.l2))
+            self.rows.add_curvature(params, None, jax.random.key(0))
+            return
         sample = problem.trained_mean(self.sample, self.rng, without_named=True)
-        per_row = FORWARD + method.num_roots * BACKWARD
-        self.workspace.budget.spend("curvature", per_row * len(sample.indices))
+        per_row = FORWARD + self.method.num_roots * BACKWARD
+        workspace.budget.spend("curvature", per_row * len(sample.indices))
         key = jax.random.key(int(self.rng.integers(2**31)))
-        stack = self.workspace.stack(problem.examples, sample)
-        operator = _factored_curvature(
-            objective, params, stack, key, damping=method.damping, num_roots=method.num_roots
-        )
-        if earlier is not None:
-            before = earlier.operator
-            share = len(operator.weights) / (len(operator.weights) + len(before.weights))
-            operator = operator.replace(
-                rows=concatenate_rows(before.rows, operator.rows),
-                weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
-            )
-        try:
-            return factorise(operator)
-        except np.linalg.LinAlgError as error:
-            msg = f"Rounding made the damped curvature indefinite ({error}); raise damping."
-            raise NoStepError(msg) from error
+        self.rows.add_curvature(params, workspace.stack(problem.examples, sample), key)
 
     def restoration_cost(self, num_constraints: int) -> float:
         """Gradient equivalents of a last restoration step that is accepted at once; its gradients are there."""
-        return FORWARD * self.num_rows + _CONSTRAINT_COST * num_constraints
+        solve = self.rows.solve_cost(self.num_rows + num_constraints)
+        return FORWARD * self.num_rows + _CONSTRAINT_COST * num_constraints + solve
 
     def affordable_steps(self) -> int:
         """K: what was asked for; else 4, or more where rows are far down, or fewer for the budget's sake."""
@@ -383,6 +278,7 @@ class _Matching:
         for num_steps in range(wanted, 2, -1):
             samples = math.ceil(num_steps / method.refresh_every)
             needed = (num_steps + 1) * GRADIENT * self.num_rows + samples * self.curvature_cost
+            needed += num_steps * self.rows.solve_cost(self.num_rows)
             if needed + self.restoration_cost(num_constraints) <= self.workspace.budget.left:
                 return num_steps
         return 2
@@ -396,7 +292,6 @@ class _Matching:
             return Moved(params=params, steps=(), left=0.0, arrived=True, method="target matching", stopped=stopped)
         num_steps = self.affordable_steps()
         last = num_steps + method.restoration_steps
-        curvature: DualInverse | None = None
         records: list[MatchingRecord] = []
         stopped, asymmetry = "", math.nan
         point: _Point | None = None
@@ -407,9 +302,9 @@ class _Matching:
                     # A step that cannot be looked at afterwards is not worth its rows.
                     budget.reserve((FORWARD + GRADIENT) * self.num_rows + self.curvature_cost)
                     point = self.measure(params, gradients=True)
-                if curvature is None or (not restoring and step % method.refresh_every == 0):
+                if not self.rows.has_curvature or (not restoring and step % method.refresh_every == 0):
                     budget.reserve(FORWARD * self.num_rows + self.curvature_cost)
-                    curvature = self.retained_curvature(params, curvature)
+                    self.add_curvature(params)
                 constraints = self.draw_constraints(params) if restoring and self.num_retained else None
                 harmless = constraints is None or constraints.harm <= _HARM_BELOW
                 if restoring and harmless and self.off(point) <= _CORRECT_ABOVE:
@@ -417,9 +312,9 @@ class _Matching:
                 # A restoration step takes all that is left; the steps before it their share.
                 share = 1 / max(num_steps - step, 1)
                 demand = np.clip(share * self.demand(point), -_MAX_LOG_ODDS_STEP, _MAX_LOG_ODDS_STEP)
-                solved = _solve(curvature, point.gradients, demand, method.row_ridge, constraints)
+                solved = self.rows.solve(point.rows, demand, constraints.asked if constraints else None)
                 if not records and self.num_retained:
-                    curvature, solved = self.settled(params, curvature, point, demand, solved)
+                    solved = self.settled(params, point, demand, solved)
                 # The rows' gradients after a step check it and begin the next, where there is to be one.
                 pending = GRADIENT * self.num_rows + FORWARD * (len(constraints.losses) if constraints else 0)
                 ahead = self.restoration_cost(self.least_constraints if step + 1 >= num_steps else 0)
@@ -431,10 +326,10 @@ class _Matching:
                     raise
                 stopped = str(error)
                 break
-            if not records:
-                asymmetry = measure_asymmetry(curvature.operator, params, seed=self.workspace.seed)
+            if not records and isinstance(self.rows, StoredRows) and self.rows.inverse is not None:
+                asymmetry = measure_asymmetry(self.rows.inverse.operator, params, seed=self.workspace.seed)
             params = trees.tree_axpy(scale, solved.delta, params)
-            record = self.record(curvature, solved, point, after, scale, constraints)
+            record = self.record(solved, point, after, scale, constraints)
             records.append(record)
             self.workspace.on_step(record)
             point = after
@@ -453,10 +348,8 @@ class _Matching:
             asymmetry=asymmetry,
         )
 
-    def settled(
-        self, params: LoraParams, curvature: DualInverse, point: _Point, demand: np.ndarray, solved: _Step
-    ) -> tuple[DualInverse, _Step]:
-        """The first step with samples joined to its curvature until its standard error is low enough.
+    def settled(self, params: LoraParams, point: _Point, demand: np.ndarray, solved: MatchingStep) -> MatchingStep:
+        """The first step, with samples joined to the curvature until its standard error is low enough.
 
         Up to four samples in all, no more than leaves half of the budget for what follows, and none after one that
         did not help.
@@ -464,21 +357,22 @@ class _Matching:
         method, budget = self.method, self.workspace.budget
         before = math.inf
         for number in range(1, _MAX_SAMPLES + 1):
-            error = _standard_error(curvature, method.num_roots, point.gradients, demand, method.row_ridge, solved)
+            error = self.rows.standard_error(point.rows, demand, solved)
             solved = dataclasses.replace(solved, standard_error=error)
-            half_spent = budget.cost.total + self.curvature_cost > 0.5 * budget.limit
+            another = self.curvature_cost + self.rows.solve_cost(self.num_rows)
+            half_spent = budget.cost.total + another > 0.5 * budget.limit
             enough = not error > method.max_standard_error or error > _LEAST_GAIN * before
             if enough or number == _MAX_SAMPLES or half_spent:
                 break
             before = error
-            curvature = self.retained_curvature(params, curvature)
-            solved = _solve(curvature, point.gradients, demand, method.row_ridge, None)
-        return curvature, solved
+            self.add_curvature(params)
+            solved = self.rows.solve(point.rows, demand, None)
+        return solved
 
     def accepted(
         self,
         params: LoraParams,
-        solved: _Step,
+        solved: MatchingStep,
         before: _Point,
         constraints: _RetainConstraints | None,
         *,
@@ -514,24 +408,22 @@ class _Matching:
 
     def record(
         self,
-        curvature: DualInverse,
-        solved: _Step,
+        solved: MatchingStep,
         before: _Point,
         after: _Point,
         scale: float,
         constraints: _RetainConstraints | None,
     ) -> MatchingRecord:
         """What an accepted step did."""
-        rhs_norm, residual, solved_norm = map(float, _norms(curvature.operator, solved.delta, solved.rhs))
         losses, roles = loss_of(after.here), self.targets.roles
         return MatchingRecord(
             way_left_before=self.left(before),
             way_left_after=self.left(after),
             scale=scale,
-            rhs_norm=rhs_norm,
-            delta_norm=scale * solved_norm,
-            relative_residual=residual / rhs_norm,
-            error_bound=residual / float(curvature.operator.mu) / solved_norm,
+            rhs_norm=solved.rhs_norm,
+            delta_norm=scale * float(trees.tree_norm(solved.delta)),
+            relative_residual=solved.relative_residual,
+            error_bound=solved.error_bound,
             predicted_move=float(np.mean(np.abs(solved.predicted))) * scale,
             actual_move=float(np.mean(np.sign(solved.predicted) * (after.here - before.here))),
             restoration=constraints is not None,
@@ -540,13 +432,6 @@ class _Matching:
             retained_loss=math.nan if constraints is None else float(constraints.losses.mean()),
             standard_error=solved.standard_error,
         )
-
-
-@jax.jit
-def _norms(operator: FactoredCurvature, delta: LoraParams, rhs: LoraParams) -> tuple[jax.Array, ...]:
-    """Of `b`, `C delta - b` and `delta`."""
-    residual = trees.tree_sub(operator.mv(delta), rhs)
-    return tuple(trees.tree_norm(tree) for tree in (rhs, residual, delta))
 
 
 def _mean(values: np.ndarray) -> float:
