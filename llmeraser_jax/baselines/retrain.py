@@ -16,9 +16,8 @@ from llmeraser_jax.baselines.ensemble import ensemble_model, make_ensemble, plac
 from llmeraser_jax.baselines.setting import Fitted, Setting
 from llmeraser_jax.data import Request
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import Run, RunError
+from llmeraser_jax.runs import Run, RunError, TrainConfig, refuse_dropout
 from llmeraser_jax.training import finetune
-from llmeraser_jax.training.config import TrainConfig, refuse_dropout
 from llmeraser_jax.training.job import train_run
 from llmeraser_jax.unlearning.cost import GRADIENT
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, choose_linearisation
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.solvers import BlockConjugateGradients, BlockSolution, describe
 from llmeraser_jax.types import LoraParams, Operator
@@ -97,7 +97,7 @@ def attribute(
     rng = np.random.default_rng([config.seed, 1])
     weighted = problem.trained_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
     plain = DatasetCurvature(objective, params, evaluator.stack(weighted), CURVATURES[config.curvature])
-    operator = Damped(choose_linearisation(plain, config.memory_budget_bytes), config.damping)
+    operator = Damped(linearise(plain, config.memory_budget_bytes), config.damping)
     solver = BlockConjugateGradients(rtol=config.cg_rtol, max_steps=config.cg_max_steps)
     solution = _solve(solver, operator, rhs)
     total = jax.tree.map(lambda x: x.sum(0), solution.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,20 +16,19 @@ from jax.sharding import Mesh
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import (
+    CACHED_PRODUCT_COST,
     CURVATURES,
-    BlockDamped,
+    Bfloat16Products,
     Damped,
     DatasetCurvature,
-    LinearisedCurvature,
-    NarrowProducts,
     block_mean_eigenvalues,
-    choose_linearisation,
     damping_product,
     largest_term_eigenvalue,
+    linearise,
     mean_eigenvalue,
     product_asymmetry,
-    product_cost,
     relative_damping,
+    streamed_operator,
 )
 from llmeraser_jax.curvature.factor import factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
@@ -43,12 +41,11 @@ from llmeraser_jax.solvers import (
     Minres,
     QuadraticDescent,
     ReferenceCompat,
+    Refined,
+    Resumable,
     SpectralPreconditioner,
-    StreamedOperator,
     factored_preconditioner,
     inner_tolerance,
-    solve_refined,
-    solve_streamed,
 )
 from llmeraser_jax.types import (
     ExampleSet,
@@ -73,11 +70,6 @@ _PRECONDITIONER_ROOTS = 8  # fewer are too noisy to help, see experiments/precon
 _LISSA_MARGIN = 1.5  # of LiSSA's scale over the eigenvalue estimated, which is a lower one
 
 
-@jax.jit
-def _product(operator: Operator, v: LoraParams) -> LoraParams:
-    return operator.mv(v)
-
-
 @partial(jax.jit, static_argnames="solver")
 def _solve(solver: Solver, operator: Operator, rhs: LoraParams) -> Solution:
     return solver.solve(operator, rhs)
@@ -94,7 +86,8 @@ def _solve_preconditioned(
 def _solve_with_narrow_products(
     solver: ConjugateGradients | Minres, operator: Operator, rhs: LoraParams, rtol: float
 ) -> tuple[Solution, jax.Array]:
-    return solve_refined(solver, NarrowProducts(operator), operator, rhs, rtol=rtol)
+    solution = Refined(solver=solver, approximation=Bfloat16Products, rtol=rtol).solve(operator, rhs)
+    return solution, solution.num_exact_products
 
 
 @partial(jax.jit, static_argnames="num_roots")
@@ -360,7 +353,7 @@ class Evaluator:
         config, kind = self.config, CURVATURES[self.kind]
         if config.solver in ("cg", "minres"):
             cached = config.memory_budget_bytes > 0 and not config.stream
-            cost = self._largest_products * product_cost(kind, cached=cached)
+            cost = self._largest_products * (CACHED_PRODUCT_COST if cached else kind.gradient_equivalents)
             cost += kind.linearise_gradient_equivalents if cached else 0.0
             cost += self._preconditioner_cost if config.preconditioner == "factored" else 0.0
             return cost * num_examples
@@ -407,7 +400,7 @@ class Evaluator:
         self._num_solves += 1
         solvers = {"cg": ConjugateGradients, "minres": Minres}
         solver = solvers[config.solver](rtol=config.cg_rtol, max_steps=config.cg_max_steps)
-        per_product = product_cost(kind, cached=False)
+        per_product = kind.gradient_equivalents
         num_residuals = 1
         if config.stream:
             self.cost.reserve(self._largest_products * per_product * len(weighted.indices))
@@ -415,15 +408,14 @@ class Evaluator:
         else:
             plain = DatasetCurvature(self.objective, params, self.stack(weighted), kind)
             rhos = self.damping(plain)
-            operator = choose_linearisation(plain, config.memory_budget_bytes)
-            if isinstance(operator, LinearisedCurvature):
-                self.cost.spend("curvature", kind.linearise_gradient_equivalents * len(weighted.indices))
-                per_product = product_cost(kind, cached=True)
+            operator = linearise(plain, config.memory_budget_bytes)
+            self.cost.spend("curvature", operator.setup_cost * len(weighted.indices))
+            per_product = operator.product_cost
             if config.preconditioner == "factored":
                 self.cost.spend("curvature", self._preconditioner_cost * len(weighted.indices))
             self.cost.reserve(self._largest_products * per_product * len(weighted.indices))
-            damped = _damped(operator, rhos)
-            multiplied = NarrowProducts(damped) if config.operands == "bfloat16" else damped
+            damped = Damped(operator, rhos)
+            multiplied = Bfloat16Products(damped) if config.operands == "bfloat16" else damped
             self.measure_asymmetry(multiplied, rhs, per_product * len(weighted.indices))
             if config.operands == "bfloat16":
                 solver = dataclasses.replace(solver, rtol=max(inner_tolerance(config.cg_rtol), self.asymmetry))
@@ -449,33 +441,22 @@ class Evaluator:
     def _solve_streamed(self, solver, params: LoraParams, weighted: Weighted, rhs: LoraParams) -> Solution:
         """The solve with one micro-batch at a time on the device, its state saved as it goes."""
         config, objective = self.config, self.objective
-        data_term = dataclasses.replace(objective, l2=0.0)
         stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=config.chunk_size)
 
-        def batches() -> Iterator:
-            for batch, weights in zip(stack.batches, stack.weights, strict=True):
-                for chunk in range(len(weights)):
-                    part = jax.tree.map(lambda x, chunk=chunk: x[chunk : chunk + 1], ((batch,), (weights,)))
-                    yield place_stack(ExampleStack(*part), self.mesh)
-
-        operator = StreamedOperator(
-            batches=batches,
-            product=lambda part, v: _product(DatasetCurvature(data_term, params, part, CURVATURES[self.kind]), v),
-            shift=config.damping + objective.l2 * float(weighted.weights.sum()),
-            positive_semidefinite=CURVATURES[self.kind].positive_semidefinite,
+        operator = streamed_operator(
+            objective, params, stack, CURVATURES[self.kind], damping=config.damping, mesh=self.mesh
         )
         product = CURVATURES[self.kind].gradient_equivalents * len(weighted.indices)
         self.measure_asymmetry(operator, rhs, product, jitted=False)
         if self._checkpoint_directory is None:
             msg = "stream is set, but there is no checkpoint_directory to save the solve's state in."
             raise ValueError(msg)
-        return solve_streamed(
-            solver,
-            operator,
-            rhs,
-            checkpoint_directory=self._checkpoint_directory / f"solve_{self._num_solves}",
+        resumable = Resumable(
+            solver=solver,
+            directory=self._checkpoint_directory / f"solve_{self._num_solves}",
             description=f"{self.kind} {config}",
         )
+        return resumable.solve(operator, rhs)
 
     def measure_asymmetry(self, operator, like: LoraParams, product_cost: float, *, jitted: bool = True) -> None:
         """`|u'Av - v'Au| / (||u|| ||Av||)` of the first operator for random u and v.
@@ -506,7 +487,7 @@ class Evaluator:
             factors = _make_ekfac(self.objective, params, stack, *keys, self.config.damping, self.config.draws)
             if path is not None:
                 save_ekfac(path, factors, params, stack)
-        operator = _damped(DatasetCurvature(self.objective, params, stack, kind), self.config.damping)
+        operator = Damped(DatasetCurvature(self.objective, params, stack, kind), self.config.damping)
         per_product = kind.gradient_equivalents * len(weighted.indices)
         self.measure_asymmetry(operator, rhs, per_product)
         solver = ConjugateGradients(rtol=self.config.cg_rtol, max_steps=1)
@@ -520,7 +501,7 @@ class Evaluator:
         _, batch_size = self._draws
         stack = self.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=batch_size)
         plain = DatasetCurvature(self.objective, params, place_stack(stack, self.mesh), kind)
-        operator = _damped(plain, self.damping(plain))
+        operator = Damped(plain, self.damping(plain))
         if config.solver == "reference-compat":
             solver: Solver = ReferenceCompat(seed=config.seed)
         else:
@@ -545,11 +526,6 @@ class Evaluator:
         solution = _solve(solver, operator, rhs)
         self.cost.spend("diagnostics", kind.gradient_equivalents * len(weighted.indices))
         return solution
-
-
-def _damped(operator: Operator, rhos: PyTree) -> Damped | BlockDamped:
-    one_number = isinstance(rhos, float | int | jax.Array)
-    return Damped(operator, rhos) if one_number else BlockDamped(operator, rhos)
 
 
 def _rows(stack: ExampleStack) -> int:

@@ -37,8 +37,6 @@ from llmeraser_jax.curvature.dual import DualInverse, factorise
 from llmeraser_jax.curvature.factor import (
     ExampleRows,
     FactoredCurvature,
-    combine,
-    concatenate_rows,
     example_rows,
     factored_curvature,
 )
@@ -75,7 +73,7 @@ def _gradient_rows(objective, params, stack, log_odds: bool) -> ExampleRows:
 
 @jax.jit
 def _joined(rows: LoraParams, others: LoraParams) -> LoraParams:
-    return concatenate_rows(rows, others)
+    return trees.concatenate_rows(rows, others)
 
 
 _factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
@@ -88,7 +86,7 @@ def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
 
 @jax.jit
 def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
-    return combine(coefficients, rows)
+    return trees.combine_rows(coefficients, rows)
 
 
 def _curvature_cost(evaluator: Evaluator) -> float:
@@ -134,7 +132,7 @@ def retained_curvature(
         before = earlier.operator
         share = len(operator.weights) / (len(operator.weights) + len(before.weights))
         operator = operator.replace(
-            rows=concatenate_rows(before.rows, operator.rows),
+            rows=trees.concatenate_rows(before.rows, operator.rows),
             weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
         )
     try:

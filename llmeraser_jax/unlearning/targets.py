@@ -28,7 +28,8 @@ import math
 import jax
 import numpy as np
 
-from llmeraser_jax.curvature.factor import ExampleRows, example_rows, rows_gram
+from llmeraser_jax import trees
+from llmeraser_jax.curvature.factor import ExampleRows, example_rows
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 from llmeraser_jax.losses import real_rows, stacking_order
 from llmeraser_jax.parallel import to_host
@@ -406,7 +407,7 @@ def _find_copies(evaluator: Evaluator, params: LoraParams, on) -> tuple[Copy, ..
     found = _gradient_rows(evaluator.objective, params, stack)
     in_order = rows[stacking_order(problem.examples, rows)]
     place = {int(row): k for row, k in zip(in_order, np.flatnonzero(real_rows(stack)), strict=True)}
-    gram = to_host(rows_gram(found.gradients, found.gradients)).astype(np.float64)
+    gram = to_host(trees.rows_gram(found.gradients, found.gradients)).astype(np.float64)
     length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     copies = []
     for s, j in pairs:
