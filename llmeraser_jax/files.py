@@ -1,4 +1,4 @@
-"""Owns how results reach the disk: written whole or not at all, and JSON that every reader accepts."""
+"""Writing results: whole or not at all, and JSON that every reader accepts."""
 
 from __future__ import annotations
 

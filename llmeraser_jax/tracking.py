@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +109,13 @@ def _tensorboard_writer(directory: str | os.PathLike[str], *, purge_step: int) -
     return SummaryWriter(os.fspath(directory), purge_step=purge_step)
 
 
-def progress(
-    iterable: Iterable[Any] | None = None,
-    *,
-    description: str,
-    total: int | None = None,
-    initial: int = 0,
-) -> tqdm:
-    """A progress bar that shows on process 0 and on a terminal only, and is silent elsewhere.
+def progress(*, description: str, total: int, initial: int = 0) -> tqdm:
+    """A progress bar, moved with `.update()`; shown by the primary process on a terminal only.
 
     Args:
-        iterable: what to iterate over; None for a bar moved with `.update()`.
         description: the words before the bar.
-        total: how many items; read off `iterable` when that has a length.
-        initial: items done before, after a restart.
+        total: how many items.
+        initial: items done before a restart.
     """
     hidden = not is_primary() or not sys.stderr.isatty()
-    return tqdm(iterable, desc=description, total=total, initial=initial, disable=hidden, leave=False)
+    return tqdm(desc=description, total=total, initial=initial, disable=hidden, leave=False)

@@ -1,4 +1,4 @@
-"""The nouns that cross module borders: pytree aliases, batches, and the three small interfaces.
+"""The types that cross module borders: pytree aliases, batches, and the Protocols of operators and solvers.
 
 Dimension letters used in every shape string of the package:
 
@@ -32,9 +32,9 @@ Outputs: TypeAlias = Any  # pytree of network outputs whose leaves all begin wit
 
 @flax.struct.dataclass
 class TokenBatch:
-    """Token sequences, right-padded, and where in them the loss is read.
+    """Token sequences, right-padded, and the positions under the loss.
 
-    Logits are computed at `positions` only, so that a large vocabulary head is not evaluated for the prompt.
+    Logits are computed at `positions` only, which saves the vocabulary head on the prompt.
     """
 
     tokens: Int[Array, "*lead batch time"]
@@ -139,6 +139,36 @@ class FiniteSum(Operator, Protocol):
     def term_mv(self, k: Int[Array, ""], v: LoraParams) -> LoraParams:
         """The product of term `k` in [0, num_terms), scaled so that the mean over `k` is `mv(v)`."""
         ...
+
+
+@runtime_checkable
+class ManyVectors(Operator, Protocol):
+    """An operator that multiplies several vectors at once in its own way."""
+
+    def mv_many(self, vs: LoraParams) -> LoraParams:
+        """The products with vectors on a leading axis of every leaf, on the same axis."""
+        ...
+
+
+def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
+    """`operator` times vectors on a leading axis of every leaf; vectorised where the operator has no own way."""
+    return operator.mv_many(vs) if isinstance(operator, ManyVectors) else jax.vmap(operator.mv)(vs)
+
+
+@runtime_checkable
+class WeightedRows(Protocol):
+    """A curvature in factored form, `sum_j weights_j rows_j rows_j' + mu I`."""
+
+    @property
+    def rows(self) -> LoraParams:
+        """Leaves [m, ...]."""
+        ...
+
+    @property
+    def weights(self) -> Float[Array, " m"]: ...
+
+    @property
+    def mu(self) -> Float[Array, ""] | float: ...
 
 
 @runtime_checkable

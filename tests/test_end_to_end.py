@@ -12,7 +12,7 @@ import pytest
 from llmeraser_jax import trees
 from llmeraser_jax.checkpoint import restore_pytree
 from llmeraser_jax.cli import main
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, DenseOperator, materialise
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature
 from llmeraser_jax.data import content_hash, load_examples, load_requests, parse_requests
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora
@@ -23,6 +23,7 @@ from llmeraser_jax.runs import load_run
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
 from llmeraser_jax.unlearning.erase import bf16_survival
+from tests.dense import DenseOperator, materialise
 from tests.training import tiny
 
 REQUESTS = [

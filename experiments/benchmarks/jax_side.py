@@ -16,16 +16,16 @@ from experiments.benchmarks.workload import L2, Workload, encode
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import (
     CURVATURES,
+    Bfloat16Products,
     Damped,
     DatasetCurvature,
-    NarrowProducts,
-    make_linearised,
-    mv_many,
+    linearise,
 )
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.parallel import make_mesh, place_stack, replicate
 from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.types import mv_many
 
 MATMUL_SIZE = {"cpu": 1024}  # of the square matrices behind the ceiling; 8192 on an accelerator
 
@@ -35,7 +35,7 @@ def _product(operator, v):
 
 
 def _residuals(operator):
-    return make_linearised(operator).residuals  # and not the base again
+    return linearise(operator).residuals  # and not the base again
 
 
 class JaxSide:
@@ -81,7 +81,7 @@ class JaxSide:
             return self._cg(kind, cached)
         operator = self._cached(kind) if cached else self.operator(kind)
         if name.endswith(", bfloat16 operands"):
-            return self._compiled(name, _product, NarrowProducts(operator), self.v)
+            return self._compiled(name, _product, Bfloat16Products(operator), self.v)
         if " k=" in name:
             k = int(name.rsplit("=", 1)[1])
             vs = jax.tree.map(lambda x: jnp.stack([x] * k), self.v)
@@ -91,7 +91,7 @@ class JaxSide:
     def _cached(self, kind: str):
         """The linearised operator, held once for all entries of a group."""
         if kind not in self._linearised:
-            self._linearised[kind] = make_linearised(self.operator(kind))
+            self._linearised[kind] = linearise(self.operator(kind))
         return self._linearised[kind]
 
     def forget(self) -> None:
@@ -145,7 +145,7 @@ class JaxSide:
         operator, rhs = self.operator(kind), self.v
 
         def run() -> dict[str, Any]:
-            given = make_linearised(operator) if cached else operator
+            given = linearise(operator) if cached else operator
             solution = jax.block_until_ready(self._solve(solver, Damped(given, CG_DAMPING[kind]), rhs))
             return solve_facts(
                 self.workload.cg_steps,

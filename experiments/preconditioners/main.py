@@ -30,7 +30,7 @@ from experiments.fidelity.profiles import NUM_HELDOUT_PEOPLE, write_rows
 from experiments.fidelity.tasks import profiles_task
 from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import restore_pytree, save_pytree
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, LinearisedCurvature, make_linearised
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, LinearisedCurvature, linearise
 from llmeraser_jax.curvature.factor import FactoredCurvature, factored_curvature
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors
 from llmeraser_jax.curvature.taps import token_factors
@@ -299,7 +299,7 @@ def measure(config: PreconditionersConfig) -> dict[str, Any]:
             name=name,
             params=params,
             stack=stack,
-            operator=make_linearised(DatasetCurvature(objective, params, stack, CURVATURES["gauss-newton"])),
+            operator=linearise(DatasetCurvature(objective, params, stack, CURVATURES["gauss-newton"])),
             rhs=gradient_sum(objective, params, named),
             num_examples=len(weighted.indices),
         )

@@ -1,4 +1,4 @@
-"""Owns checkpoints whose weights bitsandbytes has quantised and transformers has saved."""
+"""Checkpoints that bitsandbytes quantised and transformers saved."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class QuantizedSource:
     """Tensors of a checkpoint, the quantised ones described as the weights that they stand for."""
 
     def __init__(self, source: SafetensorsSource, dtype: str) -> None:
-        """Reads what describes the quantised tensors.
+        """Reads the descriptions of the quantised tensors.
 
         Args:
             source: the files.
-            dtype: what int8 weights are rounded to; NF4's states say it themselves.
+            dtype: of dequantised int8 weights; NF4 states its own.
 
         Raises:
             ValueError: a tensor's description is damaged, or its table is not bitsandbytes' own.

@@ -1,4 +1,4 @@
-"""Owns quantised kernels of the frozen base: NF4 and int8 as bitsandbytes defines them, dequantised layer by layer.
+"""Quantised kernels of the frozen base: NF4 and int8 as bitsandbytes defines them, dequantised layer by layer.
 
 A quantised kernel takes the place of the array at `layers/{name}/kernel`. It is a pytree whose leaves keep the axis
 of layers in front, so that the scan over layers hands each layer its own, and only that one is dequantised, in the
@@ -55,7 +55,7 @@ DYNAMIC_TABLE = _dynamic_table()
 
 
 class QuantizedKernel:
-    """What `NF4Kernel` and `Int8Kernel` share; `shape` and `dtype` are those of the kernel they stand for."""
+    """Shared by `NF4Kernel` and `Int8Kernel`; `shape` and `dtype` are those of the dequantised kernel."""
 
     shape: Any
     dtype: Any
@@ -76,7 +76,7 @@ class NF4Kernel(QuantizedKernel):
         nested_absmax: with double quantisation, scale of each group of `nested_block` scales; else None.
         nested_offset: with double quantisation, the mean scale; else None.
         out_in: outputs and inputs.
-        dtype_name: what the weights are rounded to when they are dequantised.
+        dtype_name: of the dequantised weights.
         nested_block: scales in a group.
     """
 
@@ -125,7 +125,7 @@ class Int8Kernel(QuantizedKernel):
     Attributes:
         codes: -127 to 127.
         absmax: largest absolute weight of each output.
-        dtype_name: what the weights are rounded to when they are dequantised.
+        dtype_name: of the dequantised weights.
     """
 
     codes: Any  # [*layers, outputs, inputs], int8
@@ -212,7 +212,7 @@ def _edges(table: np.ndarray) -> np.ndarray:
 
 
 def _nf4_entries(codes):
-    """Table entries by a tree of choices: elementwise, so that it is fused into what reads it."""
+    """Table entries by a tree of choices: elementwise, so that XLA fuses it into its consumer."""
     entries: list[Any] = [jnp.float32(entry) for entry in NF4_TABLE]
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1

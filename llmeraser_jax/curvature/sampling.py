@@ -1,4 +1,4 @@
-"""Which examples a curvature is estimated from: draws that favour some, with coefficients that undo it."""
+"""Importance sampling of the examples that a curvature is estimated from, unbiased by their coefficients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: a float32 pytree of its own, its configuration, and PEFT's format."""
+"""Adapters: a float32 pytree, its configuration, and PEFT's format."""
 
 from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
 from llmeraser_jax.lora.params import (
@@ -14,7 +14,6 @@ from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
     adapter_config_to_peft,
     load_adapter,
-    read_adapter_base,
     save_adapter,
 )
 
@@ -29,7 +28,6 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "product_norms",
-    "read_adapter_base",
     "resolve_config",
     "resolve_target_modules",
     "save_adapter",

@@ -1,4 +1,4 @@
-"""Owns the description of an adapter: rank, scale, and which linear layers carry it."""
+"""The description of an adapter: rank, scale, and the linear layers that have it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmeraser_jax.types import AdaptableConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What an adapter looks like, in PEFT's terms.
+    """The shape and scale of an adapter, in PEFT's terms.
 
     Attributes:
         rank: numbers of rows of A and columns of B.
@@ -54,7 +54,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What multiplies B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 

@@ -1,4 +1,4 @@
-"""Owns the adapter: a float32 pytree of its own, apart from the base.
+"""The adapter: a float32 pytree, separate from the base.
 
 Every vector of adapter space (a gradient, a step, a conjugate direction) is a `Lora` too, so that tree maps
 and inner products need no conversion.
@@ -133,8 +133,8 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
 def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
 
-    `(A, B) -> (A M, M^-1 B)` changes nothing but the numbers of the adapter; this is what the network sees. The
-    change is `dB (A + dA) + B dA`, so that nothing cancels, and each norm comes from r x r Gram matrices.
+    The network sees `B A` only, which `(A, B) -> (M A, B M^-1)` does not change. The change is computed as
+    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices.
 
     Returns:
         The norm of the change, and that of the product before.

@@ -1,4 +1,4 @@
-"""Owns adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
 
 Reading is strict in the same way as for models: every field of adapter_config.json is honoured, known to be
 inert, or refused by name.
@@ -24,7 +24,7 @@ from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-EXTRAS_FILE = "extras.safetensors"  # what a model's `adapter_extras` names; PEFT does not read it
+EXTRAS_FILE = "extras.safetensors"  # the leaves that a model's `adapter_extras` names; PEFT does not read it
 
 _HONOURED = frozenset({"r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout"})
 
@@ -94,15 +94,6 @@ def _read_extras(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarra
         msg = f"{directory / EXTRAS_FILE} holds {', '.join(found)}; this model needs {', '.join(sorted(names))}."
         raise ValueError(msg)
     return leaves
-
-
-def read_adapter_base(directory: str | os.PathLike[str]) -> str | None:
-    """The base model that an adapter says it was trained on (`base_model_name_or_path`).
-
-    Raises:
-        FileNotFoundError: there is no adapter_config.json.
-    """
-    return _read_config(Path(directory)).get("base_model_name_or_path")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

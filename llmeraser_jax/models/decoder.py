@@ -57,7 +57,7 @@ from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 @flax.struct.dataclass
 class Context:
-    """What every layer needs besides the activations: where tokens stand and which keys are real.
+    """Inputs of every layer besides the activations: positions, and which keys are real.
 
     Cosines and sines have a leading axis of rotations where layers differ in theirs.
     """
@@ -72,7 +72,7 @@ class Context:
 
 @flax.struct.dataclass
 class Variation:
-    """What sets one layer apart from the others, or all of them with a leading axis; None where they are alike."""
+    """Settings that differ between layers: one layer's, or all with a leading axis; None where they are equal."""
 
     window: Int[Array, "*layers"] | None = None
     rope: Int[Array, "*layers"] | None = None  # index into the rotations of the context
@@ -275,7 +275,7 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model.
-        lora_scaling: what multiplies B A.
+        lora_scaling: factor of B A.
         lora_dropout: drawn only where an rng "dropout" is given.
         dtype: dtype of activations and products; None is `promote_types(float32, dtype of the embedding)`.
     """
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         Args:
             tokens: [batch, time] new tokens.
             where: [batch, time] their positions in their texts.
-            key_positions: [batch, slots] positions of what the cache holds, the new tokens included.
+            key_positions: [batch, slots] positions of the tokens in the cache, the new ones included.
             key_valid: [batch, slots] which slots hold real tokens, the new ones included; or [batch, time, slots]
                 which of them each new token may see, itself included.
             cache: `KVCache`.

@@ -3,7 +3,6 @@
 from llmeraser_jax.parallel.mesh import make_mesh, parse_mesh
 from llmeraser_jax.parallel.processes import is_primary, on_primary, start_processes, to_host
 from llmeraser_jax.parallel.sharding import (
-    DEFAULT_RULES,
     place_batch,
     place_stack,
     replicate,
@@ -14,7 +13,6 @@ from llmeraser_jax.parallel.sharding import (
 from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
 
 __all__ = [
-    "DEFAULT_RULES",
     "Kept",
     "is_primary",
     "keep_on_devices",

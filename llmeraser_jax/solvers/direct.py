@@ -1,4 +1,4 @@
-"""An approximate inverse as a solver: one multiplication, and one product to say what it was worth."""
+"""An approximate inverse as a solver, with one product to measure the residual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DirectInverse:
     """The solver: a pytree, since its inverse holds arrays.
 
     Attributes:
-        inverse: what approximates the operator's inverse, a `SpectralPreconditioner` or a `curvature.kfac.EkFac`.
+        inverse: approximates the operator's inverse: a `SpectralPreconditioner` or a `curvature.EkFac`.
         rtol: call the solution converged where the true relative residual is at most this.
     """
 
@@ -26,7 +26,7 @@ class DirectInverse:
         """`inverse.solve(rhs)`.
 
         Args:
-            operator: enters into the residual alone, at one product.
+            operator: for the residual only, at one product.
             rhs: a vector of adapter space, float32 or wider.
 
         Returns:

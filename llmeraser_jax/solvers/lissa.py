@@ -2,8 +2,8 @@
 
 As Koh and Liang (ICML 2017) use it for influence functions: `x <- b + (I - H_batch / scale) x` from `x = b`, then
 `x / scale`, averaged over repeats. The expectation converges where all eigenvalues of H lie in (0, 2 scale); the
-variance is bounded only where those of the mini-batches do not stray far beyond it. Differs from their code in
-that damping is the operator's, and in that divergence is detected.
+variance is bounded only where the mini-batches' eigenvalues do not exceed that range by much. Differs from their
+code in two ways: damping is the operator's, and divergence is detected.
 """
 
 from __future__ import annotations

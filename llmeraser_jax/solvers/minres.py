@@ -1,12 +1,11 @@
 """MINRES (Paige and Saunders 1975) for symmetric operators of any definiteness.
 
-The Lanczos recurrence with Givens rotations: every step minimises `||b - A x||` over the Krylov space, so that
-negative eigenvalues do not break it. A solution of an indefinite system is a stationary point of the quadratic and
-not its minimum; the negative Ritz values that say so are reported.
+The Lanczos recurrence with Givens rotations: every step minimises `||b - A x||` over the Krylov space, so negative
+eigenvalues do not break it. The solution of an indefinite system is a stationary point of the quadratic and not its
+minimum; negative Ritz values show that.
 
-Differs from `scipy.sparse.linalg.minres` in stopping on the residual relative to `||b||` alone, in telling a
-least-squares end from convergence by the operator's image of the residual at rounding level, and in returning
-Ritz values.
+Differs from `scipy.sparse.linalg.minres` in three ways. It stops on the residual relative to `||b||` alone; it
+detects a least-squares end by the operator's image of the residual, at rounding level; it returns Ritz values.
 """
 
 from __future__ import annotations

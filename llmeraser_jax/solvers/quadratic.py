@@ -2,8 +2,8 @@
 
 Ding et al. (ICLR 2025, arXiv 2412.00383) write the influence step as the minimiser of the finite sum
 `F(d) = (1/n) sum_i [1/2 d' hess l(z_i) d - b'd]` and descend on it with gradients `H_batch d - b` of mini-batches.
-Where `H` has negative eigenvalues `F` has no minimiser and the descent diverges along them; damping is the
-operator's.
+Where `H` has negative eigenvalues `F` has no minimiser, and the descent diverges along them. Damping belongs to the
+operator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class QuadraticDescent:
         batch_terms: terms of the sum in a mini-batch, drawn uniformly and independently.
         batch_size: examples in a term, for whoever makes the operator.
         seed: of the draws.
-        average: return the mean of the iterates (Polyak and Juditsky 1992) in place of the last one.
         rtol: call the solution converged where the true relative residual is at most this.
     """
 
@@ -43,7 +42,6 @@ class QuadraticDescent:
     batch_terms: int = 1
     batch_size: int = 16
     seed: int = 0
-    average: bool = False
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -96,7 +94,7 @@ class QuadraticDescent:
         return descent.conclude(
             operator,
             rhs,
-            state.mean if self.average else state.x,
+            state.x,
             self.rtol,
             num_steps=state.num_steps,
             num_products=state.num_gradients * self.batch_terms + terms.num_terms,

@@ -54,8 +54,7 @@ from llmeraser_jax import data, files, losses, parallel, trees
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import load_adapter
 from llmeraser_jax.models import Model, load_tokenizer
-from llmeraser_jax.runs import Run, load_run, write_run
-from llmeraser_jax.training.config import TrainConfig, refuse_weight_decay
+from llmeraser_jax.runs import Run, TrainConfig, load_run, refuse_weight_decay, write_run
 from llmeraser_jax.training.measure import mean_loss, measure
 
 _log = logging.getLogger(__name__)

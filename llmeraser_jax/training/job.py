@@ -1,4 +1,4 @@
-"""Owns fine-tuning from files to a run directory: what `llmeraser finetune` and every retraining do."""
+"""Fine-tuning from files to a run directory, for `llmeraser finetune` and every retraining."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from llmeraser_jax.runs import (
     RUN_FILE,
     Run,
     RunError,
+    TrainConfig,
     base_dtype,
     differing_settings,
     load_run,
     model_fingerprint,
+    refuse_dropout,
     run_settings,
     write_run,
 )
-from llmeraser_jax.training.config import TrainConfig, refuse_dropout
 from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, IDENTITY_FILE, finetune_held
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def finetune_run(
         data_path: the training examples, see `data.load_examples`.
         workdir: new, empty, or left by an interrupted call with the same settings.
         recipe: how examples become tokens; None is the defaults.
-        lora: what the adapter looks like; None is the defaults.
+        lora: the adapter's shape and scale; None is the defaults.
         config: how it is trained; None is the defaults.
         tensorboard: also write TensorBoard events.
 
@@ -96,7 +97,7 @@ def train_run(
     parent: Mapping[str, str] | None = None,
     tensorboard: bool = False,
 ) -> Run:
-    """Trains in `workdir` and makes a run directory of it, or goes on, or finds it done.
+    """Trains in `workdir` and makes it a run directory; resumes, or does nothing if it is finished.
 
     Args:
         model: the base model.
@@ -168,7 +169,7 @@ def train_run(
 
 
 def _date_of(workdir: Path) -> str | None:
-    """What the chat template told as today's date when the training in `workdir` began; None where it told none."""
+    """The current date that the chat template wrote when the training in `workdir` began; None without one."""
     if (workdir / RUN_FILE).exists():
         return load_run(workdir).recipe.date
     if (workdir / IDENTITY_FILE).exists():
@@ -177,6 +178,6 @@ def _date_of(workdir: Path) -> str | None:
 
 
 def _tidy(workdir: Path) -> None:
-    """Removes what only a restart needs; until run.json is there, one does."""
+    """Removes the files that only an unfinished training needs."""
     shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
     (workdir / IDENTITY_FILE).unlink(missing_ok=True)

@@ -13,8 +13,7 @@ import jax
 from llmeraser_jax import data
 from llmeraser_jax.data import Request
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import Run, RunError
-from llmeraser_jax.training.config import TrainConfig, refuse_dropout
+from llmeraser_jax.runs import Run, RunError, TrainConfig, refuse_dropout
 from llmeraser_jax.training.job import train_run
 
 _log = logging.getLogger(__name__)

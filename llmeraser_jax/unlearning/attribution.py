@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, choose_linearisation
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
 from llmeraser_jax.solvers import BlockConjugateGradients, BlockSolution, describe
 from llmeraser_jax.types import LoraParams, Operator
 from llmeraser_jax.unlearning.inverse import DEFAULT_SAMPLE, CurvatureSpec
@@ -102,7 +102,7 @@ def attribute(
     weighted = problem.trained_mean(size, workspace.rng(1), without_named=curvature.without_forget_rows)
     stack = workspace.stack(problem.examples, weighted)
     plain = DatasetCurvature(objective, params, stack, CURVATURES[curvature.kind])
-    operator = Damped(choose_linearisation(plain, curvature.memory_budget_bytes), curvature.damping)
+    operator = Damped(linearise(plain, curvature.memory_budget_bytes), curvature.damping)
     solution = _solve(solver, operator, rhs)
     total = jax.tree.map(lambda x: x.sum(0), solution.value)
     total_sq = float(trees.tree_vdot(total, total))

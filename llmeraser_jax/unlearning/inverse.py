@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,35 +19,36 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import (
+    CACHED_PRODUCT_COST,
     CURVATURES,
-    BlockDamped,
+    Bfloat16Products,
     Damped,
     DatasetCurvature,
-    LinearisedCurvature,
-    NarrowProducts,
+    EkFac,
     block_mean_eigenvalues,
-    choose_linearisation,
     damping_product,
+    ekfac,
+    example_factors,
+    factored_curvature,
     largest_term_eigenvalue,
+    linearise,
+    load_ekfac,
     mean_eigenvalue,
     product_asymmetry,
-    product_cost,
     relative_damping,
+    save_ekfac,
+    streamed_operator,
 )
-from llmeraser_jax.curvature.factor import factored_curvature
-from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.losses import example_places
-from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.solvers import (
     MAX_CORRECTIONS,
     ConjugateGradients,
     Minres,
+    Refined,
+    Resumable,
     SpectralPreconditioner,
-    StreamedOperator,
     factored_preconditioner,
     inner_tolerance,
-    solve_refined,
-    solve_streamed,
 )
 from llmeraser_jax.types import ExampleStack, LoraParams, Operator, Preconditioner, PyTree, Solution, Solver
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, Budget
@@ -202,11 +202,6 @@ class KroneckerPreconditioner:
         return 2 * (FORWARD + self.num_roots * BACKWARD)
 
 
-@jax.jit
-def _product(operator: Operator, v: LoraParams) -> LoraParams:
-    return operator.mv(v)
-
-
 @partial(jax.jit, static_argnames="solver")
 def _solve(solver: Solver, operator: Operator, rhs: LoraParams) -> Solution:
     return solver.solve(operator, rhs)
@@ -217,13 +212,6 @@ def _solve_preconditioned(
     solver: ConjugateGradients, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner
 ) -> Solution:
     return solver.solve(operator, rhs, preconditioner)
-
-
-@partial(jax.jit, static_argnames=("solver", "rtol"))
-def _solve_with_bfloat16_products(
-    solver: ConjugateGradients | Minres, operator: Operator, rhs: LoraParams, rtol: float
-) -> tuple[Solution, jax.Array]:
-    return solve_refined(solver, NarrowProducts(operator), operator, rhs, rtol=rtol)
 
 
 @partial(jax.jit, static_argnames="num_roots")
@@ -361,7 +349,7 @@ class InverseCurvature:
         kind, solver = CURVATURES[self.kind], self.solver
         if draws_terms(solver):
             return self._terms_cost + self._rate_cost
-        cost = self._largest_products * product_cost(kind, cached=self._caches)
+        cost = self._largest_products * (CACHED_PRODUCT_COST if self._caches else kind.gradient_equivalents)
         cost += kind.linearise_gradient_equivalents if self._caches else 0.0
         preconditioner = preconditioner_of(solver)
         cost += 0.0 if preconditioner is None else preconditioner.gradient_equivalents
@@ -398,27 +386,27 @@ class InverseCurvature:
         solver: Any = self.solver
         spec, kind, budget = self.spec, CURVATURES[self.kind], self.workspace.budget
         count = len(weighted.indices)
-        per_product = product_cost(kind, cached=False)
         if spec.stream:
+            per_product = kind.gradient_equivalents
             budget.reserve(self._largest_products * per_product * count)
             solution = self._solve_streamed(solver, params, weighted, rhs)
         else:
-            stack = self.workspace.stack(self.task.problem.examples, weighted)
-            plain = DatasetCurvature(self.objective, params, stack, kind)
+            plain = DatasetCurvature(
+                self.objective, params, self.workspace.stack(self.task.problem.examples, weighted), kind
+            )
             rhos = self._damping(plain)
             preconditioner = self._make_preconditioner(params, plain.stack, weighted)
-            operator = choose_linearisation(plain, spec.memory_budget_bytes) if self._caches else plain
-            if isinstance(operator, LinearisedCurvature):
-                budget.spend("curvature", kind.linearise_gradient_equivalents * count)
-                per_product = product_cost(kind, cached=True)
+            operator = linearise(plain, spec.memory_budget_bytes if self._caches else 0)
+            budget.spend("curvature", operator.setup_cost * count)
+            per_product = operator.product_cost
             budget.reserve(self._largest_products * per_product * count)
-            damped = _damped(operator, rhos)
+            damped = Damped(operator, rhos)
             in_bfloat16 = spec.matmul_precision == "bfloat16"
-            self._look_at_symmetry(NarrowProducts(damped) if in_bfloat16 else damped, rhs, per_product * count)
+            self._look_at_symmetry(Bfloat16Products(damped) if in_bfloat16 else damped, rhs, per_product * count)
             if in_bfloat16:
                 inner = dataclasses.replace(solver, rtol=max(inner_tolerance(solver.rtol), self.asymmetry))
-                solution, _ = _solve_with_bfloat16_products(inner, damped, rhs, solver.rtol)
-            elif preconditioner is not None:
+                solver = Refined(solver=inner, approximation=Bfloat16Products, rtol=solver.rtol)
+            if preconditioner is not None:
                 solution = _solve_preconditioned(solver, damped, rhs, preconditioner)
             else:
                 solution = _solve(solver, damped, rhs)
@@ -454,31 +442,17 @@ class InverseCurvature:
         if workspace.directory is None:
             msg = "stream is set, but the workspace has no directory to save the solve's state in."
             raise ValueError(msg)
-        data_term = dataclasses.replace(objective, l2=0.0)
         stack = self.task.problem.examples.stack(
             weighted.indices, weighted.weights, chunk_size=workspace.chunk_size
         )
-
-        def batches() -> Iterator[ExampleStack]:
-            for batch, weights in zip(stack.batches, stack.weights, strict=True):
-                for chunk in range(len(weights)):
-                    part = jax.tree.map(lambda x, chunk=chunk: x[chunk : chunk + 1], ((batch,), (weights,)))
-                    yield place_stack(ExampleStack(*part), workspace.mesh)
-
-        operator = StreamedOperator(
-            batches=batches,
-            product=lambda part, v: _product(DatasetCurvature(data_term, params, part, kind), v),
-            shift=self.spec.damping + objective.l2 * float(weighted.weights.sum()),
-            positive_semidefinite=kind.positive_semidefinite,
-        )
+        operator = streamed_operator(objective, params, stack, kind, damping=self.spec.damping, mesh=workspace.mesh)
         self._look_at_symmetry(operator, rhs, kind.gradient_equivalents * len(weighted.indices), jitted=False)
-        return solve_streamed(
-            solver,
-            operator,
-            rhs,
-            checkpoint_directory=workspace.directory / f"solve_{self._num_solves}",
+        resumable = Resumable(
+            solver=solver,
+            directory=workspace.directory / f"solve_{self._num_solves}",
             description=f"{self.kind} {self.spec} {workspace.seed} {workspace.chunk_size}",
         )
+        return resumable.solve(operator, rhs)
 
     def _look_at_symmetry(
         self, operator: Operator, like: LoraParams, product_cost: float, *, jitted: bool = True
@@ -494,7 +468,7 @@ class InverseCurvature:
         kind, budget, workspace = CURVATURES[self.kind], self.workspace.budget, self.workspace
         stack = workspace.stack(self.task.problem.examples, weighted, chunk_size=solver.batch_size)
         plain = DatasetCurvature(self.objective, params, stack, kind)
-        operator = _damped(plain, self._damping(plain))
+        operator = Damped(plain, self._damping(plain))
         budget.reserve(self._rate_cost + self._terms_cost)
         budget.spend("curvature", self._rate_cost)
         if _needs_rate(solver):
@@ -552,11 +526,6 @@ def preconditioner_of(solver: Solver) -> RowPreconditioner | KroneckerPreconditi
 def _needs_rate(solver: Any) -> bool:
     """Whether a step size is left to an estimate of the largest eigenvalue."""
     return hasattr(solver, "for_eigenvalue") and solver.for_eigenvalue(1.0) != solver
-
-
-def _damped(operator: Operator, rhos: PyTree) -> Damped | BlockDamped:
-    one_number = isinstance(rhos, float | int | jax.Array)
-    return Damped(operator, rhos) if one_number else BlockDamped(operator, rhos)
 
 
 def half_samples(weighted: Weighted, sampled: np.ndarray) -> tuple[Weighted, Weighted]:

@@ -27,14 +27,13 @@ import numpy as np
 import scipy.linalg
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.dual import DualInverse, factorise
-from llmeraser_jax.curvature.factor import (
+from llmeraser_jax.curvature import (
+    DualInverse,
     ExampleRows,
     FactoredCurvature,
-    combine,
-    concatenate_rows,
     example_rows,
     factored_curvature,
+    factorise,
 )
 from llmeraser_jax.curvature.row_sets import RowKind, RowSet
 from llmeraser_jax.losses import Objective, example_places
@@ -103,7 +102,7 @@ def _gradient_rows(objective, params, stack, log_odds: bool) -> ExampleRows:
 
 @jax.jit
 def _joined(rows: LoraParams, others: LoraParams) -> LoraParams:
-    return concatenate_rows(rows, others)
+    return trees.concatenate_rows(rows, others)
 
 
 _factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
@@ -116,7 +115,7 @@ def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
 
 @jax.jit
 def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
-    return combine(coefficients, rows)
+    return trees.combine_rows(coefficients, rows)
 
 
 @jax.jit
@@ -162,7 +161,7 @@ class StoredRows:
             before = self.inverse.operator
             share = len(operator.weights) / (len(operator.weights) + len(before.weights))
             operator = operator.replace(
-                rows=concatenate_rows(before.rows, operator.rows),
+                rows=trees.concatenate_rows(before.rows, operator.rows),
                 weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
             )
         try:

@@ -42,7 +42,6 @@ _SEVERITY = (
     Status.RESIDUAL_DRIFT,
     Status.MAX_STEPS,
     Status.LEAST_SQUARES,
-    Status.TRUST_RADIUS,
     Status.CONVERGED,
 )
 

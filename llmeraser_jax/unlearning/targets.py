@@ -29,7 +29,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from llmeraser_jax.curvature.factor import ExampleRows, example_rows, rows_gram
+from llmeraser_jax import trees
+from llmeraser_jax.curvature.factor import ExampleRows, example_rows
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 from llmeraser_jax.losses import Objective, example_places, per_example
 from llmeraser_jax.parallel import to_host
@@ -405,7 +406,7 @@ def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", 
     stack = workspace.stack(problem.examples, rows)
     found = _gradient_rows(task.objective, task.adapter, stack)
     place = dict(zip(rows.tolist(), example_places(stack).tolist(), strict=True))
-    gram = to_host(rows_gram(found.gradients, found.gradients)).astype(np.float64)
+    gram = to_host(trees.rows_gram(found.gradients, found.gradients)).astype(np.float64)
     length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     copies = []
     for s, j in pairs:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, make_linearised
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, linearise
 from llmeraser_jax.losses import gradient_sum, loss_sum
 from llmeraser_jax.parallel import (
     is_primary,
@@ -88,7 +88,7 @@ def test_the_base_is_really_sharded_and_the_adapter_replicated(mesh):
         *(
             pytest.param(lambda o, l, s, products=products: several_products(products, o, l, s), id=name)
             for name, products in {
-                "one after the other": lambda op, vs: op.mv_each(vs),
+                "one after the other": lambda op, vs: op.mv_many(vs),
                 "all at once": lambda op, vs: jax.vmap(op.mv)(vs),
             }.items()
         ),
@@ -127,7 +127,7 @@ def test_cached_products_match_one_device_in_float64(mesh, kind):
         for m in (None, mesh):
             objective, lora, stack = setup("float64", m)
             operator = DatasetCurvature(objective, lora, stack, CURVATURES[kind])
-            cached = make_linearised(operator)
+            cached = linearise(operator)
             assert linearisation_bytes(operator) == sum(leaf.nbytes for leaf in jax.tree.leaves(cached.residuals))
             products.append(jax.jit(lambda op, v: op.mv(v))(cached, random_direction(lora)))
         assert relative_difference(products[1], products[0]) < 1e-12
@@ -156,7 +156,7 @@ def test_devices_that_share_the_examples_wait_for_each_other_once(name):
         counts = reductions_by_program(sums[name], objective, lora, stack)
     else:
         operator = DatasetCurvature(objective, lora, stack, CURVATURES[name.removeprefix("cached ")])
-        operator = make_linearised(operator) if name.startswith("cached") else operator
+        operator = linearise(operator) if name.startswith("cached") else operator
         counts = reductions_by_program(lambda op, v: op.mv(v), operator, random_direction(lora))
     assert counts == {"ENTRY": 1}
 

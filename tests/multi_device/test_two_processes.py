@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from llmeraser_jax import trees
 from llmeraser_jax.cli import main as llmeraser
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, make_linearised
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, linearise
 from llmeraser_jax.losses import example_losses, gradient_sum
 from llmeraser_jax.parallel import make_mesh, on_primary, parse_mesh, replicate, start_processes, to_host
 from tests.multi_device.test_one_against_eight import setup
@@ -96,7 +96,7 @@ def in_two_processes(program: str, num_devices: int) -> list[Any]:
 def measured(mesh) -> dict[str, list[float]]:
     """Norm and first coordinates of a gradient, and of a cached product with it; the losses of all rows."""
     objective, lora, stack = setup("float32", mesh)
-    operator = make_linearised(DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"]))
+    operator = linearise(DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"]))
     gradient = gradient_sum(objective, lora, stack)
     sums = {"gradient": gradient, "product": jax.jit(lambda op, v: op.mv(v))(operator, gradient)}
     numbers = jax.jit(lambda t: [trees.tree_norm(t), *(leaf.ravel()[0] for leaf in jax.tree.leaves(t))])

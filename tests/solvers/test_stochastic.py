@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.curvature import DenseOperator
 from llmeraser_jax.solvers import Lissa, QuadraticDescent, ReferenceCompat, Status, is_failure
+from tests.dense import DenseOperator
 from tests.solvers.systems import D, DenseSum, as_tree, as_vector, noisy_terms, rhs, run, symmetric
 
 MATRIX = symmetric(np.linspace(0.5, 4, D))
@@ -46,13 +46,9 @@ def test_equal_terms_converge_to_the_dense_solution(name):
 @pytest.mark.parametrize(
     ("solver", "worse"),
     [
-        (
-            QuadraticDescent(learning_rate=0.02, num_steps=3000, average=True),
-            QuadraticDescent(learning_rate=0.02, num_steps=3000),
-        ),
         (Lissa(scale=8.0, num_steps=150, repeats=40), Lissa(scale=8.0, num_steps=150)),
     ],
-    ids=["averaged sgd", "lissa repeats"],
+    ids=["lissa repeats"],
 )
 def test_averaging_lowers_the_error_that_sampling_leaves(solver, worse):
     operator, exact = terms(MATRIX, 6, noise=0.4), np.linalg.solve(MATRIX, rhs())
@@ -81,15 +77,6 @@ def test_sgd_takes_the_steps_of_a_hand_written_loop():
     np.testing.assert_allclose(as_vector(solution.value), d, rtol=1e-10)
     np.testing.assert_allclose(solution.history, estimates, rtol=1e-10)
     assert status(solution) is Status.MAX_STEPS and int(solution.num_steps) == 7
-
-
-def test_the_average_is_the_mean_of_the_iterates():
-    operator = terms(MATRIX, 4, 0.3)
-    iterates = [
-        as_vector(run(QuadraticDescent(num_steps=n, seed=1), operator, as_tree(rhs())).value) for n in (1, 2, 3)
-    ]
-    averaged = run(QuadraticDescent(num_steps=3, seed=1, average=True), operator, as_tree(rhs()))
-    np.testing.assert_allclose(as_vector(averaged.value), np.mean(iterates, 0), rtol=1e-10)
 
 
 def test_lissa_takes_the_steps_of_a_hand_written_loop():

@@ -6,7 +6,7 @@ import pytest
 from llmeraser_jax.unlearning.dispatch import unlearn
 from llmeraser_jax.unlearning.evaluator import Evaluator
 
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, NarrowProducts
+from llmeraser_jax.curvature import CURVATURES, Bfloat16Products, Damped, DatasetCurvature
 from llmeraser_jax.solvers import ConjugateGradients, Status
 from llmeraser_jax.unlearning import evaluator as evaluator_module
 from llmeraser_jax.unlearning.problem import EditProblem, Weighted
@@ -76,7 +76,7 @@ def test_without_residuals_in_float32_the_tolerance_is_missed(ridge):
         return np.linalg.norm(b - matrix @ join_params(solution.value)) / np.linalg.norm(b)
 
     solver = ConjugateGradients(rtol=1e-4, max_steps=50)
-    alone = jax.jit(lambda b: solver.solve(NarrowProducts(operator), b))(split_params(b))
+    alone = jax.jit(lambda b: solver.solve(Bfloat16Products(operator), b))(split_params(b))
     refined = evaluator.solve(split_params(before), weighted, split_params(b))
     assert residual(alone) > 1e-3
     assert residual(refined) < 3e-4

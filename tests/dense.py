@@ -1,4 +1,4 @@
-"""Dense matrices: the oracle of small problems. The one place where adapter space is flattened."""
+"""Dense matrices: the oracle of small problems. Adapter space is flattened here."""
 
 from __future__ import annotations
 

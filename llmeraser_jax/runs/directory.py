@@ -1,12 +1,12 @@
-"""Owns the run directory: an adapter together with all that has to be known to erase from it later.
+"""The run directory: an adapter, and everything that a later erasure needs to know about it.
 
 A run directory holds
 
-    run.json            what was done: model and its fingerprint, recipe, configurations, versions, training
+    run.json            the record: model and its fingerprint, recipe, configurations, versions, training
                         examples by id with the hashes of content and tokens, final losses, the parent run, the
                         receipts since
     adapter/            the adapter, in PEFT's format
-    initial_adapter/    what training started from, in PEFT's format; absent where it is not known
+    initial_adapter/    the adapter that training started from; absent where it is not known
     tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
     train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
@@ -26,7 +26,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from llmeraser_jax import data, files
@@ -35,7 +34,14 @@ from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.models import Model, load_model, load_tokenizer
 from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.training.config import TrainConfig
+from llmeraser_jax.runs.model_files import (
+    base_dtype,
+    copy_tokenizer,
+    file_sha256,
+    model_fingerprint,
+    tokenizer_source,
+)
+from llmeraser_jax.runs.train_config import TrainConfig
 
 _log = logging.getLogger(__name__)
 
@@ -47,20 +53,10 @@ INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
 TOKENIZER_DIRECTORY = "tokenizer"
 EXAMPLES_FILE = "train.jsonl"
 _MAX_LISTED = 10
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.jinja",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "additional_chat_templates",
-)
-_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab.*", "merges.txt")
 
 
 class RunError(ValueError):
-    """A run directory, or the data or model it refers to, that is not what it should be."""
+    """A run directory, its data or its model is missing, damaged or changed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +187,7 @@ class Run:
 
         Args:
             examples: any, such as the edited or the held-out ones.
-            tokenizer: the model's; passed over where the run has one of its own.
+            tokenizer: the model's; ignored where the run has its own.
             buckets: shapes to share with another data set.
 
         Raises:
@@ -275,7 +271,7 @@ class Run:
                 f"{self.model_quantization}."
             )
             raise RunError(msg)
-        if self.tokenizer is not None and _tokenizer_source(model) is None:
+        if self.tokenizer is not None and tokenizer_source(model) is None:
             msg = (
                 f"{self.path} has a tokenizer of its own, and the model given has the base's; use run.load_model()."
             )
@@ -301,11 +297,11 @@ class Run:
         return load_adapter(self.path / INITIAL_ADAPTER_DIRECTORY, model)
 
     def reference(self) -> dict[str, str]:
-        """What a run derived from this one records as its `parent`."""
-        return {"path": str(self.path.resolve()), "sha256": _file_sha256(self.path / RUN_FILE)}
+        """The `parent` entry of a run derived from this one."""
+        return {"path": str(self.path.resolve()), "sha256": file_sha256(self.path / RUN_FILE)}
 
     def settings(self) -> dict[str, Any]:
-        """What determines the adapter: two runs with equal settings are the same run."""
+        """Everything that determines the adapter; runs with equal settings are the same run."""
         return run_settings(
             kind=self.kind,
             model_sha256=self.model_sha256,
@@ -354,7 +350,7 @@ def run_settings(
 
 
 def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What two settings differ in, in words; empty when they are equal."""
+    """The differences between two settings, in words; empty when they are equal."""
     return [
         f"{key} ({found.get(key)!r} there, {wanted.get(key)!r} now)"
         for key in sorted(found.keys() | wanted.keys())
@@ -422,9 +418,9 @@ def write_run(
         dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
     path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-    source = _tokenizer_source(model)
+    source = tokenizer_source(model)
     if source is not None:
-        _copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
+        copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
     for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
         shutil.rmtree(path / name, ignore_errors=True)
         if adapter is not None:
@@ -537,71 +533,6 @@ def _read_recipe(recorded: Mapping[str, Any]) -> Recipe:
     return Recipe.from_mapping(recorded)
 
 
-def model_directory(path: str | os.PathLike[str]) -> Path:
-    """The local directory of a model: `path` itself, or the downloaded snapshot of a hub id.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(os.fspath(path), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        msg = f"There is no model directory {path}, and no downloaded model of that name."
-        raise FileNotFoundError(msg) from error
-
-
-def model_fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) over names and contents of all that determines a model's tokens and logits.
-
-    These are `config.json`, the safetensors files, and whatever tokenizer files there are. Files are streamed; a
-    file unchanged since the last call of this process is not read again.
-
-    Raises:
-        FileNotFoundError: no such model, or a directory without these files.
-    """
-    directory = model_directory(path)
-    parts = sorted({part for pattern in _MODEL_FILES for part in directory.glob(pattern)})
-    if not (directory / "config.json").exists() or not any(part.suffix == ".safetensors" for part in parts):
-        msg = f"{directory} is not a model: it needs config.json and at least one .safetensors file."
-        raise FileNotFoundError(msg)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part.name}\0{_file_sha256(part)}\n".encode())
-    return digest.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    status = path.stat()
-    return _file_sha256_at(str(path.resolve()), status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_sha256_at(path: str, mtime_ns: int, size: int) -> str:
-    """The arguments besides `path` make the cache notice that a file was written to."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tokenizer_source(model: Model) -> Path | None:
-    """The directory that the model's tokenizer was read from, where that is not the base model's."""
-    name = getattr(model.tokenizer, "name_or_path", "")
-    if not name or not Path(name).is_dir() or Path(name).resolve() == model_directory(model.path).resolve():
-        return None
-    return Path(name)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
-    for part in sorted({part for pattern in _TOKENIZER_FILES for part in source.glob(pattern)}):
-        (shutil.copytree if part.is_dir() else shutil.copy2)(part, target / part.name)
-
-
 def _listed(ids: Sequence[str]) -> str:
     shown = ", ".join(repr(id_) for id_ in ids[:_MAX_LISTED])
     return shown + (f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else "")
@@ -609,8 +540,3 @@ def _listed(ids: Sequence[str]) -> str:
 
 def _absolute_if_local(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def base_dtype(model: Model) -> str:
-    """The dtype that the base is stored in."""
-    return str(jax.tree.leaves(model.base)[0].dtype)

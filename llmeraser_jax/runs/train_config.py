@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-DECOUPLED_DECAY_NAMES = ("weight_decay", "decoupled_weight_decay")
+_DECOUPLED_DECAY_NAMES = ("weight_decay", "decoupled_weight_decay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def refuse_weight_decay(mapping: Mapping[str, Any]) -> None:
     Raises:
         ValueError: `weight_decay` stands in the mapping, whatever its value.
     """
-    for name in DECOUPLED_DECAY_NAMES:
+    for name in _DECOUPLED_DECAY_NAMES:
         if name in mapping:
             msg = (
                 f"{name} = {mapping[name]!r} is refused: decoupled decay is no part of the objective that "

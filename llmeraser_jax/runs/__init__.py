@@ -1,0 +1,45 @@
+"""Run directories: an adapter, how it was trained, and on what."""
+
+from llmeraser_jax.runs.directory import (
+    ADAPTER_DIRECTORY,
+    EXAMPLES_FILE,
+    FORMAT_VERSION,
+    INITIAL_ADAPTER_DIRECTORY,
+    KINDS,
+    RUN_FILE,
+    TOKENIZER_DIRECTORY,
+    Run,
+    RunError,
+    differing_settings,
+    load_run,
+    run_settings,
+    write_run,
+)
+from llmeraser_jax.runs.model_files import base_dtype, model_directory, model_fingerprint
+from llmeraser_jax.runs.train_config import (
+    TrainConfig,
+    refuse_dropout,
+    refuse_weight_decay,
+)
+
+__all__ = [
+    "ADAPTER_DIRECTORY",
+    "EXAMPLES_FILE",
+    "FORMAT_VERSION",
+    "INITIAL_ADAPTER_DIRECTORY",
+    "KINDS",
+    "RUN_FILE",
+    "TOKENIZER_DIRECTORY",
+    "Run",
+    "RunError",
+    "TrainConfig",
+    "base_dtype",
+    "differing_settings",
+    "load_run",
+    "model_directory",
+    "model_fingerprint",
+    "refuse_dropout",
+    "refuse_weight_decay",
+    "run_settings",
+    "write_run",
+]
