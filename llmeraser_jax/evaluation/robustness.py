@@ -27,7 +27,8 @@ from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.rivals.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, ensemble_model, make_ensemble
+from llmeraser_jax.rivals.ensemble import ApplyEnsemble, Ensemble, make_ensemble
+from llmeraser_jax.rivals.ensemble_model import EnsembleModel, ensemble_model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 

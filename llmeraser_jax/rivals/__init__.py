@@ -6,8 +6,8 @@ are an adapter or an ensemble. Rivals count what they cost, and keep to no budge
 
 from llmeraser_jax.rivals.ascent import EqualLengthAscent, GradientAscent, GradientDifference, KLAnchoredAscent
 from llmeraser_jax.rivals.e2urec import E2URec
-from llmeraser_jax.rivals.ensemble import Ensemble, EnsembleModel, ensemble_model, make_ensemble
-from llmeraser_jax.rivals.ensemble_generation import generate_ensemble
+from llmeraser_jax.rivals.ensemble import Ensemble, make_ensemble
+from llmeraser_jax.rivals.ensemble_model import EnsembleModel, ensemble_model, generate_ensemble
 from llmeraser_jax.rivals.finetune_edited import FinetuneEdited
 from llmeraser_jax.rivals.preference import NPO, SimNPO
 from llmeraser_jax.rivals.receraser import RecEraser

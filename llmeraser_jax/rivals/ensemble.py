@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.models import Model, ModelConfig, generate
+from llmeraser_jax.models import ModelConfig
 from llmeraser_jax.models.decoder import Decoder, bind, token_positions
-from llmeraser_jax.parallel import replicate
 from llmeraser_jax.types import BaseParams, LoraParams
 
 AGGREGATIONS = ("probabilities", "log-probabilities")
@@ -213,55 +212,3 @@ class ApplyEnsemble:
         start = params.nothing_added(shape.shape, shape.dtype)
         total, _ = jax.lax.scan(add, start, (params.members, log_weights.astype(shape.dtype)))
         return jax.nn.log_softmax(total, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class EnsembleModel(Model):
-    """A base model that reads ensembles besides adapters.
-
-    Attributes:
-        member: the model of one adapter; all other fields are its own.
-    """
-
-    member: Model
-
-    @property
-    def apply(self) -> ApplyEnsemble:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes an adapter, an `Ensemble`, or None."""
-        return ApplyEnsemble(self.member.apply)
-
-    @property
-    def adapter_extras(self) -> tuple[str, ...]:
-        """The member's."""
-        return self.member.adapter_extras
-
-    def init_lora(self, key: Any, config: Any) -> Any:
-        """A fresh adapter of the member."""
-        return self.member.init_lora(key, config)
-
-    def generate(self, params: Any, *arguments: Any, **options: Any) -> list[list[int]]:
-        """`models.generate` for an adapter, the same by all members together for an `Ensemble`."""
-        from llmeraser_jax.rivals.ensemble_generation import generate_ensemble
-
-        if isinstance(params, Ensemble):
-            return generate_ensemble(self, params, *arguments, **options)
-        return generate(self.member, params, *arguments, **options)
-
-
-def ensemble_model(model: Model) -> EnsembleModel:
-    """The same base, reading ensembles too."""
-    if isinstance(model, EnsembleModel):
-        return model
-    return EnsembleModel(
-        config=model.config,
-        base=model.base,
-        tokenizer=model.tokenizer,
-        path=model.path,
-        mesh=model.mesh,
-        member=model,
-    )
-
-
-def place_ensemble(ensemble: Ensemble, model: Model) -> Ensemble:
-    """The ensemble on every device of the model's mesh."""
-    return replicate(ensemble, model.mesh)

@@ -31,14 +31,8 @@ from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import place_batch, to_host
 from llmeraser_jax.rivals.descent import require_non_negative, require_positive
-from llmeraser_jax.rivals.ensemble import (
-    AttentionGate,
-    Ensemble,
-    MeanHiddenState,
-    ensemble_model,
-    make_ensemble,
-    place_ensemble,
-)
+from llmeraser_jax.rivals.ensemble import AttentionGate, Ensemble, MeanHiddenState, make_ensemble
+from llmeraser_jax.rivals.ensemble_model import ensemble_model, place_ensemble
 from llmeraser_jax.rivals.partition import embedding_partition
 from llmeraser_jax.rivals.shards import ShardedTraining, ShardTrainer
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from llmeraser_jax.rivals.ensemble import ensemble_model, make_ensemble, place_ensemble
+from llmeraser_jax.rivals.ensemble import make_ensemble
+from llmeraser_jax.rivals.ensemble_model import ensemble_model, place_ensemble
 from llmeraser_jax.training import finetune
 from llmeraser_jax.training.retrain import choose_seeds
 from llmeraser_jax.unlearning import Result, UnlearningTask, Workspace

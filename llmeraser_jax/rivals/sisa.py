@@ -18,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from llmeraser_jax.rivals.ensemble import AGGREGATIONS, ensemble_model, make_ensemble, place_ensemble
+from llmeraser_jax.rivals.ensemble import AGGREGATIONS, make_ensemble
+from llmeraser_jax.rivals.ensemble_model import ensemble_model, place_ensemble
 from llmeraser_jax.rivals.partition import random_partition
 from llmeraser_jax.rivals.shards import ShardedTraining, ShardTrainer
 from llmeraser_jax.unlearning import Cost, Result, UnlearningTask, Workspace

@@ -1,23 +1,76 @@
-"""Owns greedy generation by an ensemble: every new token is the most probable one under all members together.
+"""A model that reads ensembles, and greedy generation by one: each token is the most probable under all members.
 
 Each member has a key/value cache of its own. A gated ensemble is weighed once, by the prompt.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.models import ModelConfig
+from llmeraser_jax.models import Model, ModelConfig, generate
 from llmeraser_jax.models.decoder import KVCache, bind
 from llmeraser_jax.models.generation import append, empty_cache, generate_batches, greedy_search, make_stale
-from llmeraser_jax.rivals.ensemble import ApplyEnsemble, Ensemble, EnsembleModel
+from llmeraser_jax.parallel import replicate
+from llmeraser_jax.rivals.ensemble import ApplyEnsemble, Ensemble
 from llmeraser_jax.types import BaseParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EnsembleModel(Model):
+    """A base model that reads ensembles besides adapters.
+
+    Attributes:
+        member: the model of one adapter; all other fields are its own.
+    """
+
+    member: Model
+
+    @property
+    def apply(self) -> ApplyEnsemble:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes an adapter, an `Ensemble`, or None."""
+        return ApplyEnsemble(self.member.apply)
+
+    @property
+    def adapter_extras(self) -> tuple[str, ...]:
+        """The member's."""
+        return self.member.adapter_extras
+
+    def init_lora(self, key: Any, config: Any) -> Any:
+        """A fresh adapter of the member."""
+        return self.member.init_lora(key, config)
+
+    def generate(self, params: Any, *arguments: Any, **options: Any) -> list[list[int]]:
+        """`models.generate` for an adapter, the same by all members together for an `Ensemble`."""
+        if isinstance(params, Ensemble):
+            return generate_ensemble(self, params, *arguments, **options)
+        return generate(self.member, params, *arguments, **options)
+
+
+def ensemble_model(model: Model) -> EnsembleModel:
+    """The same base, reading ensembles too."""
+    if isinstance(model, EnsembleModel):
+        return model
+    return EnsembleModel(
+        config=model.config,
+        base=model.base,
+        tokenizer=model.tokenizer,
+        path=model.path,
+        mesh=model.mesh,
+        member=model,
+    )
+
+
+def place_ensemble(ensemble: Ensemble, model: Model) -> Ensemble:
+    """The ensemble on every device of the model's mesh."""
+    return replicate(ensemble, model.mesh)
 
 
 def generate_ensemble(
