@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, weight_sum
+from llmeraser_jax.parallel import spread
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
 
 
@@ -71,6 +72,8 @@ def example_rows(
 ) -> ExampleRows:
     """Loss, gradient and curvature rows of every example, from one forward pass each.
 
+    On a mesh every device ends with a share of the numbers of each row (`parallel.spread`).
+
     Args:
         objective: with an `output_root_fn`, if roots are asked for.
         params: where.
@@ -104,7 +107,8 @@ def example_rows(
         shape = stack.weights[position].shape
         keys = jax.random.split(jax.random.fold_in(key, position), shape)
         alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
-        rows = jax.lax.map(lambda chunk: jax.vmap(one)(*chunk), (alone, keys))
+        # Each micro-batch's rows are exchanged as soon as they are there, so that no device holds them whole.
+        rows = jax.lax.map(lambda chunk: spread(jax.vmap(one)(*chunk), stack.mesh), (alone, keys))
         parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows))
     return ExampleRows(*jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
 

@@ -9,6 +9,7 @@ from llmeraser_jax.parallel.sharding import (
     shard_base,
     sharding_for,
     spec_for,
+    spread,
 )
 from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
 
@@ -25,6 +26,7 @@ __all__ = [
     "shard_base",
     "sharding_for",
     "spec_for",
+    "spread",
     "start_processes",
     "sum_over_devices",
     "to_host",

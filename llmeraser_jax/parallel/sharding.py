@@ -91,6 +91,26 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return tree if mesh is None else _put_tree(tree, NamedSharding(mesh, P()))
 
 
+def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Shares each leaf out over all devices along its longest axis that they divide, the first axis left whole.
+
+    For traced values, such as rows of gradients [rows, ...]: of many rows each device holds a share of the numbers.
+    A leaf without such an axis is left to the compiler; so is all where `mesh` is None.
+    """
+    if mesh is None:
+        return tree
+
+    def constrained(leaf: jax.Array) -> jax.Array:
+        fitting = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
+        if not fitting:
+            return leaf
+        longest = max(fitting, key=leaf.shape.__getitem__)
+        spec = P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(leaf.ndim)))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(constrained, tree)
+
+
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
     """Shares each micro-batch of a stack out over the data axis; unchanged where `mesh` is None.
 

@@ -82,8 +82,8 @@ class TargetMatching:
             They end early where a fresh sample lost less than 0.02 nats per token and the forget rows have arrived.
         restoration_rows: retained rows in each; None is as many as there are forget rows, but 128 at least and 256
             at most.
-        memory_budget_bytes: rows are stored where they fit; else they are computed when needed, which costs one to
-            six more passes over them per step.
+        memory_budget_bytes: rows are stored where they fit into so much per device; else they are computed when
+            needed, at one to three more passes per step over them and the curvature's sample.
     """
 
     num_steps: int | None = None
@@ -185,9 +185,10 @@ class _Matching:
         num_rows = 2 * self.num_rows + self.restoration_rows + samples * num_sampled * method.num_roots
         row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(task.adapter))
         options = {"damping": method.damping, "row_ridge": method.row_ridge, "num_roots": method.num_roots}
-        self.stores = num_rows * row_bytes <= method.memory_budget_bytes
+        num_devices = 1 if workspace.mesh is None else workspace.mesh.size
+        self.stores = num_rows * row_bytes <= num_devices * method.memory_budget_bytes
         self.rows: MatchingRows = (
-            StoredRows(task.objective, **options)
+            StoredRows(task.objective, workspace.mesh, **options)
             if self.stores
             else SketchedRows(task.objective, workspace.budget, seed=workspace.seed, **options)
         )

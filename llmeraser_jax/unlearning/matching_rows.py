@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.sharding import Mesh
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import (
@@ -37,7 +38,7 @@ from llmeraser_jax.curvature import (
 )
 from llmeraser_jax.curvature.row_sets import RowKind, RowSet
 from llmeraser_jax.losses import Objective, example_places
-from llmeraser_jax.parallel import to_host
+from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import FORWARD_WITH_TANGENT, GRADIENT, Budget
 from llmeraser_jax.unlearning.records import NoStepError
@@ -126,9 +127,12 @@ def _norms(operator: FactoredCurvature, delta: LoraParams, rhs: LoraParams) -> t
 
 
 class StoredRows:
-    """Rows held on the device(s), and C inverted in their space (`curvature.dual`)."""
+    """Rows held on the device(s), each with a share of their numbers, and C inverted in their space."""
 
-    def __init__(self, objective: Objective, *, damping: float, row_ridge: float, num_roots: int):
+    def __init__(
+        self, objective: Objective, mesh: Mesh | None, *, damping: float, row_ridge: float, num_roots: int
+    ):
+        self.mesh = mesh
         self.objective, self.damping, self.row_ridge, self.num_roots = objective, damping, row_ridge, num_roots
         self.inverse: DualInverse | None = None
 
@@ -205,7 +209,7 @@ class StoredRows:
         operator, rhs = self.inverse.operator, _combined(jnp.asarray(coefficients), rows)
         rhs_norm, residual, norm = map(float, _norms(operator, delta, rhs))
         return MatchingStep(
-            delta=delta,
+            delta=replicate(delta, self.mesh),
             predicted=predicted,
             rhs_norm=rhs_norm,
             relative_residual=residual / rhs_norm,
