@@ -132,7 +132,7 @@ def check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(msg)
 
 
-def check_at_least(config: Any, least: float, *names: str) -> None:
+def check_at_least(config: Any, least: int, *names: str) -> None:
     """Refuses fields below a bound; None passes.
 
     Raises:
@@ -141,7 +141,7 @@ def check_at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
-            msg = f"{name} is {value}; it must be at least {least:g}."
+            msg = f"{name} is {value}; it must be at least {least}."
             raise ValueError(msg)
 
 
