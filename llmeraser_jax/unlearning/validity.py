@@ -213,6 +213,8 @@ class Validity:
 
     def _losses(self, params: LoraParams) -> tuple[np.ndarray, np.ndarray]:
         retained = self._row_losses(params, self.task.problem.examples, self._probe)
+        if self.task.calibration is None:
+            return retained, np.zeros(0)
         return retained, self._row_losses(params, self.task.calibration, self._unseen)
 
     def _whole(self, params: LoraParams) -> np.ndarray:
