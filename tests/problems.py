@@ -9,6 +9,7 @@ import numpy as np
 
 from llmeraser_jax.losses import Objective, half_squared_error
 from llmeraser_jax.types import ExampleStack
+from llmeraser_jax.unlearning import EditProblem, Receipt, Result, UnlearningTask
 
 
 class ArrayBatch(NamedTuple):
@@ -64,6 +65,17 @@ def join_params(params) -> np.ndarray:
 def ridge_objective(l2: float) -> Objective:
     """`l(z) = (x'theta - y)^2 / 2 + l2/2 ||theta||^2`."""
     return Objective((), None, linear_outputs, half_squared_error, l2)
+
+
+def ridge_task(problem: EditProblem, theta, l2: float, **fields) -> UnlearningTask:
+    """A request about a ridge regression whose parameters are `theta` [d]."""
+    return UnlearningTask(model=ridge_objective(l2), adapter=split_params(theta), requests=problem, **fields)
+
+
+def receipt_of(result: Result) -> Receipt:
+    """The receipt of a method that gives one."""
+    assert result.receipt is not None
+    return result.receipt
 
 
 def ridge_solution(inputs, targets, l2: float) -> np.ndarray:
