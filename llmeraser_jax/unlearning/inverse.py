@@ -75,7 +75,8 @@ class CurvatureSpec:
             path), `all`, or `retained` (all retained rows, without the forget rows).
         sample_size: retained rows in the sample; None starts with 64 and takes more where the step's standard error
             is too large.
-        max_standard_error: the sample grows until the first step's standard error over its norm is at most this.
+        max_standard_error: the sample grows until the first step's standard error over its norm is at most this; inf
+            never grows it.
         damping: rho, added besides the L2 term's lambda; with another `damping_kind` a factor.
         damping_kind: `constant`; or `damping` times the mean eigenvalue (`mean-eigenvalue`), or times that of each
             LoRA matrix of each layer (`per-matrix`), both estimated with 4 products and at least 1e-5.
@@ -146,15 +147,15 @@ def check_at_least(config: Any, least: int, *names: str) -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuses fields that are not finite and above 0; None passes.
+    """Refuses fields that are not above 0.
 
     Raises:
         ValueError: the name and the value.
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            msg = f"{name} is {value}; it must be finite and above 0."
+        if not value > 0:
+            msg = f"{name} is {value}; it must be above 0."
             raise ValueError(msg)
 
 
