@@ -108,16 +108,14 @@ class Setting:
     def losses(self, params, indices) -> np.ndarray:
         """In the order of `indices`."""
         indices = np.asarray(indices, np.int64)
-        stack = ArrayExamples(self.problem.examples.inputs, self.problem.examples.targets).stack(
-            indices, np.ones(len(indices)), chunk_size=max(len(indices), 1)
-        )
-        return example_losses(self.objective, params, stack) if len(indices) else np.zeros(0)
+        if not len(indices):
+            return np.zeros(0)
+        stack = self.problem.examples.stack(indices, np.ones(len(indices)), chunk_size=len(indices))
+        return example_losses(self.objective, params, stack)
 
     def unseen(self, params) -> np.ndarray:
         count = len(self.calibration)
-        stack = ArrayExamples(self.calibration.inputs, self.calibration.targets).stack(
-            np.arange(count), np.ones(count), chunk_size=count
-        )
+        stack = self.calibration.stack(np.arange(count), np.ones(count), chunk_size=count)
         return example_losses(self.objective, params, stack)
 
 
