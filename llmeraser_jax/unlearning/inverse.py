@@ -75,8 +75,8 @@ class CurvatureSpec:
             path), `all`, or `retained` (all retained rows, without the forget rows).
         sample_size: retained rows in the sample; None starts with 64 and takes more where the step's standard error
             is too large.
-        max_standard_error: the sample grows until the first step's standard error over its norm is at most this; inf
-            never grows it.
+        max_standard_error: the sample grows until the first step's standard error over its norm is at most this;
+            inf never grows it.
         damping: rho, added besides the L2 term's lambda; with another `damping_kind` a factor.
         damping_kind: `constant`; or `damping` times the mean eigenvalue (`mean-eigenvalue`), or times that of each
             LoRA matrix of each layer (`per-matrix`), both estimated with 4 products and at least 1e-5.
@@ -529,8 +529,9 @@ def check_solver(spec: CurvatureSpec, solver: Solver) -> None:
         or spec.matmul_precision != "float32"
     ):
         msg = (
-            "A preconditioner goes with kind 'gauss-newton', damping_kind 'constant', matmul_precision "
-            f"'float32' and no stream; got {spec.kind!r}, {spec.damping_kind!r}, {spec.matmul_precision!r}, stream {spec.stream}."
+            "A preconditioner goes with kind 'gauss-newton', damping_kind 'constant', matmul_precision 'float32' "
+            f"and no stream; got {spec.kind!r}, {spec.damping_kind!r}, {spec.matmul_precision!r}, stream "
+            f"{spec.stream}."
         )
         raise ValueError(msg)
     if spec.stream and not isinstance(solver, ConjugateGradients):
@@ -540,6 +541,21 @@ def check_solver(spec: CurvatureSpec, solver: Solver) -> None:
         msg = (
             "matmul_precision 'bfloat16' goes with ConjugateGradients or Minres; the solver is "
             f"{type(solver).__name__}."
+        )
+        raise ValueError(msg)
+
+
+def check_moves(solver: Solver) -> None:
+    """Refuses what is kept for one adapter, in a method that solves at several.
+
+    Raises:
+        ValueError: Kronecker factors with a directory.
+    """
+    preconditioner = preconditioner_of(solver)
+    if isinstance(preconditioner, KroneckerPreconditioner) and preconditioner.directory is not None:
+        msg = (
+            f"The preconditioner is {preconditioner}; its directory keeps factors of one adapter, which serve Step "
+            "alone. Leave it out."
         )
         raise ValueError(msg)
 

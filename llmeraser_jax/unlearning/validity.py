@@ -382,8 +382,8 @@ def _judge(targets: RowTargets, here: np.ndarray, arrived: np.ndarray) -> tuple[
     unknown = int((goes & ~judged).sum())
     if unknown:
         unclear.append(
-            f"nothing shows where {unknown} forget rows should end; give calibration rows (--calibration), which were "
-            "not trained on"
+            f"nothing shows where {unknown} forget rows should end; give calibration rows (--calibration), which "
+            "were not trained on"
         )
     return (Verdict.NOT_JUDGED, unclear) if unclear else (Verdict.COMPLETE, [])
 
