@@ -1,7 +1,6 @@
-"""Solvers, dampings, samples and streaming behind one configuration: on ridge they all have dense answers."""
+"""Solvers, dampings, preconditioners and streaming of a step: on ridge they all have dense answers."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,33 @@ import pytest
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, block_mean_eigenvalues, mean_eigenvalue
 from llmeraser_jax.curvature.kfac import load_ekfac
 from llmeraser_jax.losses import gradient_sum
-from llmeraser_jax.solvers import Status
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import Weighted
-from tests.problems import join_params, ridge_objective, split_params
-from tests.unlearning.test_matched import CONFIG, OBJECTIVE, make
-from tests.unlearning.test_matched import memorised as memorised_rows
-from tests.unlearning.test_path_on_ridge import L2, D, N, config, make_problem
+from llmeraser_jax.solvers import (
+    MAX_CORRECTIONS,
+    ConjugateGradients,
+    Lissa,
+    Minres,
+    QuadraticDescent,
+    ReferenceCompat,
+    Status,
+)
+from llmeraser_jax.unlearning import (
+    Corrected,
+    CurvatureSpec,
+    KroneckerPreconditioner,
+    Path,
+    RowPreconditioner,
+    Step,
+    Weighted,
+    Workspace,
+    erase,
+)
+from llmeraser_jax.unlearning.inverse import InverseCurvature
+from tests.problems import join_params, receipt_of, ridge_objective, ridge_task, split_params
+from tests.unlearning import test_path_on_ridge
+from tests.unlearning.test_path_on_ridge import CURVATURE, L2, SOLVER, D, N, erase_ridge, make_problem
+from tests.unlearning.test_target_matching import L2 as HEAD_L2
+from tests.unlearning.test_target_matching import OBJECTIVE, erase_head, make
+from tests.unlearning.test_target_matching import memorised as memorised_rows
 
 memorised = memorised_rows  # the fixture, under a name of this module
 
@@ -30,9 +47,19 @@ def _float64():
         yield
 
 
-def step(problem, before, directory=None, **changes):
-    settings = config(method="step", trust_region=False, **changes)
-    return unlearn(ridge_objective(L2), split_params(before), problem, settings, checkpoint_directory=directory)
+STEP = dataclasses.replace(test_path_on_ridge.STEP, trust_region=None)
+
+
+def step(problem, before, solver=SOLVER, **changes):
+    """A single step without a trust region, with another solver or curvature."""
+    curvature = dataclasses.replace(CURVATURE, **changes)
+    return erase_ridge(problem, before, dataclasses.replace(STEP, solver=solver, curvature=curvature))
+
+
+def inverse_of(problem, before, solver=SOLVER, **changes) -> InverseCurvature:
+    """What such a step solves with."""
+    curvature = dataclasses.replace(CURVATURE, **changes)
+    return InverseCurvature(ridge_task(problem, before, L2), Workspace(chunk_size=4), curvature, solver)
 
 
 def moved(result, before):
@@ -50,11 +77,11 @@ def dense_step(problem, damping=0.0):
 @pytest.mark.parametrize(
     ("changes", "rtol"),
     [
-        ({"solver": "minres"}, 1e-8),
-        ({"solver": "descent", "solver_steps": 4000, "learning_rate": 0.05, "solver_batch_size": 40}, 1e-4),
-        ({"solver": "lissa", "solver_steps": 2000, "solver_batch_size": 40}, 1e-4),
+        ({"solver": Minres(rtol=1e-14, max_steps=50)}, 1e-8),
+        ({"solver": QuadraticDescent(num_steps=4000, batch_size=40)}, 1e-4),
+        ({"solver": Lissa(num_steps=2000, batch_size=40)}, 1e-4),
         ({"memory_budget_bytes": 0}, 1e-8),
-        ({"curvature": "auto"}, 1e-8),
+        ({"kind": "auto"}, 1e-8),
     ],
 )
 def test_every_solver_finds_the_dense_step(changes, rtol):
@@ -65,49 +92,64 @@ def test_every_solver_finds_the_dense_step(changes, rtol):
 
 def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_called_converged():
     problem, before, _ = make_problem("r")
-    result = step(problem, before, solver="reference-compat")
+    result = step(problem, before, ReferenceCompat(seed=0))
+    receipt = receipt_of(result)
     assert np.all(np.abs(moved(result, before)) < 3e-4)
-    assert result.steps[0].status is not Status.CONVERGED
+    assert receipt.steps[0].status is not Status.CONVERGED
     # 20 products of single examples; one with all, for the residual, is no work of the script's.
     assert result.cost.curvature == pytest.approx(1.5 * 20)
     assert result.cost.diagnostics >= 1.5 * N
-    assert np.isnan(result.asymmetry), "no conjugate gradients, no two products with all rows to look at symmetry"
+    assert receipt.product_asymmetry is None, (
+        "no conjugate gradients, no two products with all rows to look at symmetry"
+    )
+
+
+ROWS = ConjugateGradients(max_steps=15, preconditioner=RowPreconditioner())
+KRONECKER = ConjugateGradients(max_steps=1, preconditioner=KroneckerPreconditioner())
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cg_max_steps": 7}, (8 * 1.0 + 1 / 3) * N),
-        ({"cg_max_steps": 7, "memory_budget_bytes": 0}, 8 * 1.5 * N),
-        ({"solver": "lissa", "solver_steps": 30, "solver_batch_size": 4}, 1.5 * 30 * 4 + 4 * 5 * 1.5 * 4),
-        ({"solver": "reference-compat"}, 1.5 * 20),
+        ({"solver": ConjugateGradients(max_steps=7)}, (8 * 1.0 + 1 / 3) * N),
+        ({"solver": ConjugateGradients(max_steps=7), "memory_budget_bytes": 0}, 8 * 1.5 * N),
+        # A first solve and at most three corrections of it, each with a residual in float32.
+        ({"solver": Minres(max_steps=7), "matmul_precision": "bfloat16"}, ((1 + MAX_CORRECTIONS) * 9 + 1 / 3) * N),
+        ({"solver": Lissa(num_steps=30, batch_size=4)}, 1.5 * 30 * 4 + 4 * 5 * 1.5 * 4),
+        ({"solver": Lissa(num_steps=30, batch_size=4, scale=2.0)}, 1.5 * 30 * 4),
+        (
+            {"solver": Lissa(num_steps=30, batch_size=4, batch_terms=2, repeats=3)},
+            1.5 * 30 * 4 * 6 + 4 * 5 * 1.5 * 4,
+        ),
+        ({"solver": ReferenceCompat()}, 1.5 * 20),
+        ({"solver": ROWS, "damping": 0.1}, (16 * 1.0 + 1 / 3 + 1 / 3 + 8 * 2 / 3) * N),
         # Two passes of one root (a forward third and two backward thirds), a step's product and the residual's.
-        ({"solver": "ekfac", "damping": 0.1}, (2 * 1.0 + 2 * 1.5) * N),
+        ({"solver": KRONECKER, "damping": 0.1}, (2 * 1.0 + 2 * 1.5) * N),
     ],
 )
 def test_the_cost_of_a_whole_solve_is_known_before_it(changes, expected):
     problem, _, _ = make_problem("r")
-    evaluator = Evaluator(ridge_objective(L2), problem, config(method="step", **changes))
-    assert evaluator.largest_solve_cost(N) == pytest.approx(expected)
+    assert inverse_of(problem, np.zeros(D), **changes).largest_cost(N) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["mean-eigenvalue", "per-matrix"])
 def test_relative_dampings_are_multiples_of_the_estimated_mean_eigenvalues(kind):
     problem, before, _ = make_problem("r")
     params = split_params(before)
-    settings = config(method="step", damping=0.3, damping_kind=kind)
-    evaluator = Evaluator(ridge_objective(L2), problem, settings)
+    inverse = inverse_of(problem, before, damping=0.3, damping_kind=kind)
     weighted = Weighted(np.arange(N), np.full(N, 1 / N))
-    operator = DatasetCurvature(ridge_objective(L2), params, evaluator.stack(weighted), CURVATURES["gauss-newton"])
-    key = jax.random.key(settings.seed)
+    stack = inverse.workspace.stack(problem.examples, weighted)
+    operator = DatasetCurvature(ridge_objective(L2), params, stack, CURVATURES["gauss-newton"])
+    key = jax.random.key(inverse.workspace.seed)
     estimate = mean_eigenvalue if kind == "mean-eigenvalue" else block_mean_eigenvalues
     expected = jax.tree.map(lambda mean: 0.3 * mean, estimate(operator, key, params, 4))
-    found = evaluator.damping(operator)
+    found = inverse._damping(operator)
+    assert inverse.workspace.budget.cost.curvature == pytest.approx(4 * 1.5 * N)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
-    assert evaluator.least_damping == pytest.approx(min(float(x) for x in jax.tree.leaves(expected)))
+    assert inverse.least_damping == pytest.approx(min(float(x) for x in jax.tree.leaves(expected)))
     # And they are what the solve adds: (C + D) delta = b.
     rhs = split_params(np.arange(1.0, D + 1))
-    delta = evaluator.solve(params, weighted, rhs).value
+    delta = inverse.solve(params, weighted, rhs).value
     x = problem.examples.inputs[:N]
     sizes = (1, D - 1)
     diagonal = np.concatenate(
@@ -116,134 +158,132 @@ def test_relative_dampings_are_multiples_of_the_estimated_mean_eigenvalues(kind)
     matrix = x.T @ x / N + L2 * np.eye(D) + np.diag(diagonal)
     np.testing.assert_allclose(matrix @ join_params(delta), np.arange(1.0, D + 1), rtol=1e-9)
     energy = join_params(delta) @ np.diag(diagonal) @ join_params(delta)
-    assert evaluator.damping_energy(delta) == pytest.approx(energy)
+    assert inverse.damping_energy(delta) == pytest.approx(energy)
 
 
 def test_streamed_solves_are_those_in_memory_and_go_on_from_their_states(tmp_path):
     problem, before, _ = make_problem("rqc", num_buckets=2)
-    settings = {"damping": 0.01, "num_steps": 3, "trust_region": False}
-    objective, params = ridge_objective(L2), split_params(before)
-    in_memory = unlearn(objective, params, problem, config(**settings))
-    streamed = config(**settings, stream=True)
-    first = unlearn(objective, params, problem, streamed, checkpoint_directory=tmp_path / "solves")
+    spec = dataclasses.replace(CURVATURE, damping=0.01)
+
+    def run(spec, directory=None):
+        path = Path(num_steps=3, curvature=spec, solver=SOLVER, trust_region=None)
+        return erase(ridge_task(problem, before, L2), path, chunk_size=4, directory=directory)
+
+    in_memory = run(spec)
+    streamed = dataclasses.replace(spec, stream=True)
+    first = run(streamed, tmp_path / "solves")
     np.testing.assert_allclose(join_params(first.params), join_params(in_memory.params), rtol=1e-10)
     assert sorted(p.name for p in (tmp_path / "solves").iterdir()) == ["solve_1", "solve_2", "solve_3"]
-    again = unlearn(objective, params, problem, streamed, checkpoint_directory=tmp_path / "solves")
+    again = run(streamed, tmp_path / "solves")
     np.testing.assert_array_equal(join_params(again.params), join_params(first.params))
     # A state of other settings is refused rather than gone on with.
-    other = dataclasses.replace(streamed, damping=0.02)
     with pytest.raises(ValueError, match="another one"):
-        unlearn(objective, params, problem, other, checkpoint_directory=tmp_path / "solves")
+        run(dataclasses.replace(streamed, damping=0.02), tmp_path / "solves")
+    with pytest.raises(ValueError, match="has no directory to save"):
+        run(streamed)
 
 
 def test_kronecker_factors_give_the_step_and_are_kept_for_the_next_request(memorised, tmp_path):
     problem, params, _ = make(memorised, "remove")
-    settings = dataclasses.replace(
-        CONFIG, method="step", solver="ekfac", curvature_data="all", trust_region=False, draws=2, damping=0.05
+    kronecker = KroneckerPreconditioner(num_roots=2, directory=tmp_path / "factors")
+    method = Step(
+        curvature=CurvatureSpec(data="all", damping=0.05),
+        solver=ConjugateGradients(max_steps=1, preconditioner=kronecker),
+        trust_region=None,
     )
-    move = partial(unlearn, OBJECTIVE, params, config=settings, factors_directory=tmp_path / "factors")
-    first = move(problem=problem)
+    first = erase_head(problem, params, method)
     everything = Weighted(np.arange(len(memorised[0])), np.full(len(memorised[0]), 1 / len(memorised[0])))
-    stack = Evaluator(OBJECTIVE, problem, settings).stack(everything)
-    factors = load_ekfac(tmp_path / "factors", params, stack, mu=settings.damping + settings.l2)
+    stack = Workspace(chunk_size=8).stack(problem.examples, everything)
+    factors = load_ekfac(tmp_path / "factors", params, stack, mu=0.05 + HEAD_L2)
     rhs = gradient_sum(OBJECTIVE, params, problem.examples.stack(problem.named, np.full(4, 1 / 48), chunk_size=8))
     # The factors' direction, at the length that minimises the quadratic.
     direction = factors.solve(rhs)
     operator = DatasetCurvature(OBJECTIVE, params, stack, CURVATURES["gauss-newton"])
-    product = operator.mv(direction)["w"] + settings.damping * direction["w"]
+    product = operator.mv(direction)["w"] + 0.05 * direction["w"]
     length = jnp.vdot(rhs["w"], direction["w"]) / jnp.vdot(direction["w"], product)
     np.testing.assert_allclose(first.params["w"] - params["w"], length * direction["w"], rtol=1e-9)
     residual = jnp.linalg.norm(rhs["w"] - length * product) / jnp.linalg.norm(rhs["w"])
-    assert first.steps[0].relative_residual == pytest.approx(float(residual)) and first.steps[0].iterations == 1
+    (record,) = receipt_of(first).steps
+    assert record.relative_residual == pytest.approx(float(residual)) and record.iterations == 1
     # Two passes with two roots each, a product and one for the residual; later requests pay the products alone.
     assert first.cost.curvature == pytest.approx(48 * (2 * (1 / 3 + 2 * 2 / 3) + 2 * 1.5))
     other, _, _ = make(memorised, "correct")
-    assert move(problem=other).cost.curvature == pytest.approx(48 * 2 * 1.5)
+    assert erase_head(other, params, method).cost.curvature == pytest.approx(48 * 2 * 1.5)
     with pytest.raises(ValueError, match="another adapter"):
-        unlearn(
-            OBJECTIVE,
-            {"w": params["w"] + 1},
-            problem,
-            settings,
-            factors_directory=tmp_path / "factors",
-        )
+        erase_head(problem, {"w": params["w"] + 1}, method)
 
 
-def test_a_factored_preconditioner_finds_the_same_step_in_fewer_products_and_is_paid_for(memorised):
+def test_a_row_preconditioner_finds_the_same_step_in_fewer_products_and_is_paid_for(memorised):
     problem, params, _ = make(memorised, "remove")
-    plain = dataclasses.replace(
-        CONFIG,
-        method="step",
-        curvature_data="all",
-        trust_region=False,
-        damping=1e-5,
-        cg_rtol=1e-8,
-        cg_max_steps=200,
-        memory_budget_bytes=0,
-    )
-    without = unlearn(OBJECTIVE, params, problem, plain)
-    settings = dataclasses.replace(plain, preconditioner="factored")
-    result = unlearn(OBJECTIVE, params, problem, settings)
+    spec = CurvatureSpec(data="all", damping=1e-5, memory_budget_bytes=0)
+    plain = Step(curvature=spec, solver=ConjugateGradients(rtol=1e-8, max_steps=200), trust_region=None)
+    preconditioned = dataclasses.replace(plain.solver, preconditioner=RowPreconditioner())
+    without = erase_head(problem, params, plain)
+    result = erase_head(problem, params, dataclasses.replace(plain, solver=preconditioned))
     np.testing.assert_allclose(result.params["w"], without.params["w"], rtol=1e-5, atol=1e-7)
-    assert all(found.steps[0].status is Status.CONVERGED for found in (without, result))
-    fewer, more = result.steps[0].iterations, without.steps[0].iterations
+    (record,), (other,) = receipt_of(result).steps, receipt_of(without).steps
+    assert record.status is other.status is Status.CONVERGED
+    fewer, more = record.iterations, other.iterations
     assert fewer < more
     assert result.cost.curvature == pytest.approx(48 * (1.5 * (fewer + 1) + 1 / 3 + 8 * 2 / 3))
 
 
-def test_samples_that_favour_similar_rows_stay_unbiased():
-    problem, _, _ = make_problem("r")
-    similar = np.random.default_rng(1).uniform(size=N) ** 4
-    problem = dataclasses.replace(problem, similarities=similar)
-    x = problem.examples.inputs
-    exact = np.einsum("ni,nj->ij", x[problem.retained], x[problem.retained]) / N
-    draws, favoured = [], []
-    for seed in range(400):
-        found = problem.trained_mean(12, np.random.default_rng(seed), without_named=True, similar_share=0.7)
-        assert len(found.indices) == 12  # repeated draws leave places of weight 0
-        draws.append(np.einsum("n,ni,nj->ij", found.weights, x[found.indices], x[found.indices]))
-        favoured.append(similar[found.indices[found.weights > 0]].mean())
-    error = np.std(draws, axis=0) / np.sqrt(len(draws))
-    assert np.all(np.abs(np.mean(draws, axis=0) - exact) <= 5 * error)
-    assert np.mean(favoured) > 2 * similar[problem.retained].mean()
-
-
-def test_a_sample_cannot_favour_what_nothing_is_known_of():
-    problem, before, _ = make_problem("r")
-    with pytest.raises(ValueError, match="no similarities"):
-        step(problem, before, curvature_data="sample", sample_size=5, similar_share=0.5)
-
-
 def test_the_receipt_s_facts_about_the_matrix_are_measured():
     problem, before, _ = make_problem("rqc")
-    result = step(problem, before, curvature="auto")
-    assert 0 <= result.asymmetry < 1e-12
-    assert result.curvature_reason.startswith("hessian: no solve met non-positive curvature")
-    record = result.steps[0]
+    receipt = receipt_of(step(problem, before, kind="auto"))
+    assert receipt.product_asymmetry is not None and 0 <= receipt.product_asymmetry < 1e-12
+    assert receipt.curvature_reason.startswith("hessian: no solve met non-positive curvature")
+    record = receipt.steps[0]
     x = problem.examples.inputs[:N]
     eigenvalues = np.linalg.eigvalsh(x.T @ x / N + L2 * np.eye(D))
     np.testing.assert_allclose(record.ritz_extremes, eigenvalues[[0, -1]], rtol=1e-6)
 
 
+def spec(**changes):
+    return lambda: CurvatureSpec(**changes)
+
+
+def with_solver(solver, **changes):
+    return lambda: Step(curvature=CurvatureSpec(**changes), solver=solver)
+
+
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("make", "named"),
     [
-        ({"method": "matched", "damping_kind": "per-matrix"}, "damping_kind"),
-        ({"similar_share": 1.0}, "similar_share"),
-        ({"learning_rate": 2.0}, "learning_rate"),
-        ({"memory_budget_bytes": -1}, "memory_budget_bytes"),
-        ({"stream": True, "method": "matched"}, "stream"),
-        ({"stream": True, "method": "step", "damping_kind": "per-matrix"}, "stream"),
-        ({"operands": "bfloat16"}, "operands"),
-        ({"operands": "bfloat16", "method": "step", "solver": "lissa"}, "operands"),
-        ({"operands": "bfloat16", "method": "step", "stream": True}, "operands"),
-        ({"correctors": -1}, "correctors"),
-        ({"solver": "ekfac", "method": "path"}, "ekfac"),
-        ({"preconditioner": "factored", "solver": "minres"}, "preconditioner"),
-        ({"preconditioner": "factored", "curvature": "hessian"}, "preconditioner"),
-        ({"solver": "ekfac", "method": "step", "curvature": "hessian"}, "ekfac"),
+        (spec(memory_budget_bytes=-1), "memory_budget_bytes is -1"),
+        (spec(data="all", sample_size=3), "sample_size is 3, and data 'all'"),
+        (spec(data="retained", sample_size=3), "sample_size is 3, and data 'retained'"),
+        (spec(stream=True, damping_kind="per-matrix"), "stream goes with damping_kind 'constant'"),
+        (spec(stream=True, matmul_precision="bfloat16"), "stream goes with .* matmul_precision 'float32'"),
+        (with_solver(Minres(), stream=True), "stream goes with ConjugateGradients; the solver is Minres"),
+        (with_solver(Lissa(), stream=True), "stream goes with ConjugateGradients; the solver is Lissa"),
+        (with_solver(Lissa(), matmul_precision="bfloat16"), "'bfloat16' goes with ConjugateGradients or Minres"),
+        *(
+            (with_solver(solver, **changes), "A preconditioner goes with kind 'gauss-newton'")
+            for solver in (ROWS, KRONECKER)
+            for changes in (
+                {"kind": "hessian"},
+                {"kind": "auto"},
+                {"kind": "empirical-fisher"},
+                {"stream": True},
+                {"damping_kind": "per-matrix"},
+                {"matmul_precision": "bfloat16"},
+            )
+        ),
+        (lambda: Path(curvature=CurvatureSpec(kind="hessian"), solver=ROWS), "A preconditioner goes with"),
+        (lambda: Corrected(curvature=CurvatureSpec(kind="hessian"), solver=ROWS), "A preconditioner goes with"),
+        (lambda: RowPreconditioner(num_roots=0), "num_roots is 0"),
+        (lambda: KroneckerPreconditioner(num_roots=0), "num_roots is 0"),
     ],
 )
-def test_bad_choices_are_refused_by_name(changes, named):
+def test_choices_that_have_no_effect_together_are_refused_by_name(make, named):
     with pytest.raises(ValueError, match=named):
-        EraseConfig(**changes)
+        make()
+
+
+@pytest.mark.parametrize("method", [Path, Corrected])
+def test_factors_that_are_kept_belong_to_one_adapter_and_to_single_steps(method, tmp_path):
+    kept = ConjugateGradients(preconditioner=KroneckerPreconditioner(directory=tmp_path))
+    with pytest.raises(ValueError, match="its directory keeps factors of one adapter"):
+        method(solver=kept)
+    Step(solver=kept)
