@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.unlearning import Corrected, Receipt, Result
-from tests.problems import join_params, receipt_of
+from tests.problems import join_params, receipt_of, solves_of
 from tests.unlearning.test_path_on_ridge import (
     CURVATURE,
     L2,
@@ -72,10 +72,10 @@ def test_their_cost_is_two_gradients_of_a_sample_and_a_solve():
     problem, before, _ = make_problem("r")
     uncached = dataclasses.replace(CURVATURE, memory_budget_bytes=0)
     without = erase_ridge(problem, before, dataclasses.replace(PLAIN, curvature=uncached)).cost
-    result, receipt = correct(problem, before, 1, memory_budget_bytes=0)
+    result, _ = correct(problem, before, 1, memory_budget_bytes=0)
     retained, named = len(problem.retained), len(problem.named)
     # The trained objective's gradient once, the edited objective's before the step.
     assert result.cost.rhs - without.rhs == pytest.approx((retained + named) + retained)
     assert result.cost.curvature - without.curvature == pytest.approx(
-        1.5 * retained * (receipt.steps[1].iterations + 1)
+        1.5 * retained * (solves_of(result)[1].iterations + 1)
     )

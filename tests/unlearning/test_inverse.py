@@ -19,6 +19,7 @@ from llmeraser_jax.solvers import (
     ReferenceCompat,
     Status,
 )
+from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning import (
     Corrected,
     CurvatureSpec,
@@ -31,7 +32,7 @@ from llmeraser_jax.unlearning import (
     erase,
 )
 from llmeraser_jax.unlearning.inverse import InverseCurvature
-from tests.problems import join_params, receipt_of, ridge_objective, ridge_task, split_params
+from tests.problems import join_params, receipt_of, ridge_objective, ridge_task, solves_of, split_params
 from tests.unlearning import test_path_on_ridge
 from tests.unlearning.test_path_on_ridge import CURVATURE, L2, SOLVER, D, N, erase_ridge, make_problem
 from tests.unlearning.test_target_matching import L2 as HEAD_L2
@@ -50,13 +51,13 @@ def _float64():
 STEP = dataclasses.replace(test_path_on_ridge.STEP, trust_region=None)
 
 
-def step(problem, before, solver=SOLVER, **changes):
+def step(problem, before, solver: Solver = SOLVER, **changes):
     """A single step without a trust region, with another solver or curvature."""
     curvature = dataclasses.replace(CURVATURE, **changes)
     return erase_ridge(problem, before, dataclasses.replace(STEP, solver=solver, curvature=curvature))
 
 
-def inverse_of(problem, before, solver=SOLVER, **changes) -> InverseCurvature:
+def inverse_of(problem, before, solver: Solver = SOLVER, **changes) -> InverseCurvature:
     """What such a step solves with."""
     curvature = dataclasses.replace(CURVATURE, **changes)
     return InverseCurvature(ridge_task(problem, before, L2), Workspace(chunk_size=4), curvature, solver)
@@ -95,7 +96,7 @@ def test_the_public_script_moves_every_number_by_its_learning_rate_and_is_not_ca
     result = step(problem, before, ReferenceCompat(seed=0))
     receipt = receipt_of(result)
     assert np.all(np.abs(moved(result, before)) < 3e-4)
-    assert receipt.steps[0].status is not Status.CONVERGED
+    assert solves_of(result)[0].status is not Status.CONVERGED
     # 20 products of single examples; one with all, for the residual, is no work of the script's.
     assert result.cost.curvature == pytest.approx(1.5 * 20)
     assert result.cost.diagnostics >= 1.5 * N
@@ -203,7 +204,7 @@ def test_kronecker_factors_give_the_step_and_are_kept_for_the_next_request(memor
     length = jnp.vdot(rhs["w"], direction["w"]) / jnp.vdot(direction["w"], product)
     np.testing.assert_allclose(first.params["w"] - params["w"], length * direction["w"], rtol=1e-9)
     residual = jnp.linalg.norm(rhs["w"] - length * product) / jnp.linalg.norm(rhs["w"])
-    (record,) = receipt_of(first).steps
+    (record,) = solves_of(first)
     assert record.relative_residual == pytest.approx(float(residual)) and record.iterations == 1
     # Two passes with two roots each, a product and one for the residual; later requests pay the products alone.
     assert first.cost.curvature == pytest.approx(48 * (2 * (1 / 3 + 2 * 2 / 3) + 2 * 1.5))
@@ -216,12 +217,13 @@ def test_kronecker_factors_give_the_step_and_are_kept_for_the_next_request(memor
 def test_a_row_preconditioner_finds_the_same_step_in_fewer_products_and_is_paid_for(memorised):
     problem, params, _ = make(memorised, "remove")
     spec = CurvatureSpec(data="all", damping=1e-5, memory_budget_bytes=0)
-    plain = Step(curvature=spec, solver=ConjugateGradients(rtol=1e-8, max_steps=200), trust_region=None)
-    preconditioned = dataclasses.replace(plain.solver, preconditioner=RowPreconditioner())
+    solver = ConjugateGradients(rtol=1e-8, max_steps=200)
+    plain = Step(curvature=spec, solver=solver, trust_region=None)
+    preconditioned = dataclasses.replace(solver, preconditioner=RowPreconditioner())
     without = erase_head(problem, params, plain)
     result = erase_head(problem, params, dataclasses.replace(plain, solver=preconditioned))
     np.testing.assert_allclose(result.params["w"], without.params["w"], rtol=1e-5, atol=1e-7)
-    (record,), (other,) = receipt_of(result).steps, receipt_of(without).steps
+    (record,), (other,) = solves_of(result), solves_of(without)
     assert record.status is other.status is Status.CONVERGED
     fewer, more = record.iterations, other.iterations
     assert fewer < more
@@ -230,10 +232,10 @@ def test_a_row_preconditioner_finds_the_same_step_in_fewer_products_and_is_paid_
 
 def test_the_receipt_s_facts_about_the_matrix_are_measured():
     problem, before, _ = make_problem("rqc")
-    receipt = receipt_of(step(problem, before, kind="auto"))
+    result = step(problem, before, kind="auto")
+    receipt, (record,) = receipt_of(result), solves_of(result)
     assert receipt.product_asymmetry is not None and 0 <= receipt.product_asymmetry < 1e-12
     assert receipt.curvature_reason.startswith("hessian: no solve met non-positive curvature")
-    record = receipt.steps[0]
     x = problem.examples.inputs[:N]
     eigenvalues = np.linalg.eigvalsh(x.T @ x / N + L2 * np.eye(D))
     np.testing.assert_allclose(record.ritz_extremes, eigenvalues[[0, -1]], rtol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 
 from llmeraser_jax.unlearning import Receipt, Result, TargetMatching, Workspace, matching
 from llmeraser_jax.unlearning.targets import Role, RowTargets
-from tests.problems import receipt_of
+from tests.problems import matching_steps_of, receipt_of
 from tests.unlearning.test_target_matching import MATCHING, N, draw, erase_head, losses, make, memorise
 from tests.unlearning.test_target_matching import memorised as memorised_rows
 
@@ -61,11 +61,11 @@ def test_restoration_brings_retained_rows_back_and_leaves_the_named_ones(alike, 
     before = losses(params, problem.examples, problem.retained).mean()
     harm, named, steps = {}, {}, {}
     for allowed in (0, 6):
-        result, receipt = restore(problem, params, calibration, allowed)
+        result, _ = restore(problem, params, calibration, allowed)
         harm[allowed] = losses(result.params, problem.examples, problem.retained).mean() - before
         named[allowed] = losses(result.params, problem.examples, problem.named).mean()
-        steps[allowed] = receipt.steps
-        last = receipt.steps[-1]
+        steps[allowed] = matching_steps_of(result)
+        last = steps[allowed][-1]
         assert last.restoration == np.isfinite(last.retained_loss) == (allowed > 0)
     assert len(steps[0]) == 2 < len(steps[6])
     assert harm[0] > 0.05  # well above what is called negligible
@@ -141,8 +141,7 @@ def test_nothing_is_restored_where_a_fresh_sample_lost_nothing(memorised):
     problem, params, calibration = make(memorised, "remove")
     everything = TargetMatching(sample_size=48, num_steps=8, damping=1e-6)
     result = erase_head(problem, params, everything, calibration)
-    receipt = receipt_of(result)
-    assert receipt.complete and sum(step.restoration for step in receipt.steps) < 5
+    assert receipt_of(result).complete and sum(step.restoration for step in matching_steps_of(result)) < 5
     # What ended them: the last sample's harm is no more than what is called negligible.
     after = losses(result.params, problem.examples, problem.retained).mean()
     assert after - losses(params, problem.examples, problem.retained).mean() < 0.05
@@ -156,7 +155,7 @@ def test_a_budget_takes_fewer_steps_to_leave_room_for_a_restoration_step(memoris
     for num_steps, samples in ((4, 2), (3, 2), (2, 1)):
         cost = (40 + 4) / 3 + (num_steps + 1) * 4 + samples * 8 + 4 / 3 + 8 * 5 / 3
         result = erase_head(problem, params, method, calibration, 1.0, retraining_cost=cost + 0.1)
-        assert sum(not step.restoration for step in receipt_of(result).steps) == num_steps
+        assert sum(not step.restoration for step in matching_steps_of(result)) == num_steps
         assert result.cost.total <= cost + 0.1
 
 

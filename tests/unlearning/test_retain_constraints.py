@@ -24,7 +24,7 @@ from llmeraser_jax.unlearning import (
 from llmeraser_jax.unlearning.inverse import InverseCurvature
 from llmeraser_jax.unlearning.records import NoStepError
 from llmeraser_jax.unlearning.validity import Validity
-from tests.problems import ArrayExamples, receipt_of
+from tests.problems import ArrayExamples, receipt_of, solves_of
 from tests.unlearning.test_path_on_ridge import CURVATURE, PATH, SOLVER, STEP, D, N, erase_ridge, make_problem
 from tests.unlearning.test_target_matching import AUTO, MATCHING, OBJECTIVE, erase_head, head_task, make
 from tests.unlearning.test_target_matching import memorised as memorised_rows
@@ -117,7 +117,7 @@ def test_a_step_that_the_budget_does_not_cover_is_not_begun(rhs):
     least = enough.cost.total / (5.0 * N)
     planned = run(0.99 * least)
     assert planned.cost.total <= 0.99 * enough.cost.total
-    assert receipt_of(planned).steps[0].iterations < receipt_of(enough).steps[0].iterations
+    assert solves_of(planned)[0].iterations < solves_of(enough)[0].iterations
 
 
 def test_a_step_against_its_right_hand_side_is_refused_without_looking(monkeypatch):
@@ -144,7 +144,7 @@ def test_with_the_curvature_of_retained_rows_the_check_is_of_the_same_objective(
     problem, before, _ = make_problem("r")
     curvature = dataclasses.replace(CURVATURE, data="retained")
     result = erase_ridge(problem, before, dataclasses.replace(method, curvature=curvature))
-    for record in receipt_of(result).steps:
+    for record in solves_of(result):
         assert record.scale == 1.0
         assert record.actual_reduction == pytest.approx(record.predicted_reduction, rel=1e-6)
 

@@ -14,6 +14,7 @@ from llmeraser_jax.unlearning import (
     CurvatureSpec,
     EditProblem,
     MatchingRecord,
+    Method,
     Path,
     Result,
     TargetMatching,
@@ -94,7 +95,8 @@ def losses(params, examples, indices) -> np.ndarray:
 
 MATCHING = TargetMatching(damping=1e-4, sample_size=32)
 CURVATURE = CurvatureSpec(damping=1e-4)
-AUTO = Auto(first=MATCHING, fallback=Path(curvature=CURVATURE))
+PATH = Path(curvature=CURVATURE)
+AUTO = Auto(first=MATCHING, fallback=PATH)
 
 
 def head_task(problem, params, calibration=None, **fields) -> UnlearningTask:
@@ -102,7 +104,7 @@ def head_task(problem, params, calibration=None, **fields) -> UnlearningTask:
     return UnlearningTask(model=OBJECTIVE, adapter=params, requests=problem, calibration=calibration, **fields)
 
 
-def erase_head(problem, params, method=AUTO, calibration=None, budget=None, **fields) -> Result:
+def erase_head(problem, params, method: Method = AUTO, calibration=None, budget=None, **fields) -> Result:
     return erase(head_task(problem, params, calibration, **fields), method, budget, chunk_size=8)
 
 
@@ -364,7 +366,7 @@ def test_target_matching_that_finds_no_step_is_paid_for_all_the_same(memorised, 
         raise NoStepError("none")
 
     monkeypatch.setattr(TargetMatching, "move", give_up)
-    alone = erase_head(problem, params, AUTO.fallback)
+    alone = erase_head(problem, params, PATH)
     result = erase_head(problem, params, AUTO, calibration)
     receipt = receipt_of(result)
     assert receipt.method == "path" and receipt.attempts == ("target matching: none",)
