@@ -68,7 +68,7 @@ def attribute(
     Args:
         task: the request.
         groups: by name, indices of training examples; together all that the request names, each once.
-        curvature: one kind with a constant damping.
+        curvature: one kind with a constant damping, matmul precision float32 and no stream.
         solver: of the block system.
         workspace: where to compute.
 
@@ -77,10 +77,16 @@ def attribute(
     """
     problem, objective, params = task.problem, task.objective, task.adapter
     workspace = Workspace(mesh=task.mesh) if workspace is None else workspace
-    if curvature.kind == "auto" or curvature.damping_kind != "constant" or curvature.stream:
+    if (
+        curvature.kind == "auto"
+        or curvature.damping_kind != "constant"
+        or curvature.matmul_precision != "float32"
+        or curvature.stream
+    ):
         msg = (
-            f"kind is {curvature.kind!r}, damping_kind {curvature.damping_kind!r}, stream {curvature.stream}; "
-            f"attribution takes one of {', '.join(CURVATURES)}, a constant damping and no stream."
+            f"kind is {curvature.kind!r}, damping_kind {curvature.damping_kind!r}, matmul_precision "
+            f"{curvature.matmul_precision!r}, stream {curvature.stream}; attribution takes one of "
+            f"{', '.join(CURVATURES)}, a constant damping, 'float32' and no stream."
         )
         raise ValueError(msg)
     listed = np.sort(np.concatenate([np.asarray(rows, np.int64) for rows in groups.values()] or [np.zeros(0)]))

@@ -15,7 +15,13 @@ from llmeraser_jax import trees
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning.budget import GRADIENT, BudgetSpent
-from llmeraser_jax.unlearning.inverse import CurvatureSpec, InverseCurvature, check_at_least, check_solver
+from llmeraser_jax.unlearning.inverse import (
+    CurvatureSpec,
+    InverseCurvature,
+    check_at_least,
+    check_moves,
+    check_solver,
+)
 from llmeraser_jax.unlearning.judged import Mover, run_judged
 from llmeraser_jax.unlearning.matching import TargetMatching
 from llmeraser_jax.unlearning.problem import Weighted
@@ -51,6 +57,7 @@ class Corrected:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_steps")
         check_solver(self.curvature, self.solver)
+        check_moves(self.solver)
 
     def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
         """Moves, corrects, and judges the result.

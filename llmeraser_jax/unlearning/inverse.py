@@ -75,7 +75,8 @@ class CurvatureSpec:
             path), `all`, or `retained` (all retained rows, without the forget rows).
         sample_size: retained rows in the sample; None starts with 64 and takes more where the step's standard error
             is too large.
-        max_standard_error: the sample grows until the first step's standard error over its norm is at most this.
+        max_standard_error: the sample grows until the first step's standard error over its norm is at most this;
+            inf never grows it.
         damping: rho, added besides the L2 term's lambda; with another `damping_kind` a factor.
         damping_kind: `constant`; or `damping` times the mean eigenvalue (`mean-eigenvalue`), or times that of each
             LoRA matrix of each layer (`per-matrix`), both estimated with 4 products and at least 1e-5.
@@ -132,7 +133,7 @@ def check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(msg)
 
 
-def check_at_least(config: Any, least: float, *names: str) -> None:
+def check_at_least(config: Any, least: int, *names: str) -> None:
     """Refuses fields below a bound; None passes.
 
     Raises:
@@ -141,20 +142,20 @@ def check_at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
-            msg = f"{name} is {value}; it must be at least {least:g}."
+            msg = f"{name} is {value}; it must be at least {least}."
             raise ValueError(msg)
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuses fields that are not finite and above 0; None passes.
+    """Refuses fields that are not above 0.
 
     Raises:
         ValueError: the name and the value.
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            msg = f"{name} is {value}; it must be finite and above 0."
+        if not value > 0:
+            msg = f"{name} is {value}; it must be above 0."
             raise ValueError(msg)
 
 
@@ -514,6 +515,21 @@ def check_solver(spec: CurvatureSpec, solver: Solver) -> None:
         msg = (
             "matmul_precision 'bfloat16' goes with ConjugateGradients or Minres; the solver is "
             f"{type(solver).__name__}."
+        )
+        raise ValueError(msg)
+
+
+def check_moves(solver: Solver) -> None:
+    """Refuses what is kept for one adapter, in a method that solves at several.
+
+    Raises:
+        ValueError: Kronecker factors with a directory.
+    """
+    preconditioner = preconditioner_of(solver)
+    if isinstance(preconditioner, KroneckerPreconditioner) and preconditioner.directory is not None:
+        msg = (
+            f"The preconditioner is {preconditioner}; its directory keeps factors of one adapter, which serve Step "
+            "alone. Leave it out."
         )
         raise ValueError(msg)
 

@@ -74,7 +74,7 @@ class TargetMatching:
         num_roots: random curvature rows per sampled example.
         refresh_every: steps between fresh curvature samples.
         max_standard_error: the first sample grows until the first step's standard error over its norm is at most
-            this.
+            this; inf never grows it.
         damping: rho, added to the curvature besides the L2 term's lambda.
         row_ridge: how far rows may miss their targets to spare the others: a ridge relative to their mean influence
             on themselves.

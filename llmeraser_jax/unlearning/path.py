@@ -17,7 +17,13 @@ from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning.budget import GRADIENT, BudgetSpent
-from llmeraser_jax.unlearning.inverse import CurvatureSpec, InverseCurvature, check_at_least, check_solver
+from llmeraser_jax.unlearning.inverse import (
+    CurvatureSpec,
+    InverseCurvature,
+    check_at_least,
+    check_moves,
+    check_solver,
+)
 from llmeraser_jax.unlearning.judged import run_judged
 from llmeraser_jax.unlearning.records import NEGLIGIBLE_WEIGHT, Moved, UnlearningError
 from llmeraser_jax.unlearning.result import Result
@@ -60,6 +66,7 @@ class Path:
             )
             raise ValueError(msg)
         check_solver(self.curvature, self.solver)
+        check_moves(self.solver)
 
     def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
         """Goes along the path and judges the result.

@@ -213,6 +213,8 @@ class Validity:
 
     def _losses(self, params: LoraParams) -> tuple[np.ndarray, np.ndarray]:
         retained = self._row_losses(params, self.task.problem.examples, self._probe)
+        if self.task.calibration is None:
+            return retained, np.zeros(0)
         return retained, self._row_losses(params, self.task.calibration, self._unseen)
 
     def _whole(self, params: LoraParams) -> np.ndarray:
@@ -380,8 +382,8 @@ def _judge(targets: RowTargets, here: np.ndarray, arrived: np.ndarray) -> tuple[
     unknown = int((goes & ~judged).sum())
     if unknown:
         unclear.append(
-            f"nothing shows where {unknown} forget rows should end; give calibration rows (--heldout), which were "
-            "not trained on"
+            f"nothing shows where {unknown} forget rows should end; give calibration rows (--calibration), which "
+            "were not trained on"
         )
     return (Verdict.NOT_JUDGED, unclear) if unclear else (Verdict.COMPLETE, [])
 

@@ -1,4 +1,4 @@
-"""The matched way on a softmax head that has memorised: rows arrive, the others stay, budgets and checks hold."""
+"""Target matching on a softmax head that has memorised: rows arrive, the others stay, budgets and checks hold."""
 
 import dataclasses
 
@@ -7,16 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.steps import NoStepError, UnlearningError
 
 from llmeraser_jax.losses import Objective, example_losses, gradient_sum
-from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning import (
+    Auto,
+    CurvatureSpec,
+    EditProblem,
+    MatchingRecord,
+    Method,
+    Path,
+    Result,
+    TargetMatching,
+    TrustRegion,
+    UnlearningError,
+    UnlearningTask,
+    Verdict,
+    Workspace,
+    erase,
+)
+from llmeraser_jax.unlearning.records import NoStepError, record_to_mapping
 from llmeraser_jax.unlearning.targets import Role, _exchange, find_targets, log_odds
-from llmeraser_jax.unlearning.validity import Validity, Verdict
-from tests.problems import ArrayExamples, ridge_objective, split_params
+from llmeraser_jax.unlearning.validity import Validity
+from tests.problems import ArrayExamples, receipt_of, ridge_task, split_params
 from tests.unlearning.judgement import log_odds as head_log_odds
 from tests.unlearning.test_path_on_softmax import cross_entropy, logits
 
@@ -81,7 +93,19 @@ def losses(params, examples, indices) -> np.ndarray:
     return example_losses(OBJECTIVE, params, stack)
 
 
-CONFIG = EraseConfig(l2=L2, damping=1e-4, chunk_size=8, sample_size=32)
+MATCHING = TargetMatching(damping=1e-4, sample_size=32)
+CURVATURE = CurvatureSpec(damping=1e-4)
+PATH = Path(curvature=CURVATURE)
+AUTO = Auto(first=MATCHING, fallback=PATH)
+
+
+def head_task(problem, params, calibration=None, **fields) -> UnlearningTask:
+    """A request about the head."""
+    return UnlearningTask(model=OBJECTIVE, adapter=params, requests=problem, calibration=calibration, **fields)
+
+
+def erase_head(problem, params, method: Method = AUTO, calibration=None, budget=None, **fields) -> Result:
+    return erase(head_task(problem, params, calibration, **fields), method, budget, chunk_size=8)
 
 
 def edited(problem) -> tuple[np.ndarray, np.ndarray]:
@@ -94,14 +118,15 @@ def edited(problem) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("action", ["remove", "modify", "correct"])
 def test_rows_arrive_and_the_others_stay(memorised, action):
-    problem, params, heldout = make(memorised, action)
+    problem, params, calibration = make(memorised, action)
     modified = np.full(4, action == "modify")
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout, modified=modified)
-    assert result.method == "matched" and result.complete
+    result = erase_head(problem, params, AUTO, calibration, modified=modified)
+    receipt = receipt_of(result)
+    assert receipt.method == "target matching" and receipt.complete
     before = losses(params, problem.examples, problem.retained)
     after = losses(result.params, problem.examples, problem.retained)
-    unknown = losses(params, heldout, np.arange(40)).mean()
-    assert result.targets is not None and result.targets.losses.unknown == pytest.approx(unknown)
+    unknown = losses(params, calibration, np.arange(40)).mean()
+    assert receipt.targets is not None and receipt.targets.unknown == pytest.approx(unknown)
     gone = log_odds(losses(result.params, problem.examples, problem.named))
     if action == "remove":
         np.testing.assert_allclose(gone, log_odds(unknown), atol=0.6)
@@ -111,13 +136,13 @@ def test_rows_arrive_and_the_others_stay(memorised, action):
         wanted = log_odds(losses(result.params, problem.examples, problem.wanted))
         assert wanted.mean() == pytest.approx(log_odds(before.mean()), abs=1.0)
     assert after.mean() < before.mean() + 0.1
-    assert result.validity is not None and result.validity.passed
+    assert receipt.validity is not None and receipt.validity.passed
 
 
 @pytest.mark.parametrize("action", ["modify", "correct"])
 def test_edited_rows_end_where_retraining_leaves_them(memorised, action):
     problem, params, _ = make(memorised, action, named=np.arange(0, N, 4))
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, modified=np.full(12, action == "modify"))
+    result = erase_head(problem, params, modified=np.full(12, action == "modify"))
     *_, retrained = memorise(*edited(problem))
     for rows in (problem.named, problem.wanted):
         start, here, there = (
@@ -127,13 +152,14 @@ def test_edited_rows_end_where_retraining_leaves_them(memorised, action):
 
 
 @pytest.mark.parametrize("action", ["modify", "correct"])
-def test_edits_need_no_heldout_rows(memorised, action):
-    problem, params, heldout = make(memorised, action)
+def test_edits_need_no_calibration_rows(memorised, action):
+    problem, params, calibration = make(memorised, action)
     modified = np.full(4, action == "modify")
-    alone = unlearn(OBJECTIVE, params, problem, CONFIG, modified=modified)
-    assert alone.method == "matched" and alone.complete
-    assert alone.targets is not None and alone.targets.losses.unknown is None
-    with_them = unlearn(OBJECTIVE, params, problem, CONFIG, modified=modified, heldout=heldout)
+    alone = erase_head(problem, params, modified=modified)
+    receipt = receipt_of(alone)
+    assert receipt.method == "target matching" and receipt.complete
+    assert receipt.targets is not None and receipt.targets.unknown is None
+    with_them = erase_head(problem, params, AUTO, calibration, modified=modified)
     np.testing.assert_array_equal(alone.params["w"], with_them.params["w"])
 
 
@@ -156,9 +182,8 @@ def test_the_two_kinds_of_edits_are_apart(memorised):
     inputs, targets = problem.examples.inputs.copy(), problem.examples.targets.copy()
     inputs[N + 2 :], targets[N + 2 :] = other.inputs[N + 2 :], other.targets[N + 2 :]
     problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, targets, 2))
-    evaluator = Evaluator(OBJECTIVE, problem, CONFIG)
     modified = np.array([True, True, False, False])
-    found = find_targets(evaluator, params, calibration=None, modified=modified)
+    found = find_targets(head_task(problem, params, modified=modified), Workspace(chunk_size=8))
     for kind in (modified, ~modified):
         of_kind = np.isin(found.owners, np.flatnonzero(kind))
         goes, wanted = of_kind & (found.roles == Role.GOES), of_kind & (found.roles == Role.WANTED)
@@ -166,19 +191,20 @@ def test_the_two_kinds_of_edits_are_apart(memorised):
 
 
 def test_an_edit_without_effect_leaves_the_adapter_as_it_is(memorised):
-    problem, params, heldout = make(memorised, "modify")
+    problem, params, calibration = make(memorised, "modify")
     inputs = problem.examples.inputs.copy()
     inputs[problem.wanted] = inputs[problem.named] * 1.001  # another row to nobody
     problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, problem.examples.targets, 2))
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout, modified=np.ones(4, bool))
-    assert result.complete and result.method == "matched" and result.steps == ()
+    result = erase_head(problem, params, AUTO, calibration, modified=np.ones(4, bool))
+    receipt = receipt_of(result)
+    assert receipt.complete and receipt.method == "target matching" and receipt.steps == ()
     np.testing.assert_array_equal(result.params["w"], params["w"])
     assert result.cost.total < 2 * len(problem.named) + len(problem.wanted) + 40 + N  # and cheap
 
 
 def test_it_harms_the_others_less_than_the_right_hand_side_moved_as_far(memorised):
-    problem, params, heldout = make(memorised, "remove")
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout)
+    problem, params, calibration = make(memorised, "remove")
+    result = erase_head(problem, params, AUTO, calibration)
     stack = problem.examples.stack(problem.named, np.ones(4), chunk_size=8)
     target = losses(result.params, problem.examples, problem.named).mean()
     direction = gradient_sum(OBJECTIVE, params, stack)
@@ -192,37 +218,50 @@ def test_it_harms_the_others_less_than_the_right_hand_side_moved_as_far(memorise
 
 
 def test_auto_takes_the_path_where_it_does_not_know_where_rows_should_end(memorised):
-    problem, params, heldout = make(memorised, "remove")
-    config = dataclasses.replace(CONFIG, num_steps=2, trust_region=False, damping=0.1)
-    assert unlearn(OBJECTIVE, params, problem, config).method == "path"
-    assert unlearn(OBJECTIVE, params, problem, config, heldout=heldout).method == "matched"
-    assert unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, target_loss=1.0)).method == "matched"
-    with pytest.raises(ValueError, match="held-out examples or target_loss"):
-        unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, method="matched"))
+    problem, params, calibration = make(memorised, "remove")
+    matching = dataclasses.replace(MATCHING, num_steps=2, damping=0.1)
+    path = Path(num_steps=2, trust_region=None, curvature=CurvatureSpec(damping=0.1, sample_size=32))
+    auto = Auto(first=matching, fallback=path)
+    assert receipt_of(erase_head(problem, params, auto)).method == "path"
+    assert receipt_of(erase_head(problem, params, auto, calibration)).method == "target matching"
+    assert receipt_of(erase_head(problem, params, auto, target_loss=1.0)).method == "target matching"
+    with pytest.raises(ValueError, match="give calibration rows or target_loss"):
+        erase_head(problem, params, matching)
 
 
-def test_target_loss_replaces_the_heldout_rows(memorised):
+def test_target_matching_is_refused_where_a_loss_has_no_log_odds():
+    examples = ArrayExamples(np.eye(4), np.ones(4))
+    task = ridge_task(EditProblem(examples, 4, np.array([2]), np.array([-1])), np.ones(4), 0.1, target_loss=0.7)
+    with pytest.raises(ValueError, match="needs an objective with a log_odds_fn"):
+        erase(task, MATCHING)
+
+
+def test_target_loss_replaces_the_calibration_rows(memorised):
     problem, params, _ = make(memorised, "remove")
-    result = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, target_loss=0.7))
+    result = erase_head(problem, params, target_loss=0.7)
     np.testing.assert_allclose(losses(result.params, problem.examples, problem.named), 0.7, atol=0.15)
 
 
 def test_rows_that_are_at_their_targets_leave_nothing_to_do(memorised):
     problem, params, _ = make(memorised, "remove")
-    result = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, target_loss=1e-5))
-    assert result.complete and result.steps == () and result.validity is None
+    result = erase_head(problem, params, target_loss=1e-5)
+    receipt = receipt_of(result)
+    assert receipt.complete and receipt.steps == () and receipt.validity is None
     assert result.params is params and result.cost.total == pytest.approx(4 / 3)
 
 
-@pytest.mark.parametrize("repairs", [0, 1])
-def test_cost_is_rows_roots_and_checks(memorised, repairs):
-    problem, params, heldout = make(memorised, "remove")
-    config = dataclasses.replace(CONFIG, draws=3, num_steps=3, repairs=repairs, repair_size=20, sample_size=8)
-    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
-    assert len(result.steps) == 3 and all(step.scale == 1 for step in result.steps)
+@pytest.mark.parametrize(
+    "restoration", [{"restoration_steps": 0}, {"restoration_steps": 1, "restoration_rows": 20}]
+)
+def test_cost_is_rows_roots_and_checks(memorised, restoration):
+    problem, params, calibration = make(memorised, "remove")
+    method = dataclasses.replace(MATCHING, num_roots=3, num_steps=3, sample_size=8, **restoration)
+    result = erase_head(problem, params, method, calibration)
+    steps = receipt_of(result).steps
+    assert len(steps) == 3 and all(step.scale == 1 for step in steps)
     assert result.cost.curvature == pytest.approx(2 * 8 * (1 / 3 + 3 * 2 / 3))
-    if repairs:
-        # Gradients after the last step too, and the sample that found nothing to repair.
+    if restoration["restoration_steps"]:
+        # Gradients after the last step too, and the sample that found nothing to restore.
         assert result.cost.rhs == pytest.approx((40 + 4) / 3 + 4 * 4)
         assert result.cost.trust_region == pytest.approx(20 * (1 + 1 / 3))
     else:
@@ -232,25 +271,23 @@ def test_cost_is_rows_roots_and_checks(memorised, repairs):
 
 
 def test_budget_ends_it_early_and_says_so(memorised):
-    problem, params, heldout = make(memorised, "remove")
-    whole = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout).cost.total
-    config = dataclasses.replace(CONFIG, budget=0.3)
-    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=whole)
+    problem, params, calibration = make(memorised, "remove")
+    whole = erase_head(problem, params, AUTO, calibration).cost.total
+    result = erase_head(problem, params, AUTO, calibration, 0.3, retraining_cost=whole)
+    receipt = receipt_of(result)
     assert 0 < result.cost.total <= 0.3 * whole
-    assert "budget" in result.stopped and len(result.steps) < 4
+    assert "stopped early: the budget of" in receipt.outcome and len(receipt.steps) < 4
     with pytest.raises(UnlearningError, match="budget"):
-        unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=1.0)
-    with pytest.raises(ValueError, match="retrain_cost"):
-        unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
+        erase_head(problem, params, AUTO, calibration, 0.3, retraining_cost=1.0)
+    with pytest.raises(ValueError, match="retraining_cost"):
+        erase_head(problem, params, AUTO, calibration, 0.3)
 
 
-def look(objective, problem, config, before, after, calibration=None):
+def look(task: UnlearningTask, after):
     """The validity check of a change, whatever made it."""
-    evaluator = Evaluator(objective, problem, config)
-    targets = find_targets(
-        evaluator, before, calibration=calibration, modified=np.zeros(len(problem.named), bool), diagnostic=True
-    )
-    return Validity(evaluator, before, targets, calibration).check(after)
+    workspace = Workspace(chunk_size=8)
+    targets = find_targets(task, workspace, diagnostic=True)
+    return Validity(task, workspace, targets).check(after)
 
 
 def test_the_validity_check_predicts_a_quadratic_exactly():
@@ -258,8 +295,7 @@ def test_the_validity_check_predicts_a_quadratic_exactly():
     examples = ArrayExamples(rng.normal(size=(20, 4)), rng.normal(size=20))
     problem = EditProblem(examples, 20, np.array([2, 5]), np.array([-1, -1]))
     before, after = rng.normal(size=4), rng.normal(size=4)
-    config = EraseConfig(method="path", l2=0.1)
-    check = look(ridge_objective(0.1), problem, config, split_params(before), split_params(after))
+    check = look(ridge_task(problem, before, 0.1), split_params(after))
     change, rows = check.retained, problem.retained
     assert change is not None
     for params, value in ((before, change.before.mean), (after, change.after.mean), (after, change.predicted)):
@@ -272,67 +308,94 @@ def test_log_odds_are_those_of_the_probability():
     np.testing.assert_allclose(log_odds(-np.log(p)), np.log((1 - p) / p), rtol=1e-9)
 
 
-def test_auto_goes_on_along_the_path_where_matched_steps_do_not_do_what_was_asked(memorised, monkeypatch):
-    problem, params, heldout = make(memorised, "remove")
+def test_auto_goes_on_along_the_path_where_target_matching_does_not_do_what_was_asked(memorised, monkeypatch):
+    problem, params, calibration = make(memorised, "remove")
     # A ridge this high lets the rows stay where they are: nothing is forgotten.
-    config = dataclasses.replace(
-        CONFIG, row_ridge=1e9, num_steps=2, repairs=0, max_step_ratio=0.0, max_standard_error=np.inf
+    stuck = dataclasses.replace(
+        MATCHING, row_ridge=1e9, num_steps=2, restoration_steps=0, max_standard_error=np.inf
     )
-    stays = unlearn(OBJECTIVE, params, problem, dataclasses.replace(config, method="matched"), heldout=heldout)
-    assert stays.validity is not None and stays.validity.failed
-    assert "went 0% of their way" in stays.validity.words
-    real = Validity.check
+    spec = dataclasses.replace(CURVATURE, max_standard_error=np.inf)
+    path = Path(curvature=spec, trust_region=TrustRegion(max_step_ratio=0.0))
+    stays = erase_head(problem, params, stuck, calibration)
+    failed = receipt_of(stays).validity
+    assert failed is not None and failed.failed
+    assert "went 0% of their way" in failed.words
+    real, move, on_the_path = Validity.check, Path.move, []
+
+    def noted(self, *args):
+        moved = move(self, *args)
+        on_the_path.append(moved.params)
+        return moved
 
     def lenient(self, moved):
         check = real(self, moved)
-        is_path = self.evaluator.config.method == "path"
+        is_path = any(moved is params for params in on_the_path)
         return dataclasses.replace(check, verdict=Verdict.COMPLETE) if is_path else check
 
+    monkeypatch.setattr(Path, "move", noted)
     monkeypatch.setattr(Validity, "check", lenient)
-    result = unlearn(OBJECTIVE, params, problem, config, heldout=heldout)
-    assert result.method == "path" and result.complete
-    assert len(result.attempts) == 1 and result.attempts[0].startswith("matched: incomplete: removed rows went 0%")
-    alone = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, method="path", max_step_ratio=0.0))
+
+    def with_retraining_at(price=None):
+        auto = Auto(first=stuck, fallback=path)
+        result = erase_head(problem, params, auto, calibration, retraining_cost=price)
+        return result, receipt_of(result)
+
+    result, receipt = with_retraining_at()
+    assert receipt.method == "path" and receipt.complete
+    (attempt,) = receipt.attempts
+    assert attempt.startswith("target matching: incomplete: removed rows went 0%")
     # Both ways are paid for.
-    assert result.cost.total > stays.cost.total and alone.method == "path"
+    assert result.cost.total > stays.cost.total
     assert losses(result.params, problem.examples, problem.named).mean() > 0.3
 
-    def with_retraining_at(price):
-        return unlearn(OBJECTIVE, params, problem, config, heldout=heldout, retrain_cost=price)
-
     # Where retraining is cheaper than the path, or becomes so on the way, nobody is made to pay more for less.
-    dear = with_retraining_at(stays.cost.total + 1)
-    assert dear.method == "matched" and dear.cost.total == pytest.approx(stays.cost.total)
-    assert dear.validity is not None and not dear.validity.passed
-    assert dear.attempts[0].startswith("path: The budget of")
-    between = with_retraining_at((stays.cost.total + result.cost.total) / 2)
+    dear, receipt = with_retraining_at(stays.cost.total + 1)
+    assert receipt.method == "target matching" and dear.cost.total == pytest.approx(stays.cost.total)
+    assert receipt.validity is not None and not receipt.validity.passed
+    assert receipt.attempts[0].startswith("fallback: The budget of")
+    between, _ = with_retraining_at((stays.cost.total + result.cost.total) / 2)
     assert between.cost.total <= (stays.cost.total + result.cost.total) / 2
-    chex.assert_trees_all_close(with_retraining_at(2 * result.cost.total).params, result.params)
+    chex.assert_trees_all_close(with_retraining_at(2 * result.cost.total)[0].params, result.params)
 
 
-def test_a_matched_move_that_finds_no_step_is_paid_for_all_the_same(memorised, monkeypatch):
-    problem, params, heldout = make(memorised, "remove")
+def test_target_matching_that_finds_no_step_is_paid_for_all_the_same(memorised, monkeypatch):
+    problem, params, calibration = make(memorised, "remove")
 
-    def give_up(evaluator, *args, **kwargs):
-        evaluator.cost.curvature += 1000.0
+    def give_up(self, task, workspace, targets):
+        workspace.budget.spend("curvature", 1000.0)
         raise NoStepError("none")
 
-    monkeypatch.setattr("llmeraser_jax.unlearning.dispatch.unlearn_matched", give_up)
-    alone = unlearn(OBJECTIVE, params, problem, dataclasses.replace(CONFIG, method="path", sample_size=None))
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout)
-    assert result.method == "path" and result.attempts == ("matched: none",)
+    monkeypatch.setattr(TargetMatching, "move", give_up)
+    alone = erase_head(problem, params, PATH)
+    result = erase_head(problem, params, AUTO, calibration)
+    receipt = receipt_of(result)
+    assert receipt.method == "path" and receipt.attempts == ("target matching: none",)
     assert result.cost.curvature == pytest.approx(alone.cost.curvature + 1000)
 
 
 def test_edits_that_have_little_way_to_go_are_fine_without_moving_far(memorised):
-    problem, params, heldout = make(memorised, "modify")
+    problem, params, calibration = make(memorised, "modify")
     inputs = problem.examples.inputs.copy()
     inputs[N:] = inputs[NAMED]
     inputs[N] += 0.8 * np.random.default_rng(3).normal(size=D)
     problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, problem.examples.targets, 2))
-    result = unlearn(OBJECTIVE, params, problem, CONFIG, heldout=heldout, modified=np.full(4, True))
-    check = result.validity
-    assert result.method == "matched" and len(result.steps) > 0 and not result.attempts
+    receipt = receipt_of(erase_head(problem, params, AUTO, calibration, modified=np.full(4, True)))
+    check = receipt.validity
+    assert receipt.method == "target matching" and len(receipt.steps) > 0 and not receipt.attempts
     assert check is not None and check.passed
     for part in ("as trained", "replacement"):
         assert abs(check.mean_loss(part, "after") - check.mean_loss(part, "before")) < 0.05
+
+
+def test_records_have_what_target_matching_has_and_no_solver(memorised):
+    problem, params, calibration = make(memorised, "remove")
+    receipt = receipt_of(erase_head(problem, params, MATCHING, calibration))
+    assert receipt.steps and all(isinstance(step, MatchingRecord) for step in receipt.steps)
+    foreign = {"iterations", "products", "status", "residual_history", "negative_curvature", "curvature"}
+    for step in receipt.to_mapping()["steps"]:
+        assert not foreign & set(step) and step["way_left_after"] < step["way_left_before"]
+    assert record_to_mapping(receipt.steps[0])["retained_loss"] is None  # no restoration step, no constrained rows
+    summary = receipt.solver
+    assert summary.status == "solved directly, by the factored curvature"
+    assert summary.iterations == 0 and summary.converged and summary.certified and not summary.negative_curvature
+    assert summary.relative_residual == max(step.relative_residual for step in receipt.steps) < 1e-6
