@@ -92,10 +92,11 @@ class RowSet:
             size = weights.size * self.num_roots
             parts.append(coefficients[start : start + size].reshape(*weights.shape, self.num_roots))
             start += size
-        keyed = self.stack.replace(batches=self._keyed_batches(), weights=tuple(parts))
-        zero = trees.tree_zeros_like(self.params)
+        batches = tuple((*keyed, part) for keyed, part in zip(self._keyed_batches(), parts, strict=True))
+        stack = self.stack.replace(batches=batches)
         chunk = partial(_combine_chunk, self.kind, self.num_roots)
-        return sum_over_examples(chunk, keyed, self.objective, self.params, zero=zero)[1]
+        zero = trees.tree_zeros_like(self.params)
+        return sum_over_examples(chunk, stack, self.objective, self.params, zero=zero)[1]
 
     def products(self, v: LoraParams) -> Float[Array, " rows"]:
         """`row_i . v` of every row: one forward pass with a tangent."""
@@ -129,10 +130,10 @@ def _roots_of_batch(objective: Objective, outputs, batch: Batch, keys: Key, num_
     """Roots of each example of a micro-batch, leaves [batch, roots, ...]."""
 
     def of_example(outputs, batch, key):
-        alone = jax.tree.map(lambda x: x[None], (outputs, batch))
-        return jax.tree.map(lambda x: x[:, 0], _roots(objective, *alone, key, num_roots))
+        return jax.tree.map(lambda x: x[:, 0], _roots(objective, outputs, batch, key, num_roots))
 
-    return jax.vmap(of_example)(outputs, batch, keys)
+    alone = jax.tree.map(lambda x: x[:, None], (outputs, batch))  # batches of one
+    return jax.vmap(of_example)(*alone, keys)
 
 
 def _inner_products(roots, tangent) -> Float[Array, "batch roots"]:
@@ -147,10 +148,10 @@ def _combine_chunk(
     num_roots: int,
     objective: Objective,
     params: LoraParams,
-    keyed: tuple[Batch, Key],
-    coefficients: Float[Array, "batch roots"],
+    keyed: tuple[Batch, Key, Float[Array, "batch roots"]],
+    weights: Float[Array, " batch"],
 ) -> LoraParams:
-    batch, keys = keyed
+    batch, keys, coefficients = keyed
     outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
     if kind == "roots":
         roots = _roots_of_batch(objective, outputs, batch, keys, num_roots)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.losses import example_places
+from llmeraser_jax.losses import Objective, example_places, losses_and_log_odds
 from llmeraser_jax.unlearning import matching_rows
 from llmeraser_jax.unlearning.budget import Budget, BudgetSpent
 from llmeraser_jax.unlearning.matching_rows import SketchedRows, StoredRows
@@ -31,8 +31,6 @@ def root(z, batch, key):
 
 
 def objective():
-    from llmeraser_jax.losses import Objective
-
     return Objective((), None, logits, cross_entropy, 1e-3, root, head_log_odds)
 
 
@@ -84,15 +82,12 @@ def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
 
 
 def test_narrow_sketches_meet_the_constraints_all_the_same(head, monkeypatch):
-    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", 12)
+    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", 24)
     rows = sketched()
     step = solve(rows, head, constraints=False)
     params, targets, *_ = head
-    predicted = {}
 
     def log_odds(p):
-        from llmeraser_jax.losses import losses_and_log_odds
-
         flat = [
             jax.lax.map(lambda batch: losses_and_log_odds(objective(), p, batch)[1], batches).reshape(-1)
             for batches in targets.batches
