@@ -134,11 +134,12 @@ def rows_gram(rows: PyTree, others: PyTree) -> Float[Array, "m k"]:
     return sum(jax.tree.leaves(jax.tree.map(leaf, rows, others)), start=jnp.zeros(()))
 
 
-def combine_rows(coefficients: Float[Array, " m"], rows: PyTree) -> PyTree:
-    """`U' a`: a linear combination of the rows."""
+def combine_rows(coefficients: Float[Array, " m"] | Float[Array, "m k"], rows: PyTree) -> PyTree:
+    """Linear combinations of the rows: `sum_i c_i u_i`, or [k, ...] `sum_i c_ij u_i` for coefficients [m, k]."""
+    subscripts = "m,m...->..." if coefficients.ndim == 1 else "mk,m...->k..."
 
     def leaf(r):
-        return jnp.einsum("m,m...->...", coefficients.astype(r.dtype), r, precision=_EXACT)
+        return jnp.einsum(subscripts, coefficients.astype(r.dtype), r, precision=_EXACT)
 
     return jax.tree.map(leaf, rows)
 

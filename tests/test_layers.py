@@ -4,6 +4,7 @@ import ast
 import collections
 import graphlib
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -38,12 +39,13 @@ def modules():
     return found
 
 
-def imported(tree):
+def imported(tree) -> Iterator[tuple[str, str]]:
     """`(module, name)` of every import, those inside functions included; the name is empty for `import module`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from ((node.module, alias.name) for alias in node.names)
+            assert node.module and node.level == 0, "imports are absolute"
+            module = node.module
+            yield from ((module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
 

@@ -8,7 +8,6 @@ from llmeraser_jax.lora.params import (
     init_lora,
     merge_lora,
     product_norms,
-    resolve_config,
 )
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
@@ -28,7 +27,6 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "product_norms",
-    "resolve_config",
     "resolve_target_modules",
     "save_adapter",
 ]

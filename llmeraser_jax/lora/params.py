@@ -6,6 +6,7 @@ and inner products need no conversion.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -45,11 +46,11 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
     Raises:
         ValueError: `target_modules` cannot be honoured; see `resolve_target_modules`.
     """
-    config = resolve_config(config, model_config)
+    # Written out, so that equal adapters have equal tree structures.
+    targets = resolve_target_modules(config.target_modules, model_config)
+    config = dataclasses.replace(config, target_modules=targets)
     modules = {}
-    for name, module_key in zip(
-        config.target_modules, jax.random.split(key, len(config.target_modules)), strict=True
-    ):
+    for name, module_key in zip(targets, jax.random.split(key, len(targets)), strict=True):
         width_in, width_out = model_config.linear_shapes[name]
         bound = 1 / math.sqrt(width_in)
         shape = (model_config.num_layers, config.rank, width_in)
@@ -58,18 +59,6 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
             "b": jnp.zeros((model_config.num_layers, width_out, config.rank), jnp.float32),
         }
     return Lora(params={"layers": modules}, config=config)
-
-
-def resolve_config(config: LoraConfig, model_config: AdaptableConfig) -> LoraConfig:
-    """`config` with its targets written out, so that equal adapters have equal tree structures."""
-    modules = resolve_target_modules(config.target_modules, model_config)
-    return LoraConfig(
-        rank=config.rank,
-        alpha=float(config.alpha),
-        target_modules=modules,
-        use_rslora=config.use_rslora,
-        dropout=float(config.dropout),
-    )
 
 
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:

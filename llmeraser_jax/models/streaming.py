@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
-from llmeraser_jax.convert.table import Index, Shape, Target, TensorSource
+from llmeraser_jax.convert import Index, Shape, Target, TensorSource
 
 _PIECE_BYTES = 256 * 1024  # fits in a core's cache, where it is checked, converted and transposed
 _ALIGNMENT = 64  # lets a CPU device take memory without a copy

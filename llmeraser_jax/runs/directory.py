@@ -32,8 +32,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
-from llmeraser_jax.models import Model, load_model, load_tokenizer
-from llmeraser_jax.models.precision import MatmulPrecision
+from llmeraser_jax.models import MatmulPrecision, Model, load_model, load_tokenizer
 from llmeraser_jax.runs.model_files import (
     base_dtype,
     copy_tokenizer,

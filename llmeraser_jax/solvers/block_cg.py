@@ -13,7 +13,7 @@ pytrees, never from one gathered matrix.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial, reduce
+from functools import partial
 
 import flax.struct
 import jax
@@ -144,15 +144,15 @@ class BlockConjugateGradients:
         )
 
     def _step(self, state: BlockCGState, products: LoraParams, tolerance: float) -> BlockCGState:
-        curvature = _gram(state.directions, products)  # P'AP
+        curvature = trees.rows_gram(state.directions, products)  # P'AP
         inverse, negative = _positive_inverse((curvature + curvature.T) / 2, _present(state.directions))
-        x = trees.tree_add(state.x, _combine(_matmul(inverse, state.coefficients), state.directions))
-        reduction = _combine(inverse, products)
+        x = trees.tree_add(state.x, trees.combine_rows(_matmul(inverse, state.coefficients), state.directions))
+        reduction = trees.combine_rows(inverse, products)
         size = 1 + jax.vmap(trees.tree_norm)(reduction)
         basis, factor = _orthonormalise(trees.tree_sub(state.basis, reduction), size)
         coefficients = _matmul(factor, state.coefficients)
-        directions = trees.tree_add(basis, _combine(factor.T, state.directions))
-        relative = jax.vmap(trees.tree_norm)(_combine(coefficients, basis))
+        directions = trees.tree_add(basis, trees.combine_rows(factor.T, state.directions))
+        relative = jax.vmap(trees.tree_norm)(trees.combine_rows(coefficients, basis))
 
         finite = (
             jnp.all(jnp.isfinite(curvature))
@@ -182,24 +182,6 @@ def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=_EXACT)
 
 
-def _gram(a: LoraParams, b: LoraParams) -> Float[Array, "k k"]:
-    """Inner products `a_i' b_j`, accumulated in at least float32."""
-
-    def leaf_gram(x, y):
-        dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-        axes = tuple(range(1, x.ndim))
-        return jnp.tensordot(x.astype(dtype), y.astype(dtype), axes=(axes, axes), precision=_EXACT)
-
-    return reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_gram, a, b)))
-
-
-def _combine(coefficients: Float[Array, "k j"], vectors: LoraParams) -> LoraParams:
-    """Column `j` of the result is `sum_i coefficients_ij vectors_i`."""
-    return jax.tree.map(
-        lambda x: jnp.tensordot(coefficients.T, x, axes=(1, 0), precision=_EXACT).astype(x.dtype), vectors
-    )
-
-
 def _present(vectors: LoraParams) -> Bool[Array, " k"]:
     """True for columns that are not zero."""
     return jax.vmap(trees.tree_max_abs)(vectors) > 0
@@ -220,7 +202,7 @@ def _orthonormalise(vectors: LoraParams, size: Float[Array, " k"]) -> tuple[Lora
 
     def project(basis, v):
         overlaps = jax.vmap(trees.tree_vdot, in_axes=(0, None))(basis, v)
-        v = _subtract(v, overlaps, basis)
+        v = trees.tree_sub(v, trees.combine_rows(overlaps, basis))
         return v, overlaps, trees.tree_norm(v)
 
     def add_column(j, carry):
@@ -237,13 +219,6 @@ def _orthonormalise(vectors: LoraParams, size: Float[Array, " k"]) -> tuple[Lora
     k = len(size)
     start = (trees.tree_zeros_like(vectors), jnp.zeros((k, k), size.dtype))
     return jax.lax.fori_loop(0, k, add_column, start)
-
-
-def _subtract(v: LoraParams, overlaps: Float[Array, " k"], basis: LoraParams) -> LoraParams:
-    """`v - sum_i overlaps_i basis_i`."""
-    return jax.tree.map(
-        lambda x, p: (x - jnp.tensordot(overlaps, p, axes=(0, 0), precision=_EXACT)).astype(x.dtype), v, basis
-    )
 
 
 def _positive_inverse(

@@ -92,8 +92,3 @@ def tridiagonal_extremes(
     matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
     eigenvalues = jnp.linalg.eigvalsh(jnp.where(sound, matrix, jnp.eye(len(diagonal), dtype=matrix.dtype)))
     return jnp.where(sound, eigenvalues[jnp.array([0, -1])], jnp.nan)
-
-
-def leading(count: Int[Array, ""], length: int) -> Bool[Array, " length"]:
-    """True at the first `count` of `length` places."""
-    return jnp.arange(length) < count

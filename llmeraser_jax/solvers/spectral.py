@@ -23,8 +23,6 @@ from jaxtyping import Array, Float
 from llmeraser_jax import trees
 from llmeraser_jax.types import Key, LoraParams, Operator, WeightedRows, mv_many
 
-_EXACT = jax.lax.Precision.HIGHEST
-
 
 @flax.struct.dataclass
 class SpectralPreconditioner:
@@ -103,7 +101,7 @@ def nystroem_from_products(
     products = trees.tree_axpy(-mu, probes, products)
     core = trees.rows_gram(probes, products)
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
-    basis, eigenvalues = principal_rows(_mix(vectors * _inverse_root(values), products))
+    basis, eigenvalues = principal_rows(trees.combine_rows(vectors * _inverse_root(values), products))
     return SpectralPreconditioner(basis, eigenvalues, jnp.min(eigenvalues), mu)
 
 
@@ -130,10 +128,10 @@ def principal_rows(rows: LoraParams) -> tuple[LoraParams, Float[Array, " m"]]:
     gram = trees.rows_gram(rows, rows)
     values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
     root = _inverse_root(values)
-    basis = _mix(vectors * root, rows)
+    basis = trees.combine_rows(vectors * root, rows)
     # A Gram matrix squares the condition number; one step of Newton and Schulz squares what is left of the error.
     again = trees.rows_gram(basis, basis)
-    basis = _mix(1.5 * jnp.eye(len(values), dtype=again.dtype) - 0.5 * again, basis)
+    basis = trees.combine_rows(1.5 * jnp.eye(len(values), dtype=again.dtype) - 0.5 * again, basis)
     return basis, jnp.where(root > 0, values, 0)
 
 
@@ -142,10 +140,3 @@ def _inverse_root(values: Float[Array, " m"]) -> Float[Array, " m"]:
     threshold = len(values) * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
     used = values > threshold
     return jnp.where(used, 1 / jnp.sqrt(jnp.where(used, values, 1)), 0)
-
-
-def _mix(coefficients: Float[Array, "m k"], rows: LoraParams) -> LoraParams:
-    """Row `j` of the result is `sum_i coefficients_ij rows_i`."""
-    return jax.tree.map(
-        lambda r: jnp.tensordot(coefficients.T.astype(r.dtype), r, axes=(1, 0), precision=_EXACT), rows
-    )
