@@ -30,7 +30,6 @@ from llmeraser_jax.curvature.operators import (
     mv_many,
     product_asymmetry,
 )
-from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
 from llmeraser_jax.curvature.spectrum import largest_term_eigenvalue
 
 __all__ = [
@@ -52,8 +51,6 @@ __all__ = [
     "example_factors",
     "gauss_newton_product",
     "hessian_product",
-    "importance_probabilities",
-    "importance_sample",
     "largest_term_eigenvalue",
     "linearisation_bytes",
     "load_ekfac",
