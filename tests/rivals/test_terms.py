@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from llmeraser_jax.baselines.terms import (
+from llmeraser_jax.rivals.terms import (
     CrossEntropy,
     ForgettingTeacher,
     KLToReference,
