@@ -28,7 +28,6 @@ from llmeraser_jax.curvature.linearised import (
     linearise,
 )
 from llmeraser_jax.curvature.operators import CURVATURES, Curvature, DatasetCurvature, product_asymmetry
-from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
 from llmeraser_jax.curvature.spectrum import largest_term_eigenvalue
 from llmeraser_jax.curvature.streamed import StreamedOperator, streamed_operator
 from llmeraser_jax.curvature.taps import token_factors
@@ -57,8 +56,6 @@ __all__ = [
     "factorise",
     "gauss_newton_product",
     "hessian_product",
-    "importance_probabilities",
-    "importance_sample",
     "largest_term_eigenvalue",
     "linearisation_bytes",
     "linearise",

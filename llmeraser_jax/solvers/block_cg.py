@@ -73,6 +73,11 @@ class BlockConjugateGradients:
     def __post_init__(self) -> None:
         common.check_hyper_parameters(self, at_least_one=("max_steps",))
 
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes with each right-hand side, the true residual's among them."""
+        return self.max_steps + 1
+
     def solve(self, operator: Operator, rhs: LoraParams) -> BlockSolution:
         """Solves `A x_i = rhs_i` for all i from x = 0.
 

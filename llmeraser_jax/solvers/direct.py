@@ -22,6 +22,11 @@ class DirectInverse:
     inverse: Preconditioner
     rtol: float = flax.struct.field(pytree_node=False, default=1e-2)
 
+    @property
+    def max_products(self) -> int:
+        """The true residual's."""
+        return 1
+
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """`inverse.solve(rhs)`.
 

@@ -27,8 +27,9 @@ class QuadraticDescent:
 
     Attributes:
         optimiser: `sgd` or `adam`.
-        learning_rate: of the optimiser. SGD needs it below 2 over the largest eigenvalue of a mini-batch; Adam's is
-            the size of a step in each number, whatever the right-hand side's. None leaves it to `for_eigenvalue`.
+        learning_rate: of the optimiser. SGD needs it below 2 over the largest eigenvalue of a mini-batch, and None
+            leaves it to `for_eigenvalue`; Adam's is the size of a step in each number, whatever the right-hand
+            side's.
         num_steps: mini-batch products; all are taken.
         batch_terms: terms of the sum in a mini-batch, drawn uniformly and independently.
         batch_size: examples in a term, for whoever makes the operator.
@@ -47,6 +48,9 @@ class QuadraticDescent:
     def __post_init__(self) -> None:
         if self.optimiser not in _OPTIMISERS:
             msg = f"optimiser is {self.optimiser!r}; it must be one of {', '.join(_OPTIMISERS)}."
+            raise ValueError(msg)
+        if self.optimiser == "adam" and self.learning_rate is None:
+            msg = "optimiser 'adam' needs a learning_rate: no eigenvalue tells how long its steps should be."
             raise ValueError(msg)
         common.check_hyper_parameters(
             self, at_least_one=("num_steps", "batch_terms", "batch_size"), positive=("learning_rate",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from llmeraser_jax.baselines.ensemble import AttentionGate, MeanHiddenState
 
 from llmeraser_jax.models import ModelConfig
+from llmeraser_jax.rivals.ensemble import AttentionGate, MeanHiddenState
 
 
 def drawn_gate(config: ModelConfig, count: int) -> AttentionGate:

@@ -1,31 +1,26 @@
 """The controls against hand-made updates: what they move along, how far, and what they count."""
 
-# The fixtures that a test takes are imported, and so redefined by its arguments.
-# ruff: noqa: F811
-
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import finetune_edited, gradient_ascent, gradient_difference
 
 from llmeraser_jax import data, trees
-from llmeraser_jax.losses import gradient_sum, lm_objective
+from llmeraser_jax.losses import gradient_sum
+from llmeraser_jax.rivals import EqualLengthAscent, FinetuneEdited
 from llmeraser_jax.training import finetune
-from tests.training import tiny
-from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401
+from llmeraser_jax.unlearning import EditProblem, Workspace, erase
+from tests.problems import ArrayExamples, ridge_task
+
+WORKSPACE = Workspace(seed=5)
 
 
 @pytest.fixture
-def setting(finished_run, model):
-    lora = finished_run.load_adapter(model)
-    dataset = finished_run.encode(finished_run.load_examples(), model.tokenizer)
-
-    def stack(*rows):
-        return dataset.stack(np.array(rows), np.full(len(rows), 0.1), chunk_size=2)
-
-    return lm_objective(model.apply, model.base, l2=1e-3), lora, stack
+def removals(task, finished_run):
+    """Two removals."""
+    lines = [{"id": name, "action": "remove"} for name in ("r1", "r6")]
+    return dataclasses.replace(task, requests=data.parse_requests(lines, finished_run.load_examples()))
 
 
 def assert_trees_close(got, want):
@@ -33,37 +28,71 @@ def assert_trees_close(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_gradient_difference_climbs_on_s_and_descends_on_each_steps_retained_rows(setting):
-    objective, lora, stack = setting
-    result = gradient_difference(
-        objective, lora, stack(1, 6), [stack(0, 2), stack(3, 4)], distance=0.4, num_examples=4
-    )
-    expected = lora
-    for retained in ((0, 2), (3, 4)):
-        up, down = (gradient_sum(objective, expected, stack(*rows)) for rows in ((1, 6), retained))
-        gradient = jax.tree.map(lambda a, b: a - b, up, down)
-        length = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradient)))
-        expected = jax.tree.map(lambda p, g, length=length: p + 0.2 / length * g, expected, gradient)
+def gradient(task, params, rows, weights):
+    stack = task.problem.examples.stack(np.asarray(rows), np.asarray(weights, float), chunk_size=2)
+    return gradient_sum(task.objective, params, stack)
+
+
+def norm(tree) -> float:
+    return np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize("difference", [False, True])
+def test_it_climbs_on_s_and_descends_on_each_steps_retained_rows(removals, difference):
+    method = EqualLengthAscent(length=0.1, num_steps=2, difference=difference)
+    result = method.run(removals, WORKSPACE)
+    rng, expected = np.random.default_rng([5]), removals.adapter
+    step_length = 0.05 * norm(removals.adapter)
+    for _ in range(2):
+        along = gradient(removals, expected, [1, 6], [0.1, 0.1])
+        if difference:
+            retained = np.sort(rng.choice([0, 2, 3, 4, 5, 7, 8, 9], 2, replace=False))
+            down = gradient(removals, expected, retained, [0.1, 0.1])
+            along = jax.tree.map(lambda a, b: a - b, along, down)
+        expected = jax.tree.map(lambda p, g: p + step_length / norm(along) * g, expected, along)  # noqa: B023
     assert_trees_close(result.params, expected)
-    assert result.gradient_equivalents == 8.0
-    ascent = gradient_ascent(objective, lora, stack(1, 6), distance=0.4, num_examples=2, num_steps=2)
-    assert float(trees.tree_norm(trees.tree_sub(result.params, ascent.params))) > 0.01
+    assert result.cost.training == (8.0 if difference else 4.0)
+    assert result.cost.retraining == removals.cost_of_retraining == 10 * 8
+    assert result.receipt is None and result.details["distance"] == pytest.approx(2 * step_length)
 
 
-def test_gradient_difference_of_a_set_with_itself_has_no_direction(setting):
-    objective, lora, stack = setting
+def test_with_and_without_retained_rows_it_goes_elsewhere(removals):
+    ascent, difference = (
+        EqualLengthAscent(length=0.1, num_steps=2, difference=difference).run(removals, WORKSPACE).params
+        for difference in (False, True)
+    )
+    assert float(trees.tree_norm(trees.tree_sub(ascent, difference))) > 0.01
+
+
+def test_one_step_goes_as_far_as_stated_along_the_right_hand_side_of_every_category(task):
+    result = EqualLengthAscent(length=0.1, num_steps=1).run(task, WORKSPACE)
+    along = gradient(task, task.adapter, [1, 4, 6, 10, 11], [0.1, 0.1, 0.1, -0.1, -0.1])
+    assert norm(result.delta) == pytest.approx(0.1 * norm(task.adapter), rel=1e-5)
+    assert_trees_close(result.delta, trees.tree_scale(0.1 * norm(task.adapter) / norm(along), along))
+    assert result.cost.training == 5.0
+
+
+def test_rows_without_a_gradient_give_no_direction():
+    examples = ArrayExamples(np.zeros((3, 2)), np.ones(3))
+    problem = EditProblem(examples, 3, np.array([1]), np.array([-1]))
     with pytest.raises(ValueError, match="it has no direction"):
-        gradient_difference(objective, lora, stack(1, 6), [stack(1, 6)], distance=0.4, num_examples=4)
-    with pytest.raises(ValueError, match="retained is empty"):
-        gradient_difference(objective, lora, stack(1, 6), [], distance=0.4, num_examples=2)
+        erase(ridge_task(problem, np.ones(2), 0.0), EqualLengthAscent())
 
 
-def test_an_epoch_on_the_edited_data_is_training_from_the_trained_adapter(finished_run, model):
-    requests = data.parse_requests([{"id": "r1", "action": "remove"}], finished_run.load_examples())
-    edited = finished_run.encode(data.apply_requests(finished_run.load_examples(), requests), model.tokenizer)
-    lora = finished_run.load_adapter(model)
-    result = finetune_edited(model, lora, edited, tiny.CONFIG)
-    expected = finetune(model, edited, dataclasses.replace(tiny.CONFIG, epochs=1), lora=lora)
+def test_where_every_row_is_named_there_is_none_to_descend_on():
+    examples = ArrayExamples(np.ones((2, 2)), np.arange(2.0))
+    task = ridge_task(EditProblem(examples, 1, np.array([0]), np.array([1])), np.ones(2), 0.0)
+    with pytest.raises(ValueError, match="no retained row to descend on"):
+        erase(task, EqualLengthAscent(difference=True))
+    assert erase(task, EqualLengthAscent()).cost.training == 20.0
+
+
+def test_an_epoch_on_the_edited_data_is_training_from_the_trained_adapter(task, finished_run, model):
+    edited = data.apply_requests(finished_run.load_examples(), task.requests)
+    result = FinetuneEdited().run(task, WORKSPACE)
+    training = dataclasses.replace(finished_run.train_config, epochs=1)
+    encoded = finished_run.encode(edited, model.tokenizer)
+    expected = finetune(model, encoded, training, lora=finished_run.load_adapter(model))
     assert_trees_close(result.params, expected.lora)
-    assert float(trees.tree_norm(trees.tree_sub(result.params, lora))) > 1e-3
-    assert result.gradient_equivalents == 9.0
+    assert float(trees.tree_norm(result.delta)) > 1e-3
+    assert result.cost.training == 9.0

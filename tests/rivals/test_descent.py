@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import (
+
+from llmeraser_jax import data, trees
+from llmeraser_jax.losses import gradient_sum, lm_objective, response_losses
+from llmeraser_jax.rivals import (
     NPO,
     E2URec,
     EqualLengthAscent,
@@ -15,15 +18,12 @@ from llmeraser_jax.baselines import (
     KLAnchoredAscent,
     SimNPO,
     descent,
-    gradient_ascent,
-    response_losses,
 )
-from llmeraser_jax.baselines.terms import CrossEntropy, terms_gradient
+from llmeraser_jax.rivals.terms import CrossEntropy, terms_gradient
+from llmeraser_jax.unlearning import Workspace
+from tests.rivals.conftest import MIXED
 
-from llmeraser_jax import data, trees
-from llmeraser_jax.losses import gradient_sum, lm_objective
-from tests.baselines.conftest import MIXED
-
+WORKSPACE = Workspace()
 QUICK = {"epochs": 6, "batch_size": 2, "learning_rate": 0.03, "seed": 5}
 METHODS = {
     "gradient-ascent": GradientAscent(**QUICK),
@@ -59,42 +59,42 @@ def counted():
 
 
 @pytest.fixture(scope="module")
-def fitted(setting, counted):
+def fitted(task, counted):
     results, traces = {}, {}
-    for name, baseline in METHODS.items():
+    for name, rival in METHODS.items():
         counted["now"] = 0.0
         before = num_traces()
-        results[name] = (baseline.fit(setting), counted["now"])
+        results[name] = (rival.run(task, WORKSPACE), counted["now"])
         traces[name] = num_traces() - before
     return results, traces
 
 
-def losses(setting, params, rows):
-    return response_losses(setting.model, params, setting.problem.examples, np.asarray(rows))
+def losses(task, params, rows):
+    return response_losses(task.model, params, task.problem.examples, np.asarray(rows))
 
 
-def test_the_request_is_what_the_tests_take_it_for(setting):
-    assert setting.problem.named.tolist() == NAMED.tolist()
-    assert setting.problem.replacements.tolist() == [-1, 10, 11]
-    assert setting.current.tolist() == [0, -1, 2, 3, 10, 5, 11, 7, 8, 9]
-    assert setting.edited.ids == ("r0", "r2", "r3", "r4", "r5", "r6", "r7", "r8", "r9")
-    assert [e.response for e in setting.edited.examples][3] == "grey"
+def test_the_request_is_what_the_tests_take_it_for(task):
+    assert task.problem.named.tolist() == NAMED.tolist()
+    assert task.problem.replacements.tolist() == [-1, 10, 11]
+    assert task.current.tolist() == [0, -1, 2, 3, 10, 5, 11, 7, 8, 9]
+    assert task.edited.ids == ("r0", "r2", "r3", "r4", "r5", "r6", "r7", "r8", "r9")
+    assert [e.response for e in task.edited.examples][3] == "grey"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_to_go_becomes_less_probable_also_against_what_is_wanted(setting, fitted, name):
+def test_what_is_to_go_becomes_less_probable_also_against_what_is_wanted(task, fitted, name):
     after = fitted[0][name][0].params
     (named_before, wanted_before), (named_after, wanted_after) = (
-        (losses(setting, params, NAMED), losses(setting, params, WANTED)) for params in (setting.lora, after)
+        (losses(task, params, NAMED), losses(task, params, WANTED)) for params in (task.adapter, after)
     )
     assert named_after.mean() > named_before.mean() + 0.05
     # The edited rows: how much less probable the wanted pair is than the one that was trained on.
     assert np.mean(wanted_after - named_after[1:]) < np.mean(wanted_before - named_before[1:]) - 0.1
 
 
-def test_retained_rows_hold_the_ascent_back(setting, fitted):
-    retained = setting.problem.retained
-    after = {name: losses(setting, result.params, retained).mean() for name, (result, _) in fitted[0].items()}
+def test_retained_rows_hold_the_ascent_back(task, fitted):
+    retained = task.problem.retained
+    after = {name: losses(task, result.params, retained).mean() for name, (result, _) in fitted[0].items()}
     assert after["gradient-difference"] < after["gradient-ascent"] - 0.1
     assert after["kl-anchored-ascent"] < after["gradient-ascent"] - 0.1
 
@@ -103,15 +103,15 @@ def test_retained_rows_hold_the_ascent_back(setting, fitted):
 def test_the_cost_is_that_of_the_passes_made(fitted, name):
     result, counted = fitted[0][name]
     augmenting = 3 * 3 if name == "e2urec" else 0  # epochs and named rows of the augmented adapter
-    assert result.gradient_equivalents == pytest.approx(counted + augmenting, rel=1e-12)
-    assert result.preparation_gradient_equivalents == 0
+    assert result.cost.training == pytest.approx(counted + augmenting, rel=1e-12)
+    assert result.cost.preparation == 0
 
 
 def test_the_costs_by_hand(fitted):
     # 3 named rows in batches of 2 are 2 steps an epoch, 6 epochs; 2 of the rows are edits; 2 retained rows a step
     # of the 7 there are: the last of every 4 steps has but 1.
     steps, retained = 12, 3 * 7
-    cost = {name: result.gradient_equivalents for name, (result, _) in fitted[0].items()}
+    cost = {name: result.cost.training for name, (result, _) in fitted[0].items()}
     assert cost["gradient-ascent"] == 6 * (3 + 2)
     assert cost["gradient-difference"] == 6 * (3 + 2) + retained
     assert cost["kl-anchored-ascent"] == pytest.approx(6 * (3 + 2) + retained * 4 / 3)
@@ -127,39 +127,39 @@ def test_one_trace_serves_all_steps_of_a_phase(fitted, name):
     assert fitted[1][name] <= (2 if name == "e2urec" else 1)
 
 
-def test_fitting_again_gives_the_same_adapter_and_another_seed_another(setting, fitted):
-    again = METHODS["gradient-difference"].fit(setting).params
-    other = dataclasses.replace(METHODS["gradient-difference"], seed=6).fit(setting).params
+def test_fitting_again_gives_the_same_adapter_and_another_seed_another(task, fitted):
+    again = METHODS["gradient-difference"].run(task, WORKSPACE).params
+    other = dataclasses.replace(METHODS["gradient-difference"], seed=6).run(task, WORKSPACE).params
     leaves = [jax.tree.leaves(p) for p in (fitted[0]["gradient-difference"][0].params, again, other)]
     assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
 
 
-def stack(setting, rows, weights):
+def stack(task, rows, weights):
     """At most two rows, in the shapes of the fitted methods' batches, so that nothing is compiled anew."""
     weights = np.broadcast_to(np.asarray(weights, float), len(rows))
-    return setting.problem.examples.stack_uniform(np.asarray(rows), weights, chunk_size=2)
+    return task.problem.examples.stack_uniform(np.asarray(rows), weights, chunk_size=2)
 
 
-def gradient(setting, name, weights, params=None):
+def gradient(task, name, weights, params=None):
     """Gradient of a method's terms on two named rows, both replacements and two retained rows, each weighted."""
     (*_, phase) = METHODS[name].phases()
     terms = (phase.forget, CrossEntropy(), *((phase.retain,) if phase.retain else ()))
     rows = (NAMED[:2], WANTED, [0, 2])[: len(terms)]
     return terms_gradient(
-        setting.model.apply,
-        setting.model.base,
-        setting.lora if params is None else params,
-        METHODS[name].teachers(setting)[0],
-        tuple(stack(setting, r, w) for r, w in zip(rows, weights, strict=True)),
+        task.model.apply,
+        task.model.base,
+        task.adapter if params is None else params,
+        METHODS[name].teachers(task)[0],
+        tuple(stack(task, r, w) for r, w in zip(rows, weights, strict=True)),
         terms=terms,
     )[1]
 
 
-def plain_gradient(setting, rows, weights):
+def plain_gradient(task, rows, weights):
     """Of the weighted sum of cross entropies."""
-    objective = lm_objective(setting.model.apply, setting.model.base, l2=0.0)
-    return gradient_sum(objective, setting.lora, stack(setting, rows, weights))
+    objective = lm_objective(task.model.apply, task.model.base, l2=0.0)
+    return gradient_sum(objective, task.adapter, stack(task, rows, weights))
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -167,32 +167,32 @@ def assert_close(got, want, tolerance=1e-5):
     assert float(trees.tree_norm(trees.tree_sub(got, want))) <= tolerance * scale
 
 
-def test_gradient_difference_is_ascent_minus_the_retained_rows_gradient(setting, fitted):
-    ascent = gradient(setting, "gradient-ascent", (0.5, 0.5))
-    difference = gradient(setting, "gradient-difference", (0.5, 0.5, 0.25))
-    assert_close(trees.tree_sub(difference, ascent), plain_gradient(setting, [0, 2], 0.25))
-    up, down = plain_gradient(setting, NAMED[:2], 0.5), plain_gradient(setting, WANTED, 0.5)
+def test_gradient_difference_is_ascent_minus_the_retained_rows_gradient(task, fitted):
+    ascent = gradient(task, "gradient-ascent", (0.5, 0.5))
+    difference = gradient(task, "gradient-difference", (0.5, 0.5, 0.25))
+    assert_close(trees.tree_sub(difference, ascent), plain_gradient(task, [0, 2], 0.25))
+    up, down = plain_gradient(task, NAMED[:2], 0.5), plain_gradient(task, WANTED, 0.5)
     assert_close(ascent, trees.tree_sub(down, up))
 
 
-def test_npo_at_the_reference_moves_like_ascent_on_whole_responses(setting, fitted):
+def test_npo_at_the_reference_moves_like_ascent_on_whole_responses(task, fitted):
     # There the two probabilities are equal and the weight 2 / (1 + 1) is 1, whatever beta is.
-    lengths = setting.problem.examples.num_targets[NAMED[:2]].astype(float)
-    assert_close(gradient(setting, "npo", (1.0, 0.0, 0.0)), plain_gradient(setting, NAMED[:2], -lengths))
+    lengths = task.problem.examples.num_targets[NAMED[:2]].astype(float)
+    assert_close(gradient(task, "npo", (1.0, 0.0, 0.0)), plain_gradient(task, NAMED[:2], -lengths))
 
 
-def test_the_anchor_has_no_gradient_at_the_trained_adapter_and_one_elsewhere(setting, fitted):
-    moved = jax.tree.map(lambda x: 1.1 * x, setting.lora)
-    here = gradient(setting, "kl-anchored-ascent", (0.0, 0.0, 1.0))
-    there = gradient(setting, "kl-anchored-ascent", (0.0, 0.0, 1.0), params=moved)
+def test_the_anchor_has_no_gradient_at_the_trained_adapter_and_one_elsewhere(task, fitted):
+    moved = jax.tree.map(lambda x: 1.1 * x, task.adapter)
+    here = gradient(task, "kl-anchored-ascent", (0.0, 0.0, 1.0))
+    there = gradient(task, "kl-anchored-ascent", (0.0, 0.0, 1.0), params=moved)
     assert float(trees.tree_norm(here)) < 1e-4 * float(trees.tree_norm(there))
 
 
-def test_the_first_step_of_ascent_is_adams_along_the_right_hand_side(setting, fitted, finished_run):
+def test_the_first_step_of_ascent_is_adams_along_the_right_hand_side(task, fitted, finished_run):
     requests = data.parse_requests(MIXED[:2], finished_run.load_examples())
-    two = dataclasses.replace(setting, requests=requests)
-    baseline = GradientAscent(epochs=1, batch_size=2, learning_rate=0.01, warmup_ratio=0.0)
-    got = trees.tree_sub(baseline.fit(two).params, two.lora)
+    two = dataclasses.replace(task, requests=requests)
+    rival = GradientAscent(epochs=1, batch_size=2, learning_rate=0.01, warmup_ratio=0.0)
+    got = rival.run(two, WORKSPACE).delta
     # r1 is removed and r4 corrected: up on both as trained, down on the replacement, the row after the ten.
     along = trees.tree_sub(plain_gradient(two, [1, 4], 0.5), plain_gradient(two, [10], 0.5))
     # Adam's first direction is g / (|g| + eps): only entries well above rounding tell its sign.
@@ -202,21 +202,6 @@ def test_the_first_step_of_ascent_is_adams_along_the_right_hand_side(setting, fi
         np.testing.assert_allclose(step[clear], 0.01 * np.sign(g)[clear], rtol=1e-3)
 
 
-def test_equal_length_ascent_is_the_control(setting):
-    result = EqualLengthAscent(length=0.1, num_steps=2).fit(setting)
-    rhs = setting.problem.influence_rhs()
-    direction = setting.problem.examples.stack(rhs.indices, rhs.weights, chunk_size=16)
-    distance = 0.1 * float(trees.tree_norm(setting.lora))
-    control = gradient_ascent(
-        setting.objective, setting.lora, direction, distance=distance, num_examples=5, num_steps=2
-    )
-    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(control.params), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert result.gradient_equivalents == 10.0
-    difference = EqualLengthAscent(length=0.1, num_steps=2, difference=True).fit(setting)
-    assert difference.gradient_equivalents == 2 * (5 + 3)
-
-
 def test_wanted_pairs_weigh_as_much_as_retained_rows():
     (phase,) = SimNPO().phases()
     assert phase.wanted_weight == phase.retain_weight == 1 / 0.1375 and phase.forget_weight == 1
@@ -224,10 +209,10 @@ def test_wanted_pairs_weigh_as_much_as_retained_rows():
     assert alone.wanted_weight == 1 and alone.retain is None
 
 
-def test_a_diverging_descent_is_an_error(setting):
-    broken = dataclasses.replace(setting, lora=jax.tree.map(lambda x: x * jnp.nan, setting.lora))
+def test_a_diverging_descent_is_an_error(task):
+    broken = dataclasses.replace(task, adapter=jax.tree.map(lambda x: x * jnp.nan, task.adapter))
     with pytest.raises(FloatingPointError, match="at step 1 of 12 a loss is nan or infinite"):
-        METHODS["gradient-ascent"].fit(broken)
+        METHODS["gradient-ascent"].run(broken, WORKSPACE)
 
 
 @pytest.mark.parametrize(

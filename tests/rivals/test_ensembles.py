@@ -8,32 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import (
+
+from llmeraser_jax import data, trees
+from llmeraser_jax.losses import response_losses
+from llmeraser_jax.models import generate, layers
+from llmeraser_jax.rivals import (
     SISA,
     RecEraser,
     Retrain,
     ensemble_model,
     generate_ensemble,
     make_ensemble,
-    response_losses,
     shards,
 )
-from llmeraser_jax.baselines.ensemble import AttentionGate, MeanHiddenState
-from llmeraser_jax.baselines.receraser import fit_gate
-
-from llmeraser_jax import data, trees
-from llmeraser_jax.models import generate, layers
+from llmeraser_jax.rivals.ensemble import AttentionGate, MeanHiddenState
+from llmeraser_jax.rivals.receraser import fit_gate
+from llmeraser_jax.runs import RunError
 from llmeraser_jax.training import finetune
-from tests.baselines.gates import drawn_gate
+from llmeraser_jax.unlearning import Workspace
+from tests.rivals.gates import drawn_gate
 
+WORKSPACE = Workspace()
 SHARDED = SISA(num_shards=3, num_slices=2, seed=1)
 GATED = RecEraser(num_shards=3, attention_steps=60)
 
 
 @pytest.fixture(scope="module")
-def short(setting):
-    """The setting with one epoch to train for, so that shards cost little."""
-    return dataclasses.replace(setting, train=dataclasses.replace(setting.train, epochs=2))
+def short(task):
+    """The task with few epochs to train for, so that shards cost little."""
+    return dataclasses.replace(task, training=dataclasses.replace(task.training, epochs=2))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def sisa(short, trained_rows):
     trained_rows["now"] = 0
     prepared = SHARDED.prepare(short)
     before = trained_rows["now"]
-    return prepared, before, SHARDED.fit(short, prepared), trained_rows["now"] - before
+    return prepared, before, SHARDED.run(short, WORKSPACE, prepared), trained_rows["now"] - before
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +66,16 @@ def receraser(short, trained_rows):
     trained_rows["now"] = 0
     prepared = GATED.prepare(short)
     before = trained_rows["now"]
-    return prepared, before, GATED.fit(short, prepared), trained_rows["now"] - before
+    return prepared, before, GATED.run(short, WORKSPACE, prepared), trained_rows["now"] - before
 
 
 def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def one_batch(setting):
+def one_batch(task):
     """All ten rows as trained, as one micro-batch."""
-    stack = setting.dataset.stack_uniform(np.arange(10), np.ones(10), chunk_size=16)
+    stack = task.dataset.stack_uniform(np.arange(10), np.ones(10), chunk_size=16)
     return jax.tree.map(lambda leaf: leaf[0], stack.batches[0])
 
 
@@ -86,21 +89,21 @@ def log_probs(model, params, batch):
 
 
 @pytest.fixture(scope="module")
-def members(setting):
-    lora = setting.lora
+def members(task):
+    lora = task.adapter
     drawn = [trees.tree_random_normal(jax.random.key(k), lora) for k in range(3)]
     return [trees.tree_axpy(0.2, noise, lora) for noise in drawn]
 
 
 @pytest.fixture(scope="module")
-def separate(setting, members):
+def separate(task, members):
     """Every member's own log-probabilities [members, batch, response, vocab]."""
-    batch = one_batch(setting)
-    return np.stack([log_probs(setting.model, member, batch) for member in members])
+    batch = one_batch(task)
+    return np.stack([log_probs(task.model, member, batch) for member in members])
 
 
-def test_probabilities_are_averaged_at_every_position(setting, members, separate):
-    model, batch = ensemble_model(setting.model), one_batch(setting)
+def test_probabilities_are_averaged_at_every_position(task, members, separate):
+    model, batch = ensemble_model(task.model), one_batch(task)
     got = log_probs(model, make_ensemble(members), batch)
     np.testing.assert_allclose(got, np.log(np.exp(separate).mean(0)), rtol=1e-4, atol=1e-5)
     geometric = np.exp(separate.mean(0))
@@ -108,16 +111,16 @@ def test_probabilities_are_averaged_at_every_position(setting, members, separate
     np.testing.assert_allclose(got, np.log(geometric / geometric.sum(-1, keepdims=True)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_single_member_and_a_plain_adapter_predict_as_without_an_ensemble(setting, members, separate):
-    model, batch = ensemble_model(setting.model), one_batch(setting)
+def test_a_single_member_and_a_plain_adapter_predict_as_without_an_ensemble(task, members, separate):
+    model, batch = ensemble_model(task.model), one_batch(task)
     assert ensemble_model(model) is model
     np.testing.assert_array_equal(log_probs(model, members[1], batch), separate[1])
-    gated = make_ensemble(members[1:2], gate=drawn_gate(setting.model.config, 1))
+    gated = make_ensemble(members[1:2], gate=drawn_gate(task.model.config, 1))
     np.testing.assert_allclose(log_probs(model, gated, batch), separate[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_gate_weighs_by_the_prompt_and_its_weights_sum_to_one(setting, members, separate):
-    model, batch, gate = ensemble_model(setting.model), one_batch(setting), drawn_gate(setting.model.config, 3)
+def test_a_gate_weighs_by_the_prompt_and_its_weights_sum_to_one(task, members, separate):
+    model, batch, gate = ensemble_model(task.model), one_batch(task), drawn_gate(task.model.config, 3)
     embeddings = gate.embed(model.base, batch.tokens, batch.attention_mask, batch.positions[:, 0])
     weights = np.exp(gate.log_weights(embeddings))
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
@@ -144,8 +147,8 @@ def test_a_gate_weighs_by_the_prompt_and_its_weights_sum_to_one(setting, members
         model.apply(model.base, make_ensemble(members, gate=gate), batch.tokens, batch.attention_mask)
 
 
-def test_a_prompts_embedding_is_the_mean_of_its_last_hidden_states(setting):
-    model, batch = setting.model, one_batch(setting)
+def test_a_prompts_embedding_is_the_mean_of_its_last_hidden_states(task):
+    model, batch = task.model, one_batch(task)
     embed = MeanHiddenState(model.config)
     last = batch.positions[:, 0]
     whole = np.asarray(embed(model.base, batch.tokens, batch.attention_mask, last))
@@ -165,11 +168,11 @@ def test_a_prompts_embedding_is_the_mean_of_its_last_hidden_states(setting):
     np.testing.assert_allclose(normed @ head, logits[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_an_ensemble_of_copies_generates_what_each_of_them_does(setting, members):
-    prompts = [row.prompt.tolist() for row in setting.dataset.encoded]
-    expected = generate(setting.model, members[0], prompts, 4)
-    model = ensemble_model(setting.model)
-    gated = make_ensemble([members[0]] * 3, gate=drawn_gate(setting.model.config, 3))
+def test_an_ensemble_of_copies_generates_what_each_of_them_does(task, members):
+    prompts = [row.prompt.tolist() for row in task.dataset.encoded]
+    expected = generate(task.model, members[0], prompts, 4)
+    model = ensemble_model(task.model)
+    gated = make_ensemble([members[0]] * 3, gate=drawn_gate(task.model.config, 3))
     assert generate_ensemble(model, gated, prompts, 4) == expected
     assert len({tuple(row) for row in expected}) > 1
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
@@ -177,14 +180,14 @@ def test_an_ensemble_of_copies_generates_what_each_of_them_does(setting, members
 
 
 @pytest.mark.parametrize(("aggregation", "gated"), [("probabilities", True), ("log-probabilities", False)])
-def test_every_new_token_is_the_best_of_a_fresh_forward_pass_of_all_members(setting, aggregation, gated):
-    model = ensemble_model(setting.model)
+def test_every_new_token_is_the_best_of_a_fresh_forward_pass_of_all_members(task, aggregation, gated):
+    model = ensemble_model(task.model)
     # Members far apart, so that they do not agree on the next token.
-    drawn = [trees.tree_random_normal(jax.random.key(k), setting.lora) for k in range(3)]
-    members = [trees.tree_axpy(0.6, noise, setting.lora) for noise in drawn]
-    gate = drawn_gate(setting.model.config, 3) if gated else None
+    drawn = [trees.tree_random_normal(jax.random.key(k), task.adapter) for k in range(3)]
+    members = [trees.tree_axpy(0.6, noise, task.adapter) for noise in drawn]
+    gate = drawn_gate(task.model.config, 3) if gated else None
     ensemble = make_ensemble(members, gate=gate, aggregation=aggregation)
-    prompts = [row.prompt.tolist() for row in setting.dataset.encoded[:4]]
+    prompts = [row.prompt.tolist() for row in task.dataset.encoded[:4]]
     prompts[1] = prompts[1][:2]
 
     @jax.jit
@@ -205,7 +208,7 @@ def test_every_new_token_is_the_best_of_a_fresh_forward_pass_of_all_members(sett
 
     found = generate_ensemble(model, ensemble, prompts, 5, batch_size=3, stop_ids=())
     assert found == [expected(prompt) for prompt in prompts]
-    alone = [generate(setting.model, member, prompts, 5, stop_ids=()) for member in members]
+    alone = [generate(task.model, member, prompts, 5, stop_ids=()) for member in members]
     assert len({str(other) for other in alone}) == 3  # the members do not agree, and a gate chooses among them
 
 
@@ -240,14 +243,14 @@ def test_a_gate_learns_which_member_knows_what():
     assert np.exp(fitted.log_weights(embeddings))[np.arange(40), group].min() > 0.9
 
 
-def test_one_shard_and_one_slice_are_plain_fine_tuning(setting):
+def test_one_shard_and_one_slice_are_plain_fine_tuning(task):
     single = SISA(num_shards=1, num_slices=1)
-    prepared = single.prepare(setting)
-    assert same(prepared.members[0], setting.lora)  # the run was trained in the same way on the same rows
-    fitted = single.fit(setting, prepared)
-    plain = finetune(setting.model, setting.edited, setting.train, lora=setting.initial)
+    prepared = single.prepare(task)
+    assert same(prepared.members[0], task.adapter)  # the run was trained in the same way on the same rows
+    fitted = single.run(task, WORKSPACE, prepared)
+    plain = finetune(task.model, task.edited, task.training, lora=task.initial)
     assert same(fitted.params.member(0), plain.lora)
-    assert fitted.gradient_equivalents == 10 * 9
+    assert fitted.cost.training == 10 * 9
     assert prepared.gradient_equivalents == 10 * 10
 
 
@@ -273,12 +276,12 @@ def test_afterwards_the_ensemble_is_one_trained_from_scratch_on_the_edited_shard
     assert scratch.repeated_from == (0, 0, 0)
     assert same(fitted.params.members, make_ensemble(scratch.members).members)
     assert not same(fitted.params.members, fitted.before.members)
-    assert scratch.gradient_equivalents > fitted.gradient_equivalents
+    assert scratch.gradient_equivalents > fitted.cost.training
     # One row of each slice of shard 1: the first slice decides.
     rows = [np.flatnonzero((partition.shard_of == 1) & (partition.slice_of == number))[0] for number in (1, 0)]
     lines = [{"id": f"r{i}", "action": "remove"} for i in rows]
     both = dataclasses.replace(short, requests=data.parse_requests(lines, finished_run.load_examples()))
-    fitted = SHARDED.fit(both, prepared)
+    fitted = SHARDED.run(both, WORKSPACE, prepared)
     assert fitted.details["repeated_from_slice"] == [2, 0, 2]
     scratch = trainer.fit(both.problem.examples, partition, both.current)
     assert same(fitted.params.members, make_ensemble(scratch.members).members)
@@ -288,7 +291,7 @@ def test_an_untouched_shard_is_reused_bit_for_bit(short, finished_run):
     requests = data.parse_requests([{"id": "r1", "action": "remove"}], finished_run.load_examples())
     one = dataclasses.replace(short, requests=requests)
     prepared = SHARDED.prepare(one)
-    fitted = SHARDED.fit(one, prepared)
+    fitted = SHARDED.run(one, WORKSPACE, prepared)
     touched = int(prepared.partition.shard_of[1])
     assert fitted.details["num_shards_repeated"] == 1
     for shard in range(3):
@@ -297,15 +300,15 @@ def test_an_untouched_shard_is_reused_bit_for_bit(short, finished_run):
 
 def test_the_costs_of_shards_are_the_gradients_they_took(sisa, receraser):
     prepared, preparing, fitted, repeating = sisa
-    assert prepared.gradient_equivalents == fitted.preparation_gradient_equivalents == preparing
-    assert fitted.gradient_equivalents == repeating
+    assert prepared.gradient_equivalents == fitted.cost.preparation == preparing
+    assert fitted.cost.training == repeating
     # 2 epochs over two slices are round(4 / 3) = 1 a stage: first the rows of the first slices, then all.
     assert preparing == 10 + int((prepared.partition.slice_of == 0).sum())
     prepared, preparing, fitted, repeating = receraser
     assert preparing == 2 * 10
     attention = (3 + 1) * 9 / 3  # three members and the base see the 9 rows that are left
     assert prepared.gradient_equivalents == pytest.approx(preparing + 10 / 3)  # embedding all rows
-    assert fitted.gradient_equivalents == pytest.approx(repeating + attention)
+    assert fitted.cost.training == pytest.approx(repeating + attention)
     assert fitted.details["attention_gradient_equivalents"] == pytest.approx(attention)
 
 
@@ -326,12 +329,15 @@ def _touched(prepared):
 
 def test_receraser_is_deterministic_and_forgets_what_was_corrected(receraser, short):
     _, _, fitted, _ = receraser
-    again = GATED.fit(short, GATED.prepare(short))
+    again = GATED.run(short, WORKSPACE, GATED.prepare(short))
     assert same(again.params, fitted.params)
     row, wanted = np.array([4]), np.array([10])
-    examples = short.problem.examples
-    assert fitted.losses(examples, wanted) < response_losses(fitted.model, fitted.before, examples, wanted)
-    assert fitted.losses(examples, row) > response_losses(fitted.model, fitted.before, examples, row)
+    after, before = (
+        lambda rows, params=params: response_losses(fitted.model, params, short.problem.examples, rows)
+        for params in (fitted.params, fitted.before)
+    )
+    assert after(wanted) < before(wanted)
+    assert after(row) > before(row)
 
 
 def test_receraser_divides_by_user_where_they_are_known(short):
@@ -348,25 +354,25 @@ def test_a_shard_that_loses_all_its_rows_takes_no_part(short, finished_run):
     rows = np.flatnonzero(prepared.partition.shard_of == 0)
     lines = [{"id": f"r{i}", "action": "remove"} for i in rows]
     requests = data.parse_requests(lines, finished_run.load_examples())
-    fitted = SHARDED.fit(dataclasses.replace(short, requests=requests), prepared)
+    fitted = SHARDED.run(dataclasses.replace(short, requests=requests), WORKSPACE, prepared)
     assert fitted.params.num_members == 2
-    assert fitted.gradient_equivalents == 0.0
+    assert fitted.cost.training == 0.0
     for k in range(2):
         assert same(fitted.params.member(k), fitted.before.member(k + 1))
 
 
 def test_retraining_is_fine_tuning_on_the_edited_data_from_the_same_start(short):
-    one = Retrain(seeds=(7,)).fit(short)
-    train = dataclasses.replace(short.train, seed=7)
+    one = Retrain(seeds=(7,)).run(short, WORKSPACE)
+    train = dataclasses.replace(short.training, seed=7)
     expected = finetune(short.model, short.edited, train, lora=short.initial)
     assert same(one.params, expected.lora)
-    assert one.gradient_equivalents == 2 * 9
-    two = Retrain(seeds=(7, 8)).fit(short)
+    assert one.cost.training == 2 * 9
+    two = Retrain(seeds=(7, 8)).run(short, WORKSPACE)
     assert same(two.params.member(0), one.params)
     assert not same(two.params.member(1), one.params)
-    assert two.gradient_equivalents == 2 * 2 * 9
+    assert two.cost.training == 2 * 2 * 9
     with pytest.raises(ValueError, match="and 3 is the seed of the trained adapter itself"):
-        Retrain(seeds=(3,)).fit(short)
+        Retrain(seeds=(3,)).run(short, WORKSPACE)
 
 
 def test_a_killed_preparation_goes_on_from_its_checkpoints(short, tmp_path, monkeypatch):
@@ -383,12 +389,12 @@ def test_a_killed_preparation_goes_on_from_its_checkpoints(short, tmp_path, monk
 
 
 def test_without_all_hyper_parameters_or_with_a_loss_on_prompts_it_is_refused(short, finished_run):
-    with pytest.raises(ValueError, match="did not state batch_size"):
+    with pytest.raises(RunError, match="did not state batch_size"):
         SHARDED.prepare(dataclasses.replace(short, unstated=("batch_size", "seed")))
     recipe = dataclasses.replace(finished_run.recipe, loss_on="all")
     everything = data.encode_examples(finished_run.load_examples(), recipe, short.model.tokenizer)
     with pytest.raises(ValueError, match="loss_on is 'all'; RecEraser weighs"):
-        GATED.prepare(dataclasses.replace(short, dataset=everything))
+        GATED.prepare(dataclasses.replace(short, data=everything))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from llmeraser_jax.baselines.partition import balanced_clusters, embedding_partition, random_partition
+
+from llmeraser_jax.rivals.partition import balanced_clusters, embedding_partition, random_partition
 
 
 @pytest.mark.parametrize(("n", "shards", "slices"), [(10, 3, 2), (7, 7, 1), (23, 4, 5)])

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from llmeraser_jax.baselines.terms import (
+
+from llmeraser_jax.rivals.terms import (
     CrossEntropy,
     ForgettingTeacher,
     KLToReference,
     NegativePreference,
     SimpleNegativePreference,
 )
-
 from llmeraser_jax.types import TokenBatch
 
 BATCH, RESPONSE, VOCAB = 3, 4, 7

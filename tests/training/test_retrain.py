@@ -1,8 +1,5 @@
 """Retraining repeats the recipe on the edited data, once per seed, and nothing else changes."""
 
-# The fixtures that a test takes are imported, and so redefined by its arguments.
-# ruff: noqa: F811
-
 import dataclasses
 import logging
 
@@ -15,8 +12,8 @@ from llmeraser_jax import data, runs
 from llmeraser_jax.lora import save_adapter
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.training.adopt import adopt
+from llmeraser_jax.training.retrain import retrain
 from tests.training import tiny
-from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401
 from tests.training.test_adopt import RECIPE, write_toml
 
 REQUESTS = (
