@@ -23,13 +23,7 @@ from llmeraser_jax.evaluation.closure import (
     seed_standard_deviation,
 )
 from llmeraser_jax.evaluation.klom import Klom, klom, response_margins
-from llmeraser_jax.evaluation.membership import (
-    mean_of_others,
-    membership_auc,
-    membership_loss_auc,
-    membership_min_k_auc,
-    reference_scores,
-)
+from llmeraser_jax.evaluation.membership import attacks
 from llmeraser_jax.evaluation.records import (
     ACTIONS,
     BEFORE,
@@ -42,7 +36,6 @@ from llmeraser_jax.evaluation.records import (
     MetricMeaning,
     Record,
 )
-from llmeraser_jax.evaluation.tasks import Metric
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -166,7 +159,7 @@ class _Summary:
         return {**task.get("metrics", {}), **quality}
 
     def aucs(self, record: Record) -> dict[str, Json]:
-        found = membership(
+        found = attacks(
             record.scores,
             base=None if self.base is None else self.base.scores,
             retrained=[other.scores for other in self.retrained],
@@ -388,50 +381,6 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     return {**report, "verdict": _verdict(report)}
 
 
-def membership(
-    scores: Json,
-    *,
-    base: Json | None = None,
-    retrained: Sequence[Json] = (),
-    left_out: int | None = None,
-    nonmembers: Sequence[bool] | None = None,
-) -> tuple[Metric, ...]:
-    """Every attack on one model; none where no non-member was scored.
-
-    Args:
-        scores: of the model attacked.
-        base: of the base without adapter, a reference.
-        retrained: of the retrained models, whose mean loss is another; at least two.
-        left_out: which of them is the model attacked, where it is one.
-        nonmembers: which held-out examples are; None is all.
-    """
-
-    def outside(of: Json, name: str = "losses") -> np.ndarray:
-        values = _list(of, "heldout", name)
-        return values if nonmembers is None or not values.size else values[np.asarray(nonmembers, bool)]
-
-    if not outside(scores).size:
-        return ()
-    losses, others = _list(scores, "named"), outside(scores)
-    found = [
-        membership_loss_auc(losses, others),
-        membership_min_k_auc(_list(scores, "named", "min_k"), outside(scores, "min_k")),
-        membership_auc(
-            "min_k_plus_plus", _list(scores, "named", "min_k_plus_plus"), outside(scores, "min_k_plus_plus")
-        ),
-    ]
-    references = []
-    if base is not None:
-        references.append(("reference_base", _list(base, "named"), outside(base)))
-    if len(retrained) >= 2:
-        inside = mean_of_others([_list(of, "named") for of in retrained], left_out)
-        beside = mean_of_others([outside(of) for of in retrained], left_out)
-        references.append(("reference_retrained", inside, beside))
-    for name, inside, beside in references:
-        found.append(membership_auc(name, reference_scores(losses, inside), reference_scores(others, beside)))
-    return tuple(found)
-
-
 def forget_quality(task: Json, retrained: Sequence[Json]) -> dict[str, dict[str, Number | None]]:
     """TOFU's, medians over the retrained models of the KS test's p-value and statistic.
 
@@ -443,8 +392,8 @@ def forget_quality(task: Json, retrained: Sequence[Json]) -> dict[str, dict[str,
     values: dict[str, Number | None] = {QUALITY: None, STATISTIC: None}
     if others and all(len(ratios) and np.isfinite(ratios).all() for ratios in (ours, *others)):
         tests = [tofu.forget_quality(ours, other) for other in others]
-        values[QUALITY] = float(np.median([test.p_value for test in tests]))
-        values[STATISTIC] = float(np.median([test.statistic for test in tests]))
+        values[QUALITY] = float(np.median([p for p, _ in tests]))
+        values[STATISTIC] = float(np.median([statistic for _, statistic in tests]))
     return {name: {"value": value, "standard_error": None} for name, value in values.items()}
 
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from experiments import study
-from experiments.fidelity import main, methods, profiles, tasks
-from experiments.workdirs import claim_settings
-from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples, parse_requests
+from experiments.common import claim_settings
+from experiments.fidelity import main, profiles
+from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS
 from llmeraser_jax.evaluation.page import rows_of
 from llmeraser_jax.evaluation.records import read_comparison, write_plan
 from llmeraser_jax.evaluation.render import Table
 from llmeraser_jax.models import load_model
-from llmeraser_jax.unlearning import EraseConfig, UnlearningError
+from llmeraser_jax.unlearning import UnlearningError
 from tests.training import tiny
 
 PEOPLE = profiles.make_profiles(40)
@@ -72,39 +72,18 @@ def test_request_seeds_name_other_rows_of_the_same_data():
     assert first != second and len(first) == len(second) == 4
 
 
-def test_the_last_film_of_the_history_is_replaced_and_nothing_else():
-    text = (
-        'User Preference: "A", "B (1)"\nUser Unpreference: "C"\nWhether the user will like the target movie "{}"?'
-    )
-    rows = tuple(Example(id=str(k), instruction="i", input=text.format(f"T{k}"), response="Yes.") for k in range(3))
-    (request,) = tasks.replace_films(rows, 1, 0)
-    (new,) = [row for row in apply_requests(rows, [request]) if row not in rows]
-    target = int(new.id)
-    others = [f"T{k}" for k in range(3) if k != target]
-    assert new.input in {rows[target].input.replace('"C"', f'"{other}"') for other in others}
-
-
 @dataclasses.dataclass(frozen=True)
 class TinyTask:
-    name: str = "tiny"
     recipe: Recipe = tiny.RECIPE
     lora = tiny.LORA
     train = tiny.CONFIG
-    erase = EraseConfig(l2=1e-3, sample_size=4, num_steps=2, cg_max_steps=2, diagnostic_sample=4)
 
-    def draw(self, category, share, request_seed):
+    def draw(self):
         rows = tuple(
             Example(id=row["id"], instruction=row["instruction"], input=row["input"], response=row["output"])
             for row in tiny.rows(12)
         )
-        train, heldout = rows[:8], rows[8:]
-        (request,) = parse_requests([{"id": f"r{request_seed}", "action": "remove"}], train)
-        return tasks.CellData(
-            trained_key="shared", train=train, heldout=heldout, num_like_train=4, requests=(request,)
-        )
-
-    def settings(self):
-        return {"epochs": self.train.epochs}
+        return profiles.Profiles(phrasings=1, train=rows[:8], heldout=rows[8:], strangers=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +107,8 @@ def workdir(tmp_path_factory, model):
     """Two requests of one task, one method each that works and one that fails."""
     workdir = tmp_path_factory.mktemp("fidelity") / "out"
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(main, "METHODS", {**methods.METHODS, "hopeless": Hopeless()})
+    quick = main.erasing(method="matched", sample_size=4, cg_max_steps=2, diagnostic_sample=4)
+    monkeypatch.setattr(main, "METHODS", {**main.METHODS, "matched": quick, "hopeless": Hopeless()})
     claim_settings(workdir / "tasks" / "tiny", {"train": {"epochs": tiny.CONFIG.epochs}})
     for request_seed in (0, 1):
         cell = cell_of(workdir, model, request_seed)
@@ -141,14 +121,15 @@ def workdir(tmp_path_factory, model):
 
 
 def test_a_trained_run_is_shared_and_each_request_has_its_retrainings(workdir):
-    assert [p.name for p in (workdir / "tasks/tiny/trained").iterdir()] == ["shared"]
+    assert (workdir / "tasks/tiny/trained/run.json").exists()
     retrained = sorted(p.parent.relative_to(workdir) for p in workdir.rglob("retrained/*/*/run.json"))
     assert [str(p).removeprefix("tasks/tiny/retrained/") for p in retrained] == [
         f"removal-0.125{request}/seed_{seed}" for request in ("", "-request1") for seed in (4, 5)
     ]
-    for request, gone in (("", "r0"), ("-request1", "r1")):
+    for seed, request in enumerate(("", "-request1")):
+        gone = {r.id for r in profiles.make_requests(TinyTask().draw(), "removal", 0.125, seed)}
         path = workdir / f"tasks/tiny/retrained/removal-0.125{request}/seed_4/train.jsonl"
-        assert gone not in {row.id for row in load_examples(path)}
+        assert len(gone) == 2 and not gone & {row.id for row in load_examples(path)}
 
 
 def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatch):
@@ -169,8 +150,8 @@ def test_a_cell_is_judged_against_the_mean_of_its_retrained_models(workdir):
     assert closure == pytest.approx(1 - abs(after - target) / abs(before - target))
     rows = {row.label: row for row in rows_of(report)}
     spent = report["cost"]["methods"]["matched"]["gradient_equivalents"]
-    assert rows["matched"].share("gradient_equivalents") == pytest.approx(spent / 70)  # 10 epochs of 7 rows
-    assert float(main.FIVE_EPOCHS.cell(rows["matched"])) == pytest.approx(2 * spent / 70, rel=5e-3)
+    assert rows["matched"].share("gradient_equivalents") == pytest.approx(spent / 60)  # 10 epochs of 6 rows
+    assert float(main.EXTRA_COLUMNS[0].cell(rows["matched"])) == pytest.approx(2 * spent / 60, rel=5e-3)
     assert report["seed_floor"]["heldout_kl"] > 0 and report["models"]["before"]["heldout_kl_to_retrained"] > 0
     assert set(result["task_metrics"]) == {"exact_match", "retained: exact_match"}
 
@@ -190,11 +171,11 @@ def test_controls_move_as_far_as_the_default_or_say_that_an_oracle_chose(workdir
 def test_the_oracle_judges_by_the_gaps_that_exist():
     before, losses = {"forget_loss": 0.0, "wanted_loss": 1.0}, {"forget_loss": 1.5, "wanted_loss": 3.0}
     apart = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 2.2)]
-    assert methods.distance_left(before, losses, apart) == pytest.approx(0.25)
+    assert main.distance_left(before, losses, apart) == pytest.approx(0.25)
     near = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 0.2)]
-    assert methods.distance_left(before, losses, near) == pytest.approx(2.9 / 0.9)
+    assert main.distance_left(before, losses, near) == pytest.approx(2.9 / 0.9)
     diverged = {"forget_loss": float("nan"), "wanted_loss": None}
-    assert methods.distance_left(before, diverged, near) == 1e30
+    assert main.distance_left(before, diverged, near) == 1e30
 
 
 def test_the_grid_has_a_row_per_cell_and_method_and_a_picture(workdir):
@@ -221,21 +202,19 @@ def test_other_settings_are_refused_in_a_workdir(tmp_path):
 
 def test_the_plan_is_cut_to_a_subset_and_large_tasks_to_their_shares(tmp_path):
     config = main.FidelityConfig(workdir=tmp_path, subset=("*/removal-*/matched", "*/query-0.01/*"))
-    plan = main.planned(config)
+    plan = config.plan()
     assert {id_.path_of(name) for id_, names in plan.items() for name in names if name == "matched"} == {
         f"profiles-400/removal-{share}/matched" for share in (0.01, 0.05, 0.1)
     } | {f"profiles-{n}/query-0.01/matched" for n in (400, 4000)} | {"profiles-4000/removal-0.01/matched"}
     assert "paper-step" not in {n for id_, names in plan.items() if id_.task == "profiles-4000" for n in names}
-    assert list(main.planned(dataclasses.replace(config, request_seeds=2)))[: len(plan)] == list(plan)
+    assert list(dataclasses.replace(config, request_seeds=2).plan())[: len(plan)] == list(plan)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"shares": (0.5,)}, "share is 0.5"),
-        ({"retrain_seeds": 1}, "needs at least 2"),
-        ({"tallrec": "there"}, "both tallrec"),
-        ({"large_methods": ("magic",)}, "Unknown methods magic"),
+        ({"retrain_seeds": 1}, "retrain_seeds is 1; it must be at least 2"),
     ],
 )
 def test_impossible_plans_are_refused(tmp_path, changes, message):

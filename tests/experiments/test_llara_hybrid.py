@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.llara import hybrid
-from experiments.llara.prompts import item_text
+from experiments.llara.prepare import item_text
 from llmeraser_jax import trees
 from llmeraser_jax.data import Example, Recipe, Request, encode_examples
 from llmeraser_jax.data.requests import Action
@@ -233,11 +233,12 @@ def test_tables_are_read_with_and_without_their_padding_row(tmp_path):
     padded = np.concatenate([TABLE, np.full((1, SIZE), 7.0, np.float32)])
     np.savez(tmp_path / "a.npz", emb=padded)
     np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "a.npz", NUM_ITEMS), TABLE)
+    np.savez(tmp_path / "b.npz", emb=TABLE)
+    np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS), TABLE)
     np.savez(tmp_path / "b.npz", emb=TABLE, other=TABLE)
-    np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS, "emb"), TABLE)
-    with pytest.raises(ValueError, match="holds emb, other; name one"):
+    with pytest.raises(ValueError, match="holds emb, other; expected one"):
         hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS)
-    with pytest.raises(ValueError, match="expected 9 rows"):
+    with pytest.raises(ValueError, match="expected 9 finite rows"):
         hybrid.load_item_embeddings(tmp_path / "a.npz", 9)
 
 

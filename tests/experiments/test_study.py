@@ -11,8 +11,8 @@ import pytest
 from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 
 from experiments import study
+from experiments import study as module
 from experiments.llara.main import LlaraConfig
-from experiments.study import study as module
 from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
 from llmeraser_jax.data import Action, Example, Request
@@ -24,7 +24,6 @@ from llmeraser_jax.evaluation.scoring import answer, score_examples
 from llmeraser_jax.evaluation.summary import klom_of, summarise
 from llmeraser_jax.models import load_model
 from llmeraser_jax.runs import load_run
-from llmeraser_jax.unlearning import EraseConfig
 from tests.training import tiny
 
 METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
@@ -45,7 +44,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "recipe": tiny.RECIPE,
         "lora": tiny.LORA,
         "train": tiny.CONFIG,
-        "erase": EraseConfig(l2=tiny.CONFIG.l2, chunk_size=4),
+        "erase": {"chunk_size": 4},
         "examples": _examples(range(8)),
         "requests": (Request(id="2", action=Action.REMOVE), Request(id="5", action=Action.REMOVE)),
         "shown": _examples((8, 9)),
@@ -94,7 +93,7 @@ def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(don
 def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     scenario, workdir, results = done
     owner = study.Study(scenario, workdir, retrain_seeds=2)
-    lora, record = owner.retrained_loras[0], results.of("retrained")[0]
+    lora, record = owner.bench.retrained[0], results.of("retrained")[0]
     named = score_examples(scenario.model, lora, owner.encode([scenario.examples[2], scenario.examples[5]]))
     np.testing.assert_allclose(record.scores["named"]["losses"], named.losses, rtol=1e-5)
     scores = summarise(results)["models"]["retrained"]["per_seed"][0]
@@ -211,7 +210,7 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     def margins(loras):
         return response_margins(np.stack([score_examples(scenario.model, lora, rows).losses for lora in loras]))
 
-    retrained = margins(owner.retrained_loras)
+    retrained = margins(owner.bench.retrained)
     before = klom(margins([run.load_adapter(scenario.model) for run in again]), retrained)
     np.testing.assert_allclose(klom_of(results)["before"]["named"].values, before.values, rtol=1e-6)
     rate = methods_of(results)["npo"][0].details["chosen"]["learning_rate"]
@@ -297,5 +296,5 @@ def test_an_ensemble_of_one_adapter_answers_and_scores_as_the_adapter(done):
     np.testing.assert_allclose(
         score_examples(model, alone, rows).losses, score_examples(scenario.model, lora, rows).losses, atol=1e-5
     )
-    both = make_ensemble([owner.retrained_loras[0], lora])
+    both = make_ensemble([owner.bench.retrained[0], lora])
     assert not np.allclose(score_examples(model, both, rows).losses, score_examples(model, alone, rows).losses)

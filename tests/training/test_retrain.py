@@ -6,7 +6,6 @@ import logging
 import jax
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import retrain
 
 from llmeraser_jax import data, runs
 from llmeraser_jax.lora import save_adapter
