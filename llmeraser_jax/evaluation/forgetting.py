@@ -51,7 +51,7 @@ class HeldOutKL:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] | None = None  # name -> [retrained]; "" is the model left out
+        self._sums: dict[str | None, np.ndarray] | None = None  # name -> [retrained]; None: the one left out
         self._num_positions = 0
 
     def update(
@@ -76,10 +76,10 @@ class HeldOutKL:
         if num_retrained < 2:
             msg = f"The held-out KL leaves one retrained model out and needs at least two, got {num_retrained}."
             raise ValueError(msg)
-        found = {name: np.zeros(num_retrained) for name in (*candidate_log_probs, "")}
+        found = {name: np.zeros(num_retrained) for name in (*candidate_log_probs, None)}
         sums = found if self._sums is None else self._sums
-        if found.keys() != sums.keys() or len(found[""]) != len(sums[""]):
-            expected, got = (f"{sorted(each)[1:]} and {len(each[''])} retrained models" for each in (sums, found))
+        if found.keys() != sums.keys() or len(found[None]) != len(sums[None]):
+            expected, got = (f"{[*each][:-1]} and {len(each[None])} retrained models" for each in (sums, found))
             msg = f"Every chunk must hold the models of the first, {expected}, got {got}."
             raise ValueError(msg)
         selected = np.asarray(mask).astype(bool)
@@ -105,7 +105,7 @@ class HeldOutKL:
             for r in range(num_retrained):
                 # Summed directly: total minus p_r would cancel where p_r dominates.
                 mean = np.delete(probs, r, axis=0).mean(axis=0)
-                found[""][r] += _kl_sum(mean, references[r])
+                found[None][r] += _kl_sum(mean, references[r])
                 for name, log_probs in judged.items():
                     found[name][r] += _kl_sum(mean, log_probs)
         self._sums = found if self._sums is None else {name: self._sums[name] + found[name] for name in found}
@@ -121,8 +121,11 @@ class HeldOutKL:
             msg = "No position was added; the held-out set has no response token."
             raise ValueError(msg)
         means = {name: tuple((sums / self._num_positions).tolist()) for name, sums in self._sums.items()}
-        left_out = means.pop("")
-        return HeldOutKLResult(candidates=means, retrained_left_out=left_out, num_positions=self._num_positions)
+        left_out = means.pop(None)
+        candidates = {str(name): each for name, each in means.items()}
+        return HeldOutKLResult(
+            candidates=candidates, retrained_left_out=left_out, num_positions=self._num_positions
+        )
 
 
 def heldout_kl(

@@ -729,7 +729,7 @@ def _stayed(group: str) -> Callable[[Json], str]:
 def _ritz(receipt: Json) -> str:
     """Least and largest over all steps."""
     pairs = [step.get("ritz_extremes") or (None, None) for step in receipt["steps"]]
-    low, high = ([pair[k] for pair in pairs if pair[k] is not None] for k in (0, 1))
+    low, high = ([float(pair[k]) for pair in pairs if pair[k] is not None] for k in (0, 1))
     return f"{show_number(min(low))} to {show_number(max(high))}" if low and high else MISSING
 
 

@@ -94,7 +94,7 @@ class Hopeless:
 
 def cell_of(workdir, model, request_seed=0):
     id_ = main.CellId(task="tiny", category="removal", share=0.125, request_seed=request_seed)
-    return main.study_of(workdir, id_, TinyTask(), model, 2)
+    return main.study_of(workdir, id_, TinyTask(), model, 2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")

@@ -199,8 +199,8 @@ def erasure_of(directory):
 
 def test_the_command_runs_every_mode(work, tmp_path, capsys):
     quick = ["--chunk-size", "12", "--descent-steps", "3", "--cg-max-steps", "2"]
-    modes = {"published": ("--mode", "published"), "paper": ("--mode", "paper")}
-    modes["path"] = ("--path-weights", "1", "0.5", "0")
+    modes = {"published": ["--mode", "published"], "paper": ["--mode", "paper"]}
+    modes["path"] = ["--path-weights", "1", "0.5", "0"]
     deltas = {}
     for mode, flags in modes.items():
         assert run_main(work, tmp_path / mode, *flags, *quick) == 0
