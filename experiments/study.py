@@ -2,7 +2,7 @@
 
 A `Scenario` says what was trained and what is to go; a `Study` holds its models and their records, whose files
 `llmeraser_jax.evaluation.records` describes. Besides, `before/` and `retrained/seed_*/` are run directories. All
-calls of ways to forget are in `METHODS`, `Study.method` and `Study.setting`.
+methods are chosen in `METHODS` and `Study.method`, and run in `Study.fit`.
 
 All methods get the same adapter, data and requests. Descents get the learning rate of a small grid at which the
 mean losses come nearest to the retrained models': an oracle that no user has, and that this package's own methods
@@ -26,19 +26,7 @@ import numpy as np
 import tyro
 
 from experiments.common import claim_settings, log_progress, require_at_least
-from llmeraser_jax import data, files, trees
-from llmeraser_jax.baselines import (
-    BASELINES,
-    Ensemble,
-    Fitted,
-    Setting,
-    ensemble_model,
-    make_ensemble,
-    retrain,
-    setting_of_run,
-)
-from llmeraser_jax.baselines.descent import Descent
-from llmeraser_jax.baselines.erasing import Erasing
+from llmeraser_jax import data, files, trees, unlearning
 from llmeraser_jax.data import Example, Recipe, Request, TokenDataset
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures, robustness
@@ -65,11 +53,22 @@ from llmeraser_jax.evaluation.summary import REPORT_FILE, summarise
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.parallel import parse_mesh
+from llmeraser_jax.rivals import RIVALS, Ensemble, ensemble_model, get_method, make_ensemble
+from llmeraser_jax.rivals.descent import Descent
 from llmeraser_jax.runs import Run
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
+from llmeraser_jax.training.retrain import retrain
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning import EraseConfig, UnlearningError
+from llmeraser_jax.unlearning import (
+    Budget,
+    Method,
+    Result,
+    UnlearningError,
+    UnlearningTask,
+    Workspace,
+    task_of_run,
+)
 
 logger = logging.getLogger("study")
 
@@ -82,15 +81,16 @@ LEARNING_RATES = (
 FULL_LEARNING_RATES = (1e-5, 5e-5, 2e-4)
 NUM_DESCENT_STEPS = 20  # at least: where the forget set is a batch or two, descents take more epochs than their own
 
-DESCENTS = tuple(name for name, method in BASELINES.items() if isinstance(method, Descent))
+DESCENTS = tuple(name for name, method in RIVALS.items() if isinstance(method, Descent))
+KNOWN = (*unlearning.METHODS, *RIVALS)
 SHARDED = ("sisa", "receraser")
-ONE_SEED = ("llmeraser-paper-step", "llmeraser-path", "finetune-edited")  # they draw nothing, or cost retrainings
+ONE_SEED = ("paper-step", "path", "finetune-edited")  # they draw nothing, or cost retrainings
 METHODS = (
-    "llmeraser-auto", "llmeraser-path", "llmeraser-step", "llmeraser-paper-step", "llmeraser-paper-descent",
-    "llmeraser-reference-compat", "finetune-edited", *DESCENTS, *SHARDED,
+    "auto", "path", "step", "paper-step", "paper-descent",
+    "public-script", "finetune-edited", *DESCENTS, *SHARDED,
 )  # fmt: skip
 # KLOM wants every method on each of many trained models: not methods that cost as much as training them.
-WITHOUT_KLOM = (*SHARDED, "llmeraser-paper-step", "llmeraser-paper-descent", "llmeraser-path")
+WITHOUT_KLOM = (*SHARDED, "paper-step", "paper-descent", "path")
 
 Encode = Callable[[Sequence[Example]], TokenDataset]
 Losses = Mapping[str, Any]  # name of a mean loss -> it; None where there is none
@@ -100,7 +100,7 @@ class NotYetError(LookupError):
     """A method needs the result of another that is not there."""
 
 
-def check_methods(names: Iterable[str], known: Collection[str] = BASELINES.keys()) -> None:
+def check_methods(names: Iterable[str], known: Collection[str] = KNOWN) -> None:
     """Refuses names that are no methods.
 
     Raises:
@@ -117,7 +117,7 @@ class StudyOptions:
     """Which ways to forget are compared, and how often.
 
     Attributes:
-        methods: ways to forget, names in `llmeraser_jax.baselines.BASELINES`.
+        methods: ways to forget, names that `llmeraser_jax.rivals.get_method` knows.
         retrain_seeds: retrained models, at least 2.
         method_seeds: seeds of each method that draws anything.
         sharded_seeds: seeds of sisa and receraser, which train all their shards for each.
@@ -209,8 +209,8 @@ class TaskConfig(StudyOptions):
     def scenario(self, **fields: Any) -> Scenario:
         """A scenario trained as this configuration says."""
         fields.setdefault("learning_rates", FULL_LEARNING_RATES if self.full else LEARNING_RATES)
-        erase = {"chunk_size": self.train.microbatch_size}
-        return Scenario(**{"lora": self.lora, "train": self.train, "erase": erase, **fields})
+        chunk_size = self.train.examples_per_pass
+        return Scenario(**{"lora": self.lora, "train": self.train, "chunk_size": chunk_size, **fields})
 
 
 # Llama-2-7B as the recommendation papers train it. LLaRA's script also puts dropout 0.1 on LoRA's input, which is
@@ -252,7 +252,7 @@ class Scenario:
         model: the base, loaded.
         recipe: how examples become tokens.
         lora, train: the adapter and its training.
-        erase: settings that all of this package's methods share; each then states what is its own.
+        chunk_size: examples per micro-batch of every method that forgets.
         examples: as trained on.
         requests: what is to go.
         shown: calibration rows: of the same kind, not trained on, and shown to methods.
@@ -262,7 +262,7 @@ class Scenario:
         make_task: `(model, encode) -> measures.Task`.
         users: id -> user, where examples have one.
         learning_rates: offered to the descents.
-        methods: by name, in the place of `BASELINES`' own or besides them; a function is given the `Study`.
+        methods: by name, in the place of `get_method`'s or besides them; a function is given the `Study`.
         distance: how far losses are from the retrained models', for choices by an oracle.
         num_task_seeds: so many seeds of a method are measured on the task; None is all.
         probed: also round and relearn (see `measures.PROBES`).
@@ -277,7 +277,7 @@ class Scenario:
     recipe: Recipe
     lora: LoraConfig
     train: TrainConfig
-    erase: Mapping[str, Any]
+    chunk_size: int
     examples: tuple[Example, ...]
     requests: tuple[Request, ...]
     shown: tuple[Example, ...]
@@ -312,7 +312,7 @@ class Study:
         self.model = scenario.model
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train")}
         recipe = scenario.recipe.to_mapping()
-        claim_settings(workdir, {**scenario.settings, **parts, "erase": dict(scenario.erase), "recipe": recipe})
+        claim_settings(workdir, {**scenario.settings, **parts, "chunk_size": scenario.chunk_size, "recipe": recipe})
         # Held-out KL, and what an oracle chose, are of the retrained models there were at that time.
         plan = workdir / COMPARISON_FILE
         found = files.read_json(plan)["retrain_seeds"] if plan.exists() else retrain_seeds
@@ -379,18 +379,18 @@ class Study:
         """As the training saw them."""
         return self.before.encode(examples, self.model.tokenizer)
 
-    def setting(self, workdir: Path | None = None, run: Run | None = None) -> Setting:
+    def task(self, workdir: Path | None = None, run: Run | None = None) -> UnlearningTask:
         """What a method is given: the trained model, or another one that was trained on the same data."""
-        return setting_of_run(self.before if run is None else run, self.requests, model=self.model,
-                              data_path=self.data / "train.jsonl", heldout=self.scenario.shown,
-                              users=self.scenario.users, workdir=workdir)  # fmt: skip
+        return task_of_run(self.before if run is None else run, self.requests, model=self.model,
+                           data_path=self.data / "train.jsonl", calibration=self.scenario.shown,
+                           users=self.scenario.users, workdir=workdir)  # fmt: skip
 
     @functools.cached_property
     def bench(self) -> measures.Bench:
         """What every model is measured on."""
         return measures.Bench(
             model=self.model,
-            problem=self.setting().problem,
+            problem=self.task().problem,
             retrained=tuple(run.load_adapter(self.model) for run in self.retrained),
             heldout=self.encode(self.scenario.heldout),
             task=self.scenario.make_task(self.model, self.encode),
@@ -434,9 +434,9 @@ class Study:
         pairs = zip(self.retrained, self.bench.retrained, strict=True)
         return before, tuple(kept(RETRAINED, run.train_config.seed, run, lora) for run, lora in pairs)
 
-    def _distance(self, fitted: Fitted) -> float:
+    def _distance(self, fitted: Result) -> float:
         before, retrained = self.reference()
-        losses = self.losses(fitted.model, fitted.params)
+        losses = self.losses(_model_of(fitted), fitted.params)
         return self.scenario.distance(
             _mean_losses(before.scores), losses, [_mean_losses(of.scores) for of in retrained]
         )
@@ -459,7 +459,7 @@ class Study:
 
         Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches, at the best of several rates.
         """
-        listed: Any = self.scenario.methods[name] if name in self.scenario.methods else BASELINES[name]
+        listed: Any = self.scenario.methods[name] if name in self.scenario.methods else get_method(name)
         if callable(listed):
             listed = listed(self)
         if isinstance(listed, Descent):
@@ -470,24 +470,18 @@ class Study:
             descent: Any = dataclasses.replace(listed, epochs=epochs, microbatch_size=microbatch)
             rates = {r: dataclasses.replace(descent, learning_rate=r) for r in self.scenario.learning_rates}
             listed = Nearest(candidates=rates, chosen_as="learning_rate")
-        elif isinstance(listed, Erasing):
-            default = EraseConfig()
-            own = {f.name: value for f in dataclasses.fields(EraseConfig) if f.name not in ("l2", "seed")
-                   and (value := getattr(listed.config, f.name)) != getattr(default, f.name)}  # fmt: skip
-            seeded = {"seed": self.scenario.train.seed + seed, "method": listed.config.method}
-            return Erasing(config=EraseConfig(**{**self.scenario.erase, **own, **seeded}))
         if isinstance(listed, Nearest):
             seeded = {number: _seeded(candidate, seed) for number, candidate in listed.candidates.items()}
             return dataclasses.replace(listed, candidates=seeded)
-        return listed if isinstance(listed, Erasing) else _seeded(listed, seed)
+        return _seeded(listed, seed)
 
-    def _choose(self, nearest: Nearest) -> tuple[Fitted, dict[str, Any]]:
+    def _choose(self, nearest: Nearest, seed: int) -> tuple[Result, dict[str, Any]]:
         """Of several configurations the one that comes nearest to retraining, fitted, and what was tried."""
         found: dict[str, float | str] = {}
         best, chosen, least = None, math.nan, np.inf
         for number, candidate in nearest.candidates.items():
             try:
-                fitted = candidate.fit(self.setting())
+                fitted = self._run(candidate, seed, self.task())
                 found[f"{number:g}"] = distance = self._distance(fitted)
             except FloatingPointError as error:
                 found[f"{number:g}"] = str(error)
@@ -499,17 +493,27 @@ class Study:
             raise FloatingPointError(msg)
         return best, {nearest.chosen_as: chosen, f"distances_of_{nearest.chosen_as}s": found}
 
-    def fit(self, name: str, seed: int, workdir: Path | None = None, run: Run | None = None) -> tuple[Fitted, Any]:
+    def fit(self, name: str, seed: int, workdir: Path | None = None, run: Run | None = None) -> tuple[Result, Any]:
         """A method with a seed, and what was chosen for it: by the first seed, for all."""
         method, chosen = self.method(name, seed), {}
         if isinstance(method, Nearest):
             first = record_path(self.workdir, name, 0)
             tuned = read_record(first).details.get("chosen") if first.exists() else None
             if tuned is None:
-                return self._choose(method)
+                return self._choose(method, seed)
             chosen = {method.chosen_as: tuned[method.chosen_as]}
             method = method.candidates[tuned[method.chosen_as]]
-        return method.fit(self.setting(workdir, run)), chosen
+        return self._run(method, seed, self.task(workdir, run)), chosen
+
+    def _run(self, method: Method, seed: int, task: UnlearningTask) -> Result:
+        """A method with its seed. None is cut short at a retraining's cost, since cost is a result."""
+        workspace = Workspace(
+            budget=Budget(retraining=task.cost_of_retraining),
+            mesh=task.mesh,
+            chunk_size=self.scenario.chunk_size,
+            seed=self.scenario.train.seed + seed,
+        )
+        return method.run(task, workspace)
 
     def run(self, name: str, seed: int) -> Record:
         """One method with one seed, or its file. One that finds no step is a result too: `failed`, the reason."""
@@ -521,20 +525,22 @@ class Study:
                 fitted, chosen = self.fit(name, seed, checkpoints)
             except (UnlearningError, FloatingPointError) as error:
                 return Record(model=name, kind="unlearned", seed=seed, failed=str(error))
-            details = {k: v for k, v in fitted.details.items() if k not in ("loss_terms", "receipt")}
-            if fitted.model is self.model:
+            details = {k: v for k, v in fitted.details.items() if k != "loss_terms"}
+            if _model_of(fitted) is self.model:
                 details["delta_norm"] = float(trees.tree_norm(trees.tree_sub(fitted.params, self.lora)))
             else:
-                details["own_before"] = self.losses(fitted.model, fitted.before)
-            receipt = fitted.details.get("receipt")
-            costs = ("gradient_equivalents", "seconds", "preparation_gradient_equivalents")
+                details["own_before"] = self.losses(_model_of(fitted), fitted.before)
             return Record(
                 model=name,
                 kind="unlearned",
                 seed=seed,
-                scores=measures.measure(self.bench, fitted.model, fitted.params, self._measures(seed)),
-                cost={key: getattr(fitted, key) for key in costs},
-                receipt=None if receipt is None else receipt_to_keep(receipt),
+                scores=measures.measure(self.bench, _model_of(fitted), fitted.params, self._measures(seed)),
+                cost={
+                    "gradient_equivalents": fitted.cost.total,
+                    "seconds": fitted.seconds,
+                    "preparation_gradient_equivalents": fitted.cost.preparation,
+                },
+                receipt=None if fitted.receipt is None else receipt_to_keep(fitted.receipt.to_mapping()),
                 details={"chosen": chosen, "oracle": bool(chosen), **details},
             )
 
@@ -564,7 +570,7 @@ class Study:
 
         def forgotten(name: str, seed: int, run: Run) -> tuple[Model, LoraParams]:
             fitted, _ = self.fit(name, seed, run=run)
-            return fitted.model, fitted.params
+            return _model_of(fitted), fitted.params
 
         for kind, runs in ((RETRAINED, retrained), (BEFORE, trained)):
             for seed, run in enumerate(runs):
@@ -609,6 +615,30 @@ def _mean_losses(scores: Mapping[str, Any]) -> dict[str, float | None]:
     names = {"named": "forget_loss", "wanted": "wanted_loss", "retained": "retained_loss"}
     losses = {name: [math.nan if x is None else x for x in scores[part]["losses"]] for part, name in names.items()}
     return {name: seed_mean(values) if values else None for name, values in losses.items()}
+
+
+def _model_of(result: Result) -> Model:
+    """What reads a language model's parameters."""
+    assert result.model is not None
+    return result.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgeted:
+    """A method with a budget of its own.
+
+    Attributes:
+        method: what forgets.
+        budget: share of a retraining.
+    """
+
+    method: Method
+    budget: float
+
+    def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
+        """The method's result within the budget."""
+        budget = Budget.of_share(self.budget, task.cost_of_retraining)
+        return self.method.run(task, dataclasses.replace(workspace, budget=budget))
 
 
 def _seeded(method: Any, seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 import llmeraser_jax as le
 from experiments.benchmarks.workload import CG_DAMPING, CG_STEPS, ERASE_SAMPLE, L2, Workload, encode, solve_facts
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, make_linearised, mv_many
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
 from llmeraser_jax.environment import describe_devices
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.parallel import make_mesh, place_stack, replicate
 from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.types import mv_many
 
 Run = Callable[[], dict[str, Any]]
 
@@ -71,7 +73,7 @@ class JaxSide:
             return self._compiled(gradient_sum, self.objective, self.lora, self.stack)
         if name.startswith("cg"):
             return {}, lambda: self._cg(kind, kept=name.endswith("kept"))
-        operator = make_linearised(self.operator(kind)) if name.endswith("kept") else self.operator(kind)
+        operator = linearise(self.operator(kind)) if name.endswith("kept") else self.operator(kind)
         if " k=" in name:
             k = int(name.rsplit("=", 1)[1])
             return self._compiled(mv_many, operator, jax.tree.map(lambda x: jnp.stack([x] * k), self.v))
@@ -91,29 +93,27 @@ class JaxSide:
 
     def _cg(self, kind: str, *, kept: bool) -> dict[str, Any]:
         """A solve from nothing: where products are kept, making what is kept is in the time."""
-        operator = make_linearised(self.operator(kind)) if kept else self.operator(kind)
+        operator = linearise(self.operator(kind)) if kept else self.operator(kind)
         solver = ConjugateGradients(rtol=0.0, max_steps=CG_STEPS)
         solution = jax.block_until_ready(self._solve(solver, Damped(operator, CG_DAMPING[kind]), self.v))
         return solve_facts(int(solution.num_steps), negative_curvature=bool(solution.negative_curvature))
 
     def _erase(self) -> dict[str, Any]:
-        config = le.EraseConfig(
-            method="step",
-            curvature="gauss-newton",
-            curvature_data="sample",
-            sample_size=ERASE_SAMPLE,
-            damping=1e-2,
-            trust_region=False,
-            cg_max_steps=CG_STEPS,
-            cg_rtol=0.0,
-            l2=L2,
-            chunk_size=self.workload.shape.chunk_size,
-            diagnostic_sample=8,
+        method = le.Step(
+            curvature=le.CurvatureSpec(sample_size=ERASE_SAMPLE, damping=1e-2),
+            solver=ConjugateGradients(max_steps=CG_STEPS, rtol=0.0),
+            trust_region=None,
         )
         requests = le.load_requests(self.workload.directory / "requests.jsonl", self.examples)
-        result = le.erase(self.model, self.lora, encode(self.examples, self.model.tokenizer), requests, config)
-        jax.block_until_ready(result.lora)
-        cost = result.receipt.gradient_equivalents
+        task = le.UnlearningTask(
+            model=self.model,
+            adapter=self.lora,
+            data=encode(self.examples, self.model.tokenizer),
+            requests=requests,
+            training=le.TrainConfig(l2=L2),
+        )
+        result = le.erase(task, method, math.inf, chunk_size=self.workload.shape.chunk_size)
+        cost = jax.block_until_ready(result).cost
         return {"gradient_equivalents": float(cost.total), "diagnostics": float(cost.diagnostics)}
 
     def describe(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import dataclasses
 import fnmatch
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -31,9 +30,6 @@ from experiments.common import claim_settings, load_demo_base, log_progress, req
 from experiments.fidelity import profiles
 from experiments.fidelity.profiles import CATEGORIES, LARGE, NUM_HELDOUT_PEOPLE, Category, ProfilesTask
 from llmeraser_jax import files, trees
-from llmeraser_jax.baselines import EqualLengthAscent
-from llmeraser_jax.baselines.erasing import Erasing
-from llmeraser_jax.baselines.finetune_edited import FinetuneEdited
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.closure import gap_closure, seed_mean
@@ -43,13 +39,24 @@ from llmeraser_jax.evaluation.records import MetricMeaning, read_comparison, rec
 from llmeraser_jax.evaluation.render import Block, Details, Page, Text, render_text, show_number, write_page
 from llmeraser_jax.evaluation.summary import summarise
 from llmeraser_jax.models import Model
-from llmeraser_jax.unlearning import EraseConfig
+from llmeraser_jax.rivals import EqualLengthAscent, FinetuneEdited
+from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.unlearning import (
+    PAPER_STEP,
+    PUBLIC_SCRIPT,
+    Corrected,
+    CurvatureSpec,
+    KroneckerPreconditioner,
+    Step,
+    TargetMatching,
+)
+from llmeraser_jax.unlearning import Path as InfluencePath
 
 logger = logging.getLogger("fidelity")
 LENGTHS = tuple(
     np.geomspace(0.01, 0.64, 10).tolist()
 )  # that an oracle chooses from, as shares of the adapter's norm
-REFERENCE_METHOD = "matched"
+REFERENCE_METHOD = "target-matching"
 PAPER_EPOCHS = 5
 PAPER_SHARE = 1 / 31  # of a retraining: the cost that the paper states
 RETAINED_METRICS = {
@@ -59,14 +66,10 @@ RETAINED_METRICS = {
 }
 
 
-def erasing(**changes: Any) -> Erasing:
-    """This package's method with `changes`, fields of `EraseConfig`; never cut short, as its cost is a result."""
-    return Erasing(config=EraseConfig(**{"budget": math.inf, **changes}))
-
-
-def within_paper_share(cell: study.Study) -> Erasing:
+def within_paper_share(cell: study.Study) -> study.Budgeted:
     """Target matching with a budget: the paper's share of a retraining of five epochs."""
-    return erasing(method="matched", budget=PAPER_SHARE * PAPER_EPOCHS / cell.scenario.train.epochs)
+    budget = PAPER_SHARE * PAPER_EPOCHS / cell.scenario.train.epochs
+    return study.Budgeted(method=TargetMatching(), budget=budget)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +89,7 @@ class Control:
 
     def __call__(self, cell: study.Study) -> Any:
         """The control, or its candidates, for one cell."""
-        chunk = cell.scenario.erase.get("chunk_size", 16)
-        whole = EqualLengthAscent(num_steps=self.num_steps, difference=self.difference, chunk_size=chunk)
+        whole = EqualLengthAscent(num_steps=self.num_steps, difference=self.difference)
         if self.as_far_as is not None:
             share = cell.distance_moved(self.as_far_as) / float(trees.tree_norm(cell.lora))
             return dataclasses.replace(whole, length=share)
@@ -96,19 +98,21 @@ class Control:
 
 
 METHODS: Mapping[str, Any] = {
-    "matched": erasing(method="matched"),
-    "matched-no-repairs": erasing(method="matched", repairs=0),
-    "matched-budget": within_paper_share,
-    "path": erasing(method="path"),
-    "paper-step": erasing(method="step", curvature="hessian", curvature_data="all", trust_region=False),
-    "paper-step-sample": erasing(method="step", curvature="hessian", trust_region=False),
-    "step-gauss-newton": erasing(method="step", trust_region=False),
-    "ekfac": erasing(method="step", solver="ekfac", sample_size=256, trust_region=False),
-    "newton": erasing(method="step", rhs="newton"),
-    "newton-correctors": erasing(method="step", rhs="newton", correctors=3),
-    "reference-compat": erasing(
-        method="step", curvature="hessian", solver="reference-compat", curvature_data="all", trust_region=False
+    "target-matching": TargetMatching(),
+    "matching-without-restoration": TargetMatching(restoration_steps=0),
+    "matching-within-budget": within_paper_share,
+    "path": InfluencePath(),
+    "paper-step": PAPER_STEP,
+    "paper-step-sample": Step(curvature=CurvatureSpec(kind="hessian"), trust_region=None),
+    "step-gauss-newton": Step(trust_region=None),
+    "ekfac": Step(
+        curvature=CurvatureSpec(sample_size=256),
+        solver=ConjugateGradients(max_steps=1, preconditioner=KroneckerPreconditioner()),
+        trust_region=None,
     ),
+    "newton": Step(rhs="newton"),
+    "newton-corrected": Corrected(method=Step(rhs="newton"), max_steps=3),
+    "public-script": PUBLIC_SCRIPT,
     "fine-tune-1-epoch": FinetuneEdited(epochs=1),
     "cb-as-matched": Control(as_far_as=REFERENCE_METHOD, num_steps=1),
     "cb-best": Control(num_steps=1),
@@ -117,7 +121,7 @@ METHODS: Mapping[str, Any] = {
     "difference-as-matched": Control(as_far_as=REFERENCE_METHOD, difference=True),
     "difference-best": Control(difference=True),
 }
-OVER_ALL_ROWS = ("paper-step", "reference-compat")  # several retrainings each in a large population
+OVER_ALL_ROWS = ("paper-step", "public-script")  # several retrainings each in a large population
 
 
 def distance_left(before: study.Losses, losses: study.Losses, retrained: Any) -> float:
@@ -234,7 +238,7 @@ def study_of(workdir: Path, id_: CellId, task: ProfilesTask, model: Model, retra
         recipe=task.recipe,
         lora=task.lora,
         train=task.train,
-        erase={"chunk_size": 32},
+        chunk_size=32,
         examples=drawn.train,
         requests=requests,
         shown=drawn.heldout[:like_train],

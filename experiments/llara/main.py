@@ -38,12 +38,12 @@ from experiments.llara.scoring import (
     match_answers,
 )
 from llmeraser_jax import files
-from llmeraser_jax.baselines import RecEraser
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.evaluation.measures import metrics_as_json
 from llmeraser_jax.evaluation.records import MetricMeaning
 from llmeraser_jax.evaluation.scoring import answer
 from llmeraser_jax.models import Model
+from llmeraser_jax.rivals import RecEraser
 
 QUESTIONS: Mapping[Scenario, str] = {
     "removal": "Can it forget all examples of some users, as if they had never been trained on?",
@@ -71,7 +71,7 @@ class LlaraConfig(study.TaskConfig, Draws):
     """
 
     # More than half of the rows are named by a modification, each with a path of its own: several retrainings.
-    methods: tuple[str, ...] = tuple(name for name in study.METHODS if name != "llmeraser-path")
+    methods: tuple[str, ...] = tuple(name for name in study.METHODS if name != "path")
     item_embeddings: Path | None = None
     scenarios: tuple[Scenario, ...] = SCENARIOS
     num_generated: int = 100

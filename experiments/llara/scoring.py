@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from experiments.llara.hybrid import ApplyHybrid, embed, split_adapter, split_base
 from experiments.llara.prepare import Question, make_example
-from llmeraser_jax.baselines import Ensemble, ensemble_model
-from llmeraser_jax.baselines.ensemble import ApplyEnsemble
 from llmeraser_jax.data import TokenDataset, encode_examples
 from llmeraser_jax.evaluation.tasks import Metric, count_metric, hit_ratio, hit_ratio_of_valid
 from llmeraser_jax.models import Model
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
 from llmeraser_jax.models.generation import empty_cache, make_stale, pad_left
+from llmeraser_jax.rivals import Ensemble, ensemble_model
+from llmeraser_jax.rivals.ensemble import ApplyEnsemble
 from llmeraser_jax.types import LoraParams
 
 _PROMPT_BLOCK = 128  # prompt tokens read at a time

@@ -17,13 +17,13 @@ import numpy as np
 import tyro
 
 from experiments.common import load_demo_base
-from llmeraser_jax.data import Example, Recipe, TokenDataset, encode_examples, parse_requests
+from llmeraser_jax.data import Example, Recipe, encode_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS, Person, make_directory
 from llmeraser_jax.evaluation.render import Table, render_text
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
+from llmeraser_jax.unlearning import UnlearningTask, erase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,18 +104,23 @@ def main(config: Main) -> None:
     outside = [row(f"u{i}", person) for i, person in enumerate(unseen)]
     calibration = encode_examples(outside, dataset.recipe, model.tokenizer)
     requests = parse_requests(lines, examples)
-    problem = make_problem(model, dataset, requests)
     train = TrainConfig(epochs=config.epochs, batch_size=8, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3)
     initial = model.init_lora(jax.random.key(0), LoraConfig(rank=8, alpha=16.0, target_modules="all-linear"))
     before = finetune(model, dataset, train, lora=initial).lora
-    kept = np.concatenate([problem.retained, problem.wanted])
-    edited = TokenDataset(
-        [problem.examples.encoded[i] for i in kept], dataset.recipe, buckets=problem.examples.buckets
+    task = UnlearningTask(
+        model=model,
+        adapter=before,
+        data=dataset,
+        requests=requests,
+        training=train,
+        calibration=calibration,
+        initial=initial,
     )
-    retrained = finetune(model, edited, dataclasses.replace(train, seed=config.seed), lora=initial).lora
-    erasing = EraseConfig(l2=train.l2, chunk_size=16)
-    cost = float(config.epochs * len(edited))
-    result = erase(model, before, dataset, requests, erasing, heldout=calibration, retrain_cost=cost)
+    problem, again = task.problem, dataclasses.replace(train, seed=config.seed)
+    retrained = finetune(model, task.edited, again, lora=initial).lora
+    result = erase(task)
+    receipt = result.receipt
+    assert receipt is not None  # of the package's own methods
 
     place = {dataset.examples[i].id: k for k, i in enumerate(problem.named)}
     groups = {}
@@ -126,16 +131,14 @@ def main(config: Main) -> None:
             groups[f"{kind} (new)"] = (problem.examples, problem.replacements[chosen])
     groups["retained"] = (problem.examples, problem.retained)
     groups["not trained on"] = (calibration, None)
-    adapters = (before, result.lora, retrained)
+    adapters = (before, result.params, retrained)
     rows = tuple(
         (name, *(f"{score_examples(model, lora, *of).losses.mean():.3f}" for lora in adapters))
         for name, of in groups.items()
     )
     table = Table(("mean loss, nats per token", "before", "erased", "retrained"), rows)
-    share = result.receipt.gradient_equivalents.share_of_retraining
-    sys.stdout.write(
-        f"{render_text([table])}outcome: {result.receipt.outcome}\ncost: {share:.2f} of a retraining\n"
-    )
+    share = result.cost.share_of_retraining
+    sys.stdout.write(f"{render_text([table])}outcome: {receipt.outcome}\ncost: {share:.2f} of a retraining\n")
 
 
 if __name__ == "__main__":

@@ -22,24 +22,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD
 
 from experiments.common import claim_settings, load_demo_base, log_progress
 from experiments.fidelity.profiles import NUM_HELDOUT_PEOPLE, ProfilesTask, make_requests
 from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import restore_pytree, save_pytree
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, make_linearised
-from llmeraser_jax.curvature.factor import FactoredCurvature, factored_curvature
-from llmeraser_jax.curvature.kfac import ekfac, example_factors
+from llmeraser_jax.curvature import (
+    CURVATURES,
+    Damped,
+    DatasetCurvature,
+    FactoredCurvature,
+    ekfac,
+    example_factors,
+    factored_curvature,
+    linearise,
+)
 from llmeraser_jax.curvature.taps import token_factors
-from llmeraser_jax.data import encode_examples, save_examples
+from llmeraser_jax.data import save_examples
 from llmeraser_jax.evaluation.render import MISSING, Page, Table, render_text, write_page
-from llmeraser_jax.losses import gradient_sum, lm_objective, weight_sum
+from llmeraser_jax.losses import gradient_sum, weight_sum
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.solvers.spectral import factored_preconditioner, nystroem_from_products, sketch_probes
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
-from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD
+from llmeraser_jax.unlearning import erase, task_of_run
 
 logger = logging.getLogger("preconditioners")
 
@@ -151,14 +158,12 @@ def measure(config: PreconditionersConfig) -> Iterator[dict[str, Any]]:
     path = config.workdir / "train.jsonl"
     save_examples(path, drawn.train)
     run = finetune_run(model, path, config.workdir / "run", recipe=task.recipe, lora=task.lora, config=task.train)
-    dataset, lora = run.encode(run.load_examples(), model.tokenizer), run.load_adapter(model)
-    objective = lm_objective(model.apply, model.base, l2=task.train.l2)
-    problem = make_problem(model, dataset, requests)
+    unseen = drawn.heldout[: 2 * NUM_HELDOUT_PEOPLE]
+    unlearning = task_of_run(run, requests, model=model, calibration=unseen)
+    lora, objective, problem = unlearning.adapter, unlearning.objective, unlearning.problem
     forgotten = config.workdir / "forgotten"
     if not forgotten.exists():
-        unseen = encode_examples(drawn.heldout[: 2 * NUM_HELDOUT_PEOPLE], task.recipe, model.tokenizer)
-        erasing = EraseConfig(l2=objective.l2, chunk_size=32)
-        save_pytree(forgotten, erase(model, lora, dataset, requests, erasing, heldout=unseen).lora)
+        save_pytree(forgotten, erase(unlearning, chunk_size=32).params)
     adapters = {"start": lora, "end": restore_pytree(forgotten, lora)}
 
     def stack_of(weighted):
@@ -171,7 +176,7 @@ def measure(config: PreconditionersConfig) -> Iterator[dict[str, Any]]:
             rng = np.random.default_rng([config.seed, 1])
             weighted = problem.path_mean(POINTS[point], config.sample_size, rng)
             stack, count, params = stack_of(weighted), len(weighted.indices), adapters[point]
-            operator = make_linearised(DatasetCurvature(objective, params, stack, CURVATURES["gauss-newton"]))
+            operator = linearise(DatasetCurvature(objective, params, stack, CURVATURES["gauss-newton"]))
             rhs = gradient_sum(objective, params, stack_of(problem.influence_rhs()))
             tried = candidates(config, objective, params, operator, stack, count, trained, problem.num_trained)
         for rho, path in paths.items():

@@ -28,7 +28,7 @@ class BookConfig(TallrecConfig):
     """
 
     scenarios: tuple[ScenarioName, ...] = ("removal", "correction")
-    methods: tuple[str, ...] = tuple(name for name in study.METHODS if name != "llmeraser-path")
+    methods: tuple[str, ...] = tuple(name for name in study.METHODS if name != "path")
     num_rows: int = 80
     rows_per_user: int = 1
     num_test: int = 200

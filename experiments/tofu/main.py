@@ -28,7 +28,7 @@ FIRST_FORGOTTEN = 190  # forget05 is the last ten authors
 FIRST_PERTURBED = 180  # forget10 and its perturbed answers begin here
 WORLD_FACTS = "world_facts_perturbed.json"  # read where it is there
 # A path, and the Hessian over all rows, cost several retrainings here.
-METHODS = tuple(name for name in study.METHODS if name not in ("llmeraser-path", "llmeraser-paper-step"))
+METHODS = tuple(name for name in study.METHODS if name not in ("path", "paper-step"))
 _RATIO = (
     "mean of min(R, 1/R) on the forgotten questions, R the probability of the wrong answers over the right one's"
 )

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 

@@ -408,7 +408,7 @@ def test_comparisons_and_runs_share_a_page(directory, tmp_path):
     erasure = write_erasure(tmp_path / "run_a", steps=[_step()])
     write_study(tmp_path / "again" / "colours")
     receipt = _receipt(_step(), bf16_survival=None)
-    write_record(directory, record("llmeraser-step", 0, [1.0, 1.0], heldout_kl=0.5, receipt=receipt))
+    write_record(directory, record("step", 0, [1.0, 1.0], heldout_kl=0.5, receipt=receipt))
     page = page_of(tmp_path / "eval", directory, tmp_path / "again", erasure)
     text = render_markdown(page)
     assert f"## Comparison: {tmp_path.name}/colours" in text and "## Comparison: again/colours" in text

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import ensemble_model, make_ensemble
 
 from experiments.llara import hybrid, scoring
 from experiments.llara.prepare import Question, item_text, make_example
@@ -19,6 +18,7 @@ from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import ModelConfig, layers, load_model
 from llmeraser_jax.models.decoder import ApplyDecoder, init_base
 from llmeraser_jax.models.generation import pad_left
+from llmeraser_jax.rivals import ensemble_model, make_ensemble
 from tests.training import tiny
 
 # Words are split at white space, so a title's line break is no token here.

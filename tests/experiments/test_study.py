@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 
 from experiments import study
 from experiments import study as module
@@ -23,10 +22,11 @@ from llmeraser_jax.evaluation.render import render_markdown
 from llmeraser_jax.evaluation.scoring import answer, score_examples
 from llmeraser_jax.evaluation.summary import klom_of, summarise
 from llmeraser_jax.models import load_model
+from llmeraser_jax.rivals import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.runs import load_run
 from tests.training import tiny
 
-METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
+METHODS = ("step", "finetune-edited", "npo", "sisa")
 OPTIONS = study.StudyOptions(methods=METHODS, method_seeds=2, retrain_seeds=2, sharded_seeds=2, klom_seeds=2)
 
 
@@ -81,7 +81,7 @@ def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(don
     _, _, results = done
     methods = methods_of(results)
     assert {name: len(seeds) for name, seeds in methods.items()} == {
-        "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
+        "step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
     }  # fmt: skip
     assert ["task" in record.scores for record in methods["npo"]] == [True, False]
     probed = {name: ["forget_loss_4_bit" in r.scores for r in records] for name, records in methods.items()}
@@ -199,7 +199,7 @@ def test_other_numbers_of_retrained_models_are_refused_where_something_was_compa
 def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     scenario, workdir, results = done
     assert Counter(record.model for record in results.klom_records) == {
-        "before": 2, "retrained": 2, "llmeraser-step": 2, "finetune-edited": 2, "npo": 2,
+        "before": 2, "retrained": 2, "step": 2, "finetune-edited": 2, "npo": 2,
     }  # fmt: skip
     owner = study.Study(scenario, workdir, retrain_seeds=2)
     again = [load_run(path) for path in sorted((workdir / "trained_again").iterdir())]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from experiments import study
-from llmeraser_jax.baselines import ensemble_model, make_ensemble
 from llmeraser_jax.data import encode_examples, load_examples
 from llmeraser_jax.evaluation.robustness import quantise_merged, relearn, retained_only
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import load_model
-from tests.baselines.gates import drawn_gate
+from llmeraser_jax.rivals import ensemble_model, make_ensemble
+from tests.rivals.gates import drawn_gate
 from tests.training import tiny
 
 NAMED = np.array([1, 4])
