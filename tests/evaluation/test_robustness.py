@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from llmeraser_jax.baselines.ensemble import ensemble_model, make_ensemble
+
 from llmeraser_jax.data import encode_examples, load_examples
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.robustness import (

@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import ensemble_model, make_ensemble
 
 from experiments.llara import hybrid, scoring
 from experiments.llara.prompts import item_text, make_example
 from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Question, Scorer, match_answers
 from llmeraser_jax import trees
-from llmeraser_jax.baselines import ensemble_model, make_ensemble
 from llmeraser_jax.data import Recipe, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig

@@ -8,13 +8,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 
 from experiments import study
 from experiments.llara.main import LlaraConfig
 from experiments.study import study as module
 from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
-from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.evaluation.job import build_overview, gather, held_out_task, page_of
 from llmeraser_jax.evaluation.klom import klom, response_margins

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from llmeraser_jax.unlearning.evaluator import Evaluator
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, DenseOperator, materialise
@@ -15,7 +16,6 @@ from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import ConjugateGradients, ReferenceCompat, Status
 from llmeraser_jax.unlearning import EraseConfig, log_odds_weights
 from llmeraser_jax.unlearning import path as path_module
-from llmeraser_jax.unlearning.evaluator import Evaluator
 from tests.solvers.systems import DenseSum, as_tree, as_vector, rhs, symmetric
 
 pytestmark = pytest.mark.torch
