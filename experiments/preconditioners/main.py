@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from llmeraser_jax.unlearning.cost import BACKWARD, FORWARD
+from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD
 
 from experiments.common import claim_settings, load_demo_base, log_progress
 from experiments.fidelity.profiles import NUM_HELDOUT_PEOPLE, ProfilesTask, make_requests

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 
 from experiments import study
 from experiments import study as module
