@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD
 
 from experiments.common import claim_settings, load_demo_base, log_progress
 from experiments.fidelity.profiles import NUM_HELDOUT_PEOPLE, ProfilesTask, make_requests
@@ -47,6 +46,7 @@ from llmeraser_jax.solvers.spectral import factored_preconditioner, nystroem_fro
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning import erase, task_of_run
+from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD
 
 logger = logging.getLogger("preconditioners")
 

@@ -15,7 +15,7 @@ from llmeraser_jax.evaluation.page import rows_of
 from llmeraser_jax.evaluation.records import read_comparison, write_plan
 from llmeraser_jax.evaluation.render import Table
 from llmeraser_jax.models import load_model
-from llmeraser_jax.unlearning import UnlearningError
+from llmeraser_jax.unlearning import TargetMatching, UnlearningError
 from tests.training import tiny
 
 PEOPLE = profiles.make_profiles(40)
@@ -88,7 +88,7 @@ class TinyTask:
 
 @dataclasses.dataclass(frozen=True)
 class Hopeless:
-    def fit(self, setting):
+    def run(self, task, workspace):
         raise UnlearningError("no step was found")
 
 
@@ -107,12 +107,12 @@ def workdir(tmp_path_factory, model):
     """Two requests of one task, one method each that works and one that fails."""
     workdir = tmp_path_factory.mktemp("fidelity") / "out"
     monkeypatch = pytest.MonkeyPatch()
-    quick = main.erasing(method="matched", sample_size=4, cg_max_steps=2, diagnostic_sample=4)
-    monkeypatch.setattr(main, "METHODS", {**main.METHODS, "matched": quick, "hopeless": Hopeless()})
+    quick = TargetMatching(sample_size=4)
+    monkeypatch.setattr(main, "METHODS", {**main.METHODS, "target-matching": quick, "hopeless": Hopeless()})
     claim_settings(workdir / "tasks" / "tiny", {"train": {"epochs": tiny.CONFIG.epochs}})
     for request_seed in (0, 1):
         cell = cell_of(workdir, model, request_seed)
-        names = ("matched", "cb-as-matched", "ascent-best", "hopeless")
+        names = ("target-matching", "cb-as-matched", "ascent-best", "hopeless")
         write_plan(cell.workdir, cell.plan(dict.fromkeys(names, 1)))
         for name in names:
             cell.run(name, 0)
@@ -134,8 +134,8 @@ def test_a_trained_run_is_shared_and_each_request_has_its_retrainings(workdir):
 
 def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatch):
     monkeypatch.setattr(study.Study, "fit", None)
-    record = cell_of(workdir, model).run("matched", 0)
-    kept = json.loads((workdir / "cells/tiny/removal-0.125/records/matched-seed_0.json").read_text())
+    record = cell_of(workdir, model).run("target-matching", 0)
+    kept = json.loads((workdir / "cells/tiny/removal-0.125/records/target-matching-seed_0.json").read_text())
     assert record.scores == kept["scores"]
     with pytest.raises(TypeError):
         cell_of(workdir, model).run("newton", 0)
@@ -143,15 +143,15 @@ def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatc
 
 def test_a_cell_is_judged_against_the_mean_of_its_retrained_models(workdir):
     report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
-    retrained, result = report["models"]["retrained"], report["models"]["methods"]["matched"]
+    retrained, result = report["models"]["retrained"], report["models"]["methods"]["target-matching"]
     target = np.mean([scores["forget_loss"] for scores in retrained["per_seed"]])
     before, after = report["models"]["before"]["forget_loss"], result["forget_loss"]
-    closure = report["gap_closure"]["methods"]["matched"]["forget_loss"]
+    closure = report["gap_closure"]["methods"]["target-matching"]["forget_loss"]
     assert closure == pytest.approx(1 - abs(after - target) / abs(before - target))
     rows = {row.label: row for row in rows_of(report)}
-    spent = report["cost"]["methods"]["matched"]["gradient_equivalents"]
-    assert rows["matched"].share("gradient_equivalents") == pytest.approx(spent / 60)  # 10 epochs of 6 rows
-    assert float(main.EXTRA_COLUMNS[0].cell(rows["matched"])) == pytest.approx(2 * spent / 60, rel=5e-3)
+    spent = report["cost"]["methods"]["target-matching"]["gradient_equivalents"]
+    assert rows["target-matching"].share("gradient_equivalents") == pytest.approx(spent / 60)  # 10 epochs of 6 rows
+    assert float(main.EXTRA_COLUMNS[0].cell(rows["target-matching"])) == pytest.approx(2 * spent / 60, rel=5e-3)
     assert report["seed_floor"]["heldout_kl"] > 0 and report["models"]["before"]["heldout_kl_to_retrained"] > 0
     assert set(result["task_metrics"]) == {"exact_match", "retained: exact_match"}
 
@@ -159,7 +159,7 @@ def test_a_cell_is_judged_against_the_mean_of_its_retrained_models(workdir):
 def test_controls_move_as_far_as_the_default_or_say_that_an_oracle_chose(workdir):
     records = {r.model: r for r in read_comparison(workdir / "cells/tiny/removal-0.125").of("unlearned")}
     moved = {name: record.details.get("delta_norm") for name, record in records.items()}
-    assert moved["cb-as-matched"] == pytest.approx(moved["matched"], rel=1e-4)
+    assert moved["cb-as-matched"] == pytest.approx(moved["target-matching"], rel=1e-4)
     assert not records["cb-as-matched"].details["chosen"]
     distances = records["ascent-best"].details["chosen"]["distances_of_lengths"].values()
     report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
@@ -182,7 +182,7 @@ def test_the_grid_has_a_row_per_cell_and_method_and_a_picture(workdir):
     blocks = main.render(workdir)
     first = next(block for block in blocks if isinstance(block, Table))
     assert [row[0].removeprefix("tiny/removal-0.125: ") for row in first.rows[:6]] == [
-        "before", "matched", "cb-as-matched", "ascent-best (chosen with the oracle)", "hopeless (no step)",
+        "before", "target-matching", "cb-as-matched", "ascent-best (chosen with the oracle)", "hopeless (no step)",
         "retrained, mean of 2",
     ]  # fmt: skip
     assert len(first.rows) == 12 and "cost / 5 epochs" in first.header
@@ -203,7 +203,7 @@ def test_other_settings_are_refused_in_a_workdir(tmp_path):
 def test_the_plan_is_cut_to_a_subset_and_large_tasks_to_their_shares(tmp_path):
     config = main.FidelityConfig(workdir=tmp_path, subset=("*/removal-*/matched", "*/query-0.01/*"))
     plan = config.plan()
-    assert {id_.path_of(name) for id_, names in plan.items() for name in names if name == "matched"} == {
+    assert {id_.path_of(name) for id_, names in plan.items() for name in names if name == "target-matching"} == {
         f"profiles-400/removal-{share}/matched" for share in (0.01, 0.05, 0.1)
     } | {f"profiles-{n}/query-0.01/matched" for n in (400, 4000)} | {"profiles-4000/removal-0.01/matched"}
     assert "paper-step" not in {n for id_, names in plan.items() if id_.task == "profiles-4000" for n in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from llmeraser_jax.lora import LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.losses import gradient_sum, lm_objective, loss_sum
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.models.decoder import bind
+from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning import EraseConfig, erase
+from llmeraser_jax.unlearning import CurvatureSpec, Path, UnlearningTask, erase
 from tests.training import tiny
 
 NUM_ITEMS, SIZE = 6, 3
@@ -204,10 +206,14 @@ def test_erasing_moves_the_projector_too(model):
         Request(id="r2", action=Action.MODIFY_QUERY, changes={"query": f"colour of {item_text(2)} now"}),
         Request(id="r3", action=Action.CORRECT_RESPONSE, changes={"response": "red"}),
     )
-    config = EraseConfig(
-        method="path", num_steps=2, sample_size=4, cg_max_steps=4, chunk_size=4, l2=1e-3, diagnostic_sample=4
+    task = UnlearningTask(
+        model=model, adapter=trained.lora, data=data, requests=requests, training=TrainConfig(l2=1e-3)
     )
-    result = erase(model, trained.lora, data, requests, config)
+    path = Path(
+        num_steps=2, curvature=CurvatureSpec(sample_size=4), solver=ConjugateGradients(rtol=0.05, max_steps=4)
+    )
+    result = erase(task, path, math.inf, chunk_size=4)
+    assert result.receipt is not None
     delta = result.delta.params
     assert set(delta) == {"layers", "projector"}
     for leaf in jax.tree.leaves(delta["projector"]):

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from llmeraser_jax.baselines import ensemble_model, make_ensemble
 
 from experiments.llara import hybrid, scoring
 from experiments.llara.prepare import Question, item_text, make_example
