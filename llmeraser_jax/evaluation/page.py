@@ -749,10 +749,8 @@ def _yes(value: bool) -> str:
 # fmt: off
 _LINES: tuple[tuple[str, Callable[[Json], str], str], ...] = (
     ("outcome", _shown("outcome"), "what was reached, in words"),
-    ("method", _shown("method"), "matched, path or step; see the README"),
-    ("curvature", lambda r: f"{r['config']['curvature']} over {r['config']['curvature_data']}, damping "
-     f"{show_number(r['config']['damping'])}",
-     "the matrix, the examples behind it, and the number added to its diagonal"),
+    ("method", _shown("method"), "what was done; METHOD.md in the package explains it"),
+    ("curvature", _shown("curvature_reason"), "the matrix that was solved with, and why that one"),
     ("solver status", lambda r: f"{r['solver']['status']} ({r['solver']['iterations']} iterations in "
      f"{len(r['steps'])} solves)", "the worst of all solves; reaching max_steps is not convergence"),
     ("true residual", _shown("solver", "relative_residual"),
@@ -803,20 +801,52 @@ def _forget_rows(receipt: Json) -> list[Block]:
 
 
 def _steps(receipt: Json) -> Table:
-    """One row per solve."""
+    """One row per step: of target matching how far the rows came, of the others how the solve ended."""
+    if receipt["steps"] and "status" not in receipt["steps"][0]:
+        return _matching_steps(receipt)
     header = (
         "step", "weight left", "length taken", "status", "iterations", "true residual", "least Ritz",
         "largest Ritz", "negative curvature", "error bound", "loss on the forget set", "replacements", "retained",
     )  # fmt: skip
     rows = []
-    for number, step in enumerate(receipt["steps"][:_STEPS_SHOWN], start=1):
+    solves = [step for step in receipt["steps"] if "status" in step]
+    for number, step in enumerate(solves[:_STEPS_SHOWN], start=1):
         weights = " → ".join(show_number(step[f"weight_{when}"]) for when in ("before", "after"))
         solve = (show_number(step["scale"]), step["status"], str(step["iterations"]))
         ritz = step.get("ritz_extremes") or (None, None)
         first = [show_number(x) for x in (step["relative_residual"], *ritz)]
         last = [show_number(step.get(key)) for key in ("error_bound", "forget_loss", "wanted_loss", "probe_loss")]
         rows.append((str(number), weights, *solve, *first, _yes(step["negative_curvature"]), *last))
-    left = len(receipt["steps"]) - len(rows)
+    return _shortened(header, rows, len(solves))
+
+
+def _matching_steps(receipt: Json) -> Table:
+    """Steps of target matching; Newton steps that follow them are left to the receipt."""
+    header = (
+        "step", "way left", "length taken", "predicted move", "actual move", "residual", "restoration",
+        "loss on the forget set", "replacements", "constrained retained rows",
+    )  # fmt: skip
+    rows = []
+    matching = [step for step in receipt["steps"] if "way_left_after" in step]
+    for number, step in enumerate(matching[:_STEPS_SHOWN], start=1):
+        way = " → ".join(show_number(step[f"way_left_{when}"]) for when in ("before", "after"))
+        keys = ("scale", "predicted_move", "actual_move", "relative_residual")
+        losses = ("forget_loss", "wanted_loss", "retained_loss")
+        rows.append(
+            (
+                str(number),
+                way,
+                *(show_number(step[key]) for key in keys),
+                _yes(step["restoration"]),
+                *(show_number(step[key]) for key in losses),
+            )
+        )
+    return _shortened(header, rows, len(matching))
+
+
+def _shortened(header: tuple[str, ...], rows: list[tuple[str, ...]], count: int) -> Table:
+    """The rows, and how many of `count` are left out."""
+    left = count - len(rows)
     if left:
         rows.append((f"{left} more", *[MISSING] * (len(header) - 1)))
     return Table(header, tuple(rows))

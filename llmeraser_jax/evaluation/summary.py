@@ -517,8 +517,12 @@ def _costs(the: _Summary, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _solver(receipt: Json | None) -> dict[str, Any]:
-    """All solves as one: iterations add up, the residual is the largest, the flag is any."""
-    solves = [] if receipt is None else receipt["steps"]
+    """All solves as one: iterations add up, the residual is the largest, the flag is any.
+
+    Steps of target matching are solved for directly, without iterations and without a status of their own.
+    """
+    direct = {"status": "solved directly", "iterations": 0, "negative_curvature": False}
+    solves = [] if receipt is None else [{**direct, **step} for step in receipt["steps"]]
     node = _Node(iterations=sum(solve["iterations"] for solve in solves))
     if not solves:
         missing = "no solve was recorded"
