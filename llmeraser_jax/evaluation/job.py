@@ -309,14 +309,13 @@ def _heldout_words(path: str | os.PathLike[str] | None, heldout: data.TokenDatas
 
 
 def _context(before: Run, receipt: Mapping[str, Any], num_examples: int) -> dict[str, str]:
-    config = receipt["config"]
     counts = ", ".join(f"{count} {action}" for action, count in receipt["counts"].items() if count)
     return {
         "Base model": Path(before.model_path).name,
         "Training data": f"{num_examples} examples, {before.train_config.epochs} epochs",
         "Request": counts,
-        "Method": f"{receipt['method']} ({config['rhs']} right-hand side, {config['curvature']} curvature over "
-        f"{config['curvature_data']}, damping {config['damping']:g})",
+        "Method": receipt["method"],
+        "Curvature": receipt["curvature_reason"],
         "Outcome": receipt["outcome"],
         "Devices": describe_devices(),
     }
