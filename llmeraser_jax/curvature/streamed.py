@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from llmeraser_jax.curvature.operators import Curvature, DatasetCurvature
@@ -75,7 +76,7 @@ def streamed_operator(
     return StreamedOperator(
         batches=batches,
         product=partial(_product, data_term, params, kind),
-        shift=damping + objective.l2 * sum(float(weights.sum()) for weights in stack.weights),
+        shift=damping + objective.l2 * sum(float(np.sum(weights, dtype=np.float64)) for weights in stack.weights),
         positive_semidefinite=kind.positive_semidefinite,
     )
 

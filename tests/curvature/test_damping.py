@@ -194,6 +194,6 @@ def test_the_mean_over_a_decoder_s_terms_is_the_product(kind):
 
 def test_an_operator_that_is_no_mean_of_terms_has_none():
     damped = Damped(DenseOperator(jnp.eye(SIZE)), 0.1)
-    with pytest.raises(AttributeError, match="DenseOperator is no mean of terms"):
+    with pytest.raises(AttributeError, match="DenseOperator has no terms"):
         _ = damped.num_terms
     assert ravel_pytree(damped.mv(LIKE))[0].shape == (SIZE,)
