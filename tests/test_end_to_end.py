@@ -21,8 +21,8 @@ from llmeraser_jax.losses import example_losses, gradient_sum, lm_objective
 from llmeraser_jax.models import load_model
 from llmeraser_jax.parallel import make_mesh, shard_base
 from llmeraser_jax.runs import load_run
-from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.unlearning import CurvatureSpec, Step, UnlearningTask, erase, make_problem
 from llmeraser_jax.unlearning.receipt import bf16_survival
 from tests.training import tiny
