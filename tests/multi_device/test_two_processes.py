@@ -36,16 +36,16 @@ REQUESTS = [
     {"id": "r4", "action": "modify_query", "instruction": "colour of s11"},
     {"id": "r7", "action": "correct_response", "response": "red"},
 ]
-QUICK = ["--num-steps", "3", "--cg-max-steps", "4", "--sample-size", "4", "--chunk-size", "4", "--damping", "0.01"]
+SMALL = ["--sample-size", "4", "--damping", "0.01"]
+# With few random rows the factors have null spaces, and the eigenvectors in those are rounding's.
+KRONECKER = "cg:preconditioner=kronecker,num_roots=64,factors=DIRECTORY/factors"
 # By name of the directory: the ways through the code that reads results off the devices or writes states.
-EKFAC = ["--solver", "ekfac", "--draws", "64", "--method", "step", "--budget", "inf"]
 ERASURES = {
-    "matched": ["--heldout", "heldout.jsonl", *QUICK],
-    "streamed": ["--stream", "--method", "step", "--no-trust-region", *QUICK],
-    # With few draws the factors have null spaces, and the eigenvectors in those are rounding's.
-    "ekfac": [*EKFAC, "--factors", "factors", *QUICK],
+    "matching": ["--calibration", "heldout.jsonl", "target-matching", "--num-steps", "3", *SMALL],
+    "streamed": ["step", "--stream", "--trust-region", "none", "--solver", "cg:rtol=0.05,max_steps=4", *SMALL],
+    "kronecker": ["--budget", "inf", "step", "--solver", KRONECKER, *SMALL],
     # With the factors that the one before has kept.
-    "ekfac again": [*EKFAC, "--factors", "factors", *QUICK],
+    "kronecker again": ["--budget", "inf", "step", "--solver", KRONECKER, *SMALL],
 }
 
 
@@ -149,11 +149,12 @@ def commands(out: str, *flags: str) -> list[list[str]]:
     return [
         ["finetune", *training, "--workdir", run, *flags],
         *(
-            ["erase", "--run", run, *requests, "--workdir", f"{out}/{name}", *_inside(out, how), *flags]
+            ["erase", "--run", run, *requests, "--workdir", f"{out}/{name}", "--chunk-size", "4", *flags]
+            + [word.replace("DIRECTORY", out) for word in how]  # the method comes last, with its own flags
             for name, how in ERASURES.items()
         ),
         ["retrain", "--run", run, *requests, "--seeds", "2", "--workdir", f"{out}/retrained", *flags],
-        ["evaluate", "--before", run, "--after", f"{out}/matched", "--retrained", f"{out}/retrained", *evaluation],
+        ["evaluate", "--before", run, "--after", f"{out}/matching", "--retrained", f"{out}/retrained", *evaluation],
     ]
 
 
@@ -165,10 +166,6 @@ def said(every: list[list[str]]) -> str:
             # The rows of this random model do not arrive, which erase says by its exit status.
             assert llmeraser(arguments) == (3 if arguments[0] == "erase" else 0), arguments
     return text.getvalue()
-
-
-def _inside(out: str, how: list[str]) -> list[str]:
-    return [f"{out}/{word}" if word == "factors" else word for word in how]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +208,7 @@ def test_factors_are_kept_for_the_next_request(both):
     for directory in both:
         made, read = (
             json.loads((directory / name / "receipt.json").read_text())["gradient_equivalents"]["curvature"]
-            for name in ("ekfac", "ekfac again")
+            for name in ("kronecker", "kronecker again")
         )
         assert read < made
 

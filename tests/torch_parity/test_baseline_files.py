@@ -12,7 +12,8 @@ from llmeraser_jax import data, runs
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig, load_adapter
 from llmeraser_jax.models import load_model
-from llmeraser_jax.unlearning import EraseConfig, erase_run
+from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.unlearning import CurvatureSpec, Step, erase_run
 from tests.golden.cases import CASES
 from tests.training import tiny
 
@@ -86,9 +87,13 @@ def model(work):
 @pytest.fixture(scope="module")
 def ours(work, model):
     """The run that `llmeraser erase` makes with one step over all data."""
-    config = EraseConfig(method="step", trust_region=False, memory_budget_bytes=0, budget=np.inf, **CG)
-    run = runs.load_run(work / "run")
-    return erase_run(run, work / "requests.jsonl", work / "ours", config, model=model)[0]
+    method = Step(
+        curvature=CurvatureSpec(data=CG["curvature_data"], damping=CG["damping"], memory_budget_bytes=0),
+        solver=ConjugateGradients(rtol=CG["cg_rtol"], max_steps=CG["cg_max_steps"]),
+        trust_region=None,
+    )
+    run, requests, out = runs.load_run(work / "run"), work / "requests.jsonl", work / "ours"
+    return erase_run(run, requests, out, method, np.inf, chunk_size=CG["chunk_size"], model=model)[0]
 
 
 def torch_erase(work, workdir, **settings):

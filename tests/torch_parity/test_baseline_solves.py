@@ -3,19 +3,21 @@
 Both sides see all the data. Damping makes condition numbers of at most 1e3, which dense matrices show.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from llmeraser_jax.unlearning.evaluator import Evaluator
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import ConjugateGradients, ReferenceCompat, Status, describe
-from llmeraser_jax.unlearning import EraseConfig, log_odds_weights
+from llmeraser_jax.unlearning import CurvatureSpec, Path, UnlearningTask, Workspace, log_odds_weights
 from llmeraser_jax.unlearning import path as path_module
+from llmeraser_jax.unlearning.targets import find_targets
 from tests.dense import DenseOperator, materialise
 from tests.solvers.systems import DenseSum, as_tree, as_vector, rhs, symmetric
 
@@ -48,14 +50,6 @@ def problem(request, tmp_path_factory):
             CONSTANTS[request.param],
         )
     torch.set_num_threads(threads)
-
-
-def config_for(**changes):
-    """Our configuration of what both sides do."""
-    from tests.torch_parity.baseline_problem import L2
-
-    fixed = {"trust_region": False, "curvature_data": "all", "memory_budget_bytes": 0, "chunk_size": CHUNK}
-    return EraseConfig(l2=L2, **fixed, **CG, **changes)
 
 
 dense = jax.jit(materialise)
@@ -165,12 +159,16 @@ def test_the_path_agrees_step_by_step(problem, monkeypatch):
         return moved, record
 
     monkeypatch.setattr(path_module, "take", noted)
-    evaluator = Evaluator(
-        problem.objective(),
-        problem.edits()[1],
-        config_for(method="path", curvature="gauss-newton", damping=rho, num_steps=num_steps),
+    task = UnlearningTask(model=problem.objective(), adapter=problem.lora, requests=problem.edits()[1])
+    workspace = Workspace(chunk_size=CHUNK)
+    path = Path(
+        num_steps=num_steps,
+        curvature=CurvatureSpec(data="all", damping=rho, memory_budget_bytes=0),
+        solver=ConjugateGradients(rtol=CG["cg_rtol"], max_steps=CG["cg_max_steps"]),
+        trust_region=None,
     )
-    ours = path_module.influence_path(evaluator, None, problem.lora, on_step=lambda record: None)
+    end = path.move(task, workspace, find_targets(task, workspace, diagnostic=True))
+    ours = SimpleNamespace(params=end.params, steps=end.steps, cost=workspace.budget.cost)
 
     eraser = problem.eraser(
         chunk_size=CHUNK,
