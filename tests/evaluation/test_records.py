@@ -237,7 +237,7 @@ def test_a_metric_of_several_seeds_shows_their_deviation_beside_the_error_over_e
             lambda v, value=value: v["scores"]["task"]["metrics"]["hits"].update(value=value),
         )
     cell = cells(page_of(directory), "hits")
-    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.354 (seeds) (2 / 3 / 4)"
+    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.35 (seeds) (2 / 3 / 4)"
     assert cell["sisa", "hits"] == "0.5 ± 0.1 (2 / 3 / 4)"
 
 
