@@ -267,7 +267,7 @@ def test_each_example_is_shown_before_and_after_means_over_seeds(tmp_path):
         ("5", ACTION_NAMES["remove"], "0", "2.25", "6", "2"),
     )
     assert replaced.rows == (("2", ACTION_NAMES["correct_response"], "3", "1.5", "0.25"),)
-    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5"
+    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5 (0.55 ± 0.26)"
 
 
 def test_requests_that_do_not_fit_the_measures_are_refused(directory):
