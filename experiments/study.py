@@ -233,16 +233,6 @@ class Nearest:
     chosen_as: str
 
 
-def sum_of_gaps(before: Losses, losses: Losses, retrained: Sequence[Losses]) -> float:
-    """Sum of the differences of the mean losses from the retrained models', in nats."""
-    gaps = [
-        abs(value - np.mean([seed[name] for seed in retrained]))
-        for name, value in losses.items()
-        if value is not None
-    ]
-    return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scenario:
     """One request on one trained adapter.
@@ -263,7 +253,6 @@ class Scenario:
         users: id -> user, where examples have one.
         learning_rates: offered to the descents.
         methods: by name, in the place of `get_method`'s or besides them; a function is given the `Study`.
-        distance: how far losses are from the retrained models', for choices by an oracle.
         num_task_seeds: so many seeds of a method are measured on the task; None is all.
         probed: also round and relearn (see `measures.PROBES`).
         question: what is asked, in a sentence or two for a reader who did not run it.
@@ -287,7 +276,6 @@ class Scenario:
     users: Mapping[str, str] | None = None
     learning_rates: tuple[float, ...] = LEARNING_RATES
     methods: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    distance: Callable[[Losses, Losses, Sequence[Losses]], float] = sum_of_gaps
     num_task_seeds: int | None = None
     probed: bool = True
     question: str = ""
@@ -435,11 +423,14 @@ class Study:
         return before, tuple(kept(RETRAINED, run.train_config.seed, run, lora) for run, lora in pairs)
 
     def _distance(self, fitted: Result) -> float:
-        before, retrained = self.reference()
+        """Sum of the differences of the mean losses from the retrained models', in nats."""
+        retrained: list[Losses] = [_mean_losses(record.scores) for record in self.reference()[1]]
         losses = self.losses(_model_of(fitted), fitted.params)
-        return self.scenario.distance(
-            _mean_losses(before.scores), losses, [_mean_losses(of.scores) for of in retrained]
-        )
+        gaps = []
+        for name, value in losses.items():
+            if value is not None:
+                gaps.append(abs(value - seed_mean([seed[name] for seed in retrained])))
+        return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
     def distance_moved(self, name: str) -> float:
         """How far the first seed of a method moved the adapter.

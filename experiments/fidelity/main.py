@@ -32,7 +32,6 @@ from experiments.fidelity.profiles import CATEGORIES, LARGE, NUM_HELDOUT_PEOPLE,
 from llmeraser_jax import files, trees
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures
-from llmeraser_jax.evaluation.closure import gap_closure, seed_mean
 from llmeraser_jax.evaluation.job import held_out_task
 from llmeraser_jax.evaluation.page import Column, Row, grid_blocks
 from llmeraser_jax.evaluation.records import MetricMeaning, read_comparison, record_path, write_plan
@@ -53,9 +52,6 @@ from llmeraser_jax.unlearning import (
 from llmeraser_jax.unlearning import Path as InfluencePath
 
 logger = logging.getLogger("fidelity")
-LENGTHS = tuple(
-    np.geomspace(0.01, 0.64, 10).tolist()
-)  # that an oracle chooses from, as shares of the adapter's norm
 REFERENCE_METHOD = "target-matching"
 PAPER_EPOCHS = 5
 PAPER_SHARE = 1 / 31  # of a retraining: the cost that the paper states
@@ -74,27 +70,20 @@ def within_paper_share(cell: study.Study) -> study.Budgeted:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
-    """Normalised steps along the right-hand side, with a length from elsewhere.
+    """Normalised steps along the right-hand side, as long together as `matched` of the same cell moved.
 
     Attributes:
-        as_far_as: a method of the same cell whose distance it is given; None takes the best of `LENGTHS`, an upper
-            bound, as no user could choose it. Its cost is that of the length chosen alone.
-        num_steps: that are so long together.
+        num_steps: how many.
         difference: whether to descend on retained examples too.
     """
 
-    as_far_as: str | None = None
     num_steps: int = 10
     difference: bool = False
 
-    def __call__(self, cell: study.Study) -> Any:
-        """The control, or its candidates, for one cell."""
-        whole = EqualLengthAscent(num_steps=self.num_steps, difference=self.difference)
-        if self.as_far_as is not None:
-            share = cell.distance_moved(self.as_far_as) / float(trees.tree_norm(cell.lora))
-            return dataclasses.replace(whole, length=share)
-        candidates = {length: dataclasses.replace(whole, length=length) for length in LENGTHS}
-        return study.Nearest(candidates=candidates, chosen_as="length")
+    def __call__(self, cell: study.Study) -> EqualLengthAscent:
+        """The control for one cell."""
+        share = cell.distance_moved(REFERENCE_METHOD) / float(trees.tree_norm(cell.lora))
+        return EqualLengthAscent(num_steps=self.num_steps, difference=self.difference, length=share)
 
 
 METHODS: Mapping[str, Any] = {
@@ -114,34 +103,11 @@ METHODS: Mapping[str, Any] = {
     "newton-corrected": Corrected(method=Step(rhs="newton"), max_steps=3),
     "public-script": PUBLIC_SCRIPT,
     "fine-tune-1-epoch": FinetuneEdited(epochs=1),
-    "cb-as-matched": Control(as_far_as=REFERENCE_METHOD, num_steps=1),
-    "cb-best": Control(num_steps=1),
-    "ascent-as-matched": Control(as_far_as=REFERENCE_METHOD),
-    "ascent-best": Control(),
-    "difference-as-matched": Control(as_far_as=REFERENCE_METHOD, difference=True),
-    "difference-best": Control(difference=True),
+    "cb-as-matched": Control(num_steps=1),
+    "ascent-as-matched": Control(),
+    "difference-as-matched": Control(difference=True),
 }
 OVER_ALL_ROWS = ("paper-step", "public-script")  # several retrainings each in a large population
-
-
-def distance_left(before: study.Losses, losses: study.Losses, retrained: Any) -> float:
-    """The largest `1 - closure` of the losses on the forget set and on replacements; undefined ones count last.
-
-    Args:
-        before: losses of the trained model.
-        losses: of the model that is judged.
-        retrained: of each retrained model.
-    """
-    defined, others = [], []
-    for name in ("forget_loss", "wanted_loss"):
-        if (value := losses[name]) is None:
-            continue
-        targets = [scores[name] for scores in retrained]
-        left = abs(value - seed_mean(targets)) / max(abs(before[name] - seed_mean(targets)), 1e-6)
-        is_defined = gap_closure(before[name], before[name], targets).value is not None
-        (defined if is_defined else others).append(left)
-    worst = max(defined or others)
-    return worst if np.isfinite(worst) else 1e30  # what diverged is last, and JSON has no infinity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,13 +117,11 @@ class CellId:
     task: str
     category: Category
     share: float
-    request_seed: int = 0
 
     @property
     def directory(self) -> str:
         """Below `cells/<task>` and `tasks/<task>/retrained`."""
-        suffix = f"-request{self.request_seed}" if self.request_seed else ""
-        return f"{self.category}-{self.share:g}{suffix}"
+        return f"{self.category}-{self.share:g}"
 
     def path_of(self, method: str) -> str:
         """What a subset's patterns are matched with."""
@@ -174,7 +138,6 @@ class FidelityConfig:
         categories: of requests.
         shares: of the training rows, for populations below 1000 rows.
         large_shares: for populations of 1000 rows and more.
-        request_seeds: draws of the rows that are named, for each category and share.
         retrain_seeds: retrained models of each cell, at least 2.
         subset: patterns of `<population>/<category>-<share>/<method>`; only what matches one is computed.
     """
@@ -184,37 +147,34 @@ class FidelityConfig:
     categories: tuple[Category, ...] = CATEGORIES
     shares: tuple[float, ...] = (0.01, 0.05, 0.1)
     large_shares: tuple[float, ...] = (0.01,)
-    request_seeds: int = 1
     retrain_seeds: int = 3
     subset: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
-        require_at_least(self, retrain_seeds=2, request_seeds=1)
+        require_at_least(self, retrain_seeds=2)
         for share in (*self.shares, *self.large_shares):
             if not 0 < share <= profiles.MAX_SHARE:
                 msg = f"A share is {share}; it must lie in (0, {profiles.MAX_SHARE}]."
                 raise ValueError(msg)
 
     def plan(self) -> dict[CellId, list[str]]:
-        """The methods of each cell that the subset holds, small populations and first requests before others."""
+        """The methods of each cell that the subset holds, small populations first."""
         plan: dict[CellId, list[str]] = {}
-        for request_seed in range(self.request_seeds):
-            for size in sorted(self.num_rows):
-                names = [name for name in METHODS if size < LARGE or name not in OVER_ALL_ROWS]
-                for share in self.large_shares if size >= LARGE else self.shares:
-                    for category in self.categories:
-                        task = ProfilesTask(num_rows=size).name
-                        id_ = CellId(task=task, category=category, share=share, request_seed=request_seed)
-                        chosen = [n for n in names if any(fnmatch.fnmatch(id_.path_of(n), p) for p in self.subset)]
-                        if chosen:
-                            plan[id_] = chosen
+        for size in sorted(self.num_rows):
+            names = [name for name in METHODS if size < LARGE or name not in OVER_ALL_ROWS]
+            for share in self.large_shares if size >= LARGE else self.shares:
+                for category in self.categories:
+                    id_ = CellId(task=ProfilesTask(num_rows=size).name, category=category, share=share)
+                    chosen = [n for n in names if any(fnmatch.fnmatch(id_.path_of(n), p) for p in self.subset)]
+                    if chosen:
+                        plan[id_] = chosen
         return plan
 
 
 def study_of(workdir: Path, id_: CellId, task: ProfilesTask, model: Model, retrain_seeds: int) -> study.Study:
     """The comparison of one cell; all cells of a population share the trained model."""
     drawn = task.draw()
-    requests = profiles.make_requests(drawn, id_.category, id_.share, id_.request_seed)
+    requests = profiles.make_requests(drawn, id_.category, id_.share)
     named = {request.id for request in requests}
     stay = [example for example in drawn.train if example.id not in named]
     size = min(measures.NUM_RETAINED_SCORED, len(stay))
@@ -246,7 +206,6 @@ def study_of(workdir: Path, id_: CellId, task: ProfilesTask, model: Model, retra
         num_nonmembers=min(like_train, len(drawn.heldout)),
         make_task=make_task,
         methods=METHODS,
-        distance=distance_left,
         probed=False,
         question=f"{100 * id_.share:g} % of the examples, {id_.category}.",
         metrics=RETAINED_METRICS,

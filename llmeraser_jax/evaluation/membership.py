@@ -140,7 +140,8 @@ def attacks(
     references = [] if base is None else [("reference_base", sides(base))]
     if len(retrained) >= 2:
         pairs = zip(*map(sides, retrained), strict=True)
-        references.append(("reference_retrained", tuple(mean_of_others(each, left_out) for each in pairs)))
+        inside, outside = (mean_of_others(each, left_out) for each in pairs)
+        references.append(("reference_retrained", (inside, outside)))
     for name, reference in references:
         # How much better the model knows an example than the reference does, which takes out how hard it is.
         found.append(auc_metric(name, *(theirs - own for theirs, own in zip(reference, losses, strict=True))))

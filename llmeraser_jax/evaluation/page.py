@@ -216,9 +216,9 @@ def _metric_cell(metric: Json | None, *, both: bool = True) -> str:
         return MISSING
     text, deviation = show_number(metric["value"]), metric.get("seed_standard_deviation")
     if metric["standard_error"] is not None and (both or deviation is None):
-        text += f" ± {show_number(metric['standard_error'])}"
+        text += f" ± {metric['standard_error']:.2g}"
     if deviation is not None:
-        text += f" ± {show_number(deviation)}" + (" (seeds)" if both else "")
+        text += f" ± {deviation:.2g}" + (" (seeds)" if both else "")
     numbers = (metric.get(key) for key in ("correct", "valid", "total"))
     counts = [MISSING if n is None else f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in numbers]
     if metric.get("correct") is not None:
@@ -333,21 +333,19 @@ def _task_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def _action_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """Losses and closures by kind of request, where there are several kinds."""
+    """Losses with their closures by kind of request, where there are several kinds."""
     actions = [action for action in ACTION_NAMES if any(row.report["named"].get(action) for row in rows)]
     columns = []
     for action in actions if len(actions) > 1 else ():
         for quantity, title in (("forget_loss", "loss"), ("wanted_loss", "replacement's loss")):
 
-            def loss(row: Row, quantity: str = quantity, action: str = action) -> str:
-                return show_number(row.entry.get(f"{quantity}_by_action", {}).get(action))
+            def cell(row: Row, quantity: str = quantity, action: str = action) -> str:
+                loss = show_number(row.entry.get(f"{quantity}_by_action", {}).get(action))
+                closed = _closure_cell((row.closure or {}).get("by_action", {}).get(action), quantity)
+                return loss if closed == MISSING else f"{loss} ({closed})"
 
-            def closed(row: Row, quantity: str = quantity, action: str = action) -> str:
-                return _closure_cell((row.closure or {}).get("by_action", {}).get(action), quantity)
-
-            name = f"{ACTION_NAMES[action]}: {title}"
-            columns.append(Column(name, "retrained", loss, "mean over these examples (nats per token)."))
-            columns.append(Column(f"{name}, closure", "higher", closed, "of that mean."))
+            meaning = "mean over these examples (nats per token); in brackets the closure of that mean."
+            columns.append(Column(f"{ACTION_NAMES[action]}: {title}", "retrained", cell, meaning))
     return tuple(columns)
 
 
@@ -386,7 +384,7 @@ def comparison_blocks(reports: Sequence[Json], labels: Sequence[str], name: str)
         blocks.append(Bullets(tuple(prefix + line for line in report.get("verdict", ()))))
     if first.get("question"):
         blocks.append(Text(f"**What was asked.** {first['question']}"))
-    blocks.append(Bullets(tuple(_facts(reports, labels, first))))
+    blocks += [Heading("What was compared", 3), Bullets(tuple(_facts(reports, labels, first)))]
     if first.get("missing"):
         gaps = "; ".join(first["missing"])
         told = "The command that made the comparison goes on where it stopped; below is what there is."
@@ -728,8 +726,8 @@ def _stayed(group: str) -> Callable[[Json], str]:
 
 def _ritz(receipt: Json) -> str:
     """Least and largest over all steps."""
-    pairs = [step.get("ritz_extremes") or (None, None) for step in receipt["steps"]]
-    low, high = ([float(pair[k]) for pair in pairs if pair[k] is not None] for k in (0, 1))
+    pairs = [step.get("ritz_extremes") or () for step in receipt["steps"]]
+    low, high = ([pair[k] for pair in pairs if pair and pair[k] is not None] for k in (0, 1))
     return f"{show_number(min(low))} to {show_number(max(high))}" if low and high else MISSING
 
 

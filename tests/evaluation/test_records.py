@@ -237,7 +237,7 @@ def test_a_metric_of_several_seeds_shows_their_deviation_beside_the_error_over_e
             lambda v, value=value: v["scores"]["task"]["metrics"]["hits"].update(value=value),
         )
     cell = cells(page_of(directory), "hits")
-    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.354 (seeds) (2 / 3 / 4)"
+    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.35 (seeds) (2 / 3 / 4)"
     assert cell["sisa", "hits"] == "0.5 ± 0.1 (2 / 3 / 4)"
 
 
@@ -267,7 +267,7 @@ def test_each_example_is_shown_before_and_after_means_over_seeds(tmp_path):
         ("5", ACTION_NAMES["remove"], "0", "2.25", "6", "2"),
     )
     assert replaced.rows == (("2", ACTION_NAMES["correct_response"], "3", "1.5", "0.25"),)
-    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5"
+    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5 (0.55 ± 0.26)"
 
 
 def test_requests_that_do_not_fit_the_measures_are_refused(directory):
