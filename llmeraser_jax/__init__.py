@@ -6,19 +6,24 @@ responses corrected. Influence functions give the adapter's change without retra
     import llmeraser_jax as le
 
     model = le.load_model("path/to/base")                       # Hugging Face layout
-    lora = le.load_adapter("path/to/adapter", model)            # PEFT's format
+    adapter = le.load_adapter("path/to/adapter", model)         # PEFT's format
     examples = le.load_examples("train.jsonl")
-    dataset = le.encode_examples(examples, le.Recipe(), model.tokenizer)
-    requests = le.load_requests("requests.jsonl", examples)
-    result = le.erase(model, lora, dataset, requests, le.EraseConfig(l2=1e-3))
-    le.save_adapter("path/to/new_adapter", result.lora, model)
+    task = le.UnlearningTask(
+        model=model,
+        adapter=adapter,
+        data=le.encode_examples(examples, le.Recipe(), model.tokenizer),
+        requests=le.load_requests("requests.jsonl", examples),
+        training=le.TrainConfig(epochs=3, l2=1e-3),             # as the adapter was trained
+    )
+    result = le.erase(task)                                     # or le.erase(task, le.Path(num_steps=8),
+    budget=0.5) le.save_adapter("path/to/new_adapter", result.params, model)
 
 `result.receipt` says what was done and how far to trust it. From files to files, with everything recorded, the
-same is done by the functions that end in `_run` and by the console script `llmeraser`.
+same is done by the functions that end in `_run` and by the console script `llmeraser`. The mathematics is in
+`le.curvature` and `le.solvers`, measuring in `le.evaluation`, methods to compare with in `le.rivals`.
 """
 
-from llmeraser_jax.baselines import retrain
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
+from llmeraser_jax import curvature, evaluation, rivals, solvers
 from llmeraser_jax.data import (
     Action,
     Example,
@@ -32,62 +37,87 @@ from llmeraser_jax.data import (
     load_requests,
     save_examples,
 )
-from llmeraser_jax.evaluation import gap_closure, summarise
 from llmeraser_jax.evaluation.job import evaluate_runs, write_report
 from llmeraser_jax.lora import Lora, LoraConfig, add_delta, load_adapter, merge_lora, save_adapter
-from llmeraser_jax.losses import Objective, gradient_sum, lm_objective, loss_sum
+from llmeraser_jax.losses import Objective, lm_objective
 from llmeraser_jax.models import Model, ModelConfig, generate, init_base, load_model, save_model
 from llmeraser_jax.parallel import make_mesh
 from llmeraser_jax.runs import Run, RunError, load_run
-from llmeraser_jax.solvers import ConjugateGradients, Status
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.training.adopt import adopt
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.types import ExampleSet, ExampleStack, Operator, Solution, Solver, TokenBatch
-from llmeraser_jax.unlearning import EraseConfig, EraseResult, Receipt, UnlearningError, erase, erase_run, unlearn
+from llmeraser_jax.training.retrain import retrain
+from llmeraser_jax.types import ExampleSet, ExampleStack, TokenBatch
+from llmeraser_jax.unlearning import (
+    PAPER_DESCENT,
+    PAPER_STEP,
+    PUBLIC_SCRIPT,
+    Auto,
+    Corrected,
+    CurvatureSpec,
+    EditProblem,
+    Method,
+    Path,
+    Receipt,
+    Result,
+    Step,
+    TargetMatching,
+    TrustRegion,
+    UnlearningError,
+    UnlearningTask,
+    Workspace,
+    erase,
+    erase_run,
+    task_of_run,
+)
 
 __all__ = [
-    "CURVATURES",
+    "PAPER_DESCENT",
+    "PAPER_STEP",
+    "PUBLIC_SCRIPT",
     "Action",
-    "ConjugateGradients",
-    "Damped",
-    "DatasetCurvature",
-    "EraseConfig",
-    "EraseResult",
+    "Auto",
+    "Corrected",
+    "CurvatureSpec",
+    "EditProblem",
     "Example",
     "ExampleSet",
     "ExampleStack",
     "Lora",
     "LoraConfig",
+    "Method",
     "Model",
     "ModelConfig",
     "Objective",
-    "Operator",
+    "Path",
     "Receipt",
     "Recipe",
     "Request",
     "RequestError",
+    "Result",
     "Run",
     "RunError",
-    "Solution",
-    "Solver",
-    "Status",
+    "Step",
+    "TargetMatching",
     "TokenBatch",
     "TokenDataset",
     "TrainConfig",
+    "TrustRegion",
     "UnlearningError",
+    "UnlearningTask",
+    "Workspace",
     "add_delta",
     "adopt",
     "apply_requests",
+    "curvature",
     "encode_examples",
     "erase",
     "erase_run",
     "evaluate_runs",
+    "evaluation",
     "finetune",
     "finetune_run",
-    "gap_closure",
     "generate",
-    "gradient_sum",
     "init_base",
     "lm_objective",
     "load_adapter",
@@ -95,14 +125,14 @@ __all__ = [
     "load_model",
     "load_requests",
     "load_run",
-    "loss_sum",
     "make_mesh",
     "merge_lora",
     "retrain",
+    "rivals",
     "save_adapter",
     "save_examples",
     "save_model",
-    "summarise",
-    "unlearn",
+    "solvers",
+    "task_of_run",
     "write_report",
 ]

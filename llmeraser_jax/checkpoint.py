@@ -1,4 +1,4 @@
-"""Owns pytrees on disk: Orbax checkpoints of whole trees, and the step checkpoints of a training.
+"""Pytrees on disk: Orbax checkpoints of whole trees, and the step checkpoints of a training.
 
 A tree is stored as a flat mapping from leaf paths such as `params.layers.q_proj.a` to arrays, so that a
 checkpoint can be read without the classes of this package.
@@ -57,7 +57,7 @@ def _abstract(named: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes the arrays of a tree to the new directory `path`, whole or not at all.
 
-    Of several processes the one that calls it writes; see `parallel.on_leader`.
+    The calling process writes; of several, call it in one (`parallel.on_primary`).
 
     Args:
         path: must not exist, or be an empty directory.
@@ -106,20 +106,19 @@ def restore_pytree(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 class StepCheckpoints:
     """The latest checkpoints of a training, numbered by step.
 
-    A checkpoint takes its name when it is complete, so a process killed while saving goes on from the one
-    before. Saving is synchronous: when `save` returns, the checkpoint is there.
+    A checkpoint gets its name when it is complete, so a process killed while saving resumes from the one before.
+    Saving is synchronous.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str]):
         """Opens or creates the directory; leftovers of a killed save are removed.
 
         Args:
             directory: where the checkpoints are.
-            keep: how many of the latest stay.
         """
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -132,7 +131,7 @@ class StepCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
-        """Writes a checkpoint, then removes those beyond `keep`.
+        """Writes a checkpoint, then removes all but the latest two.
 
         Args:
             step: its number, above every earlier one.

@@ -22,9 +22,13 @@ from jax.sharding import Mesh
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.parallel import leads, parse_mesh, start_processes
+from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
+from llmeraser_jax.parallel import is_primary, parse_mesh, start_processes
 from llmeraser_jax.training import TrainConfig
-from llmeraser_jax.unlearning import EraseConfig, Receipt
+from llmeraser_jax.types import Solver
+from llmeraser_jax.unlearning import Auto, Corrected, Receipt, Step, TargetMatching, TrustRegion, Verdict
+from llmeraser_jax.unlearning import Path as InfluencePath
+from llmeraser_jax.unlearning.judged import Mover
 
 # Heavier imports (models, evaluation) wait until a command runs, so that --help answers at once.
 
@@ -33,7 +37,7 @@ _log = logging.getLogger("llmeraser_jax")
 
 def _say(text: str = "") -> None:
     """Results go to standard output, once; progress and warnings to standard error."""
-    if leads():
+    if is_primary():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -59,7 +63,7 @@ class Devices:
     def open(self) -> Mesh | None:
         """Connects the processes and lays out their devices; before anything is computed."""
         start_processes(self.processes)
-        if not leads():
+        if not is_primary():
             _log.setLevel(logging.WARNING)
         return parse_mesh(self.mesh)
 
@@ -255,6 +259,15 @@ class Adopt:
         return 0
 
 
+OwnMethod = (
+    Annotated[Auto, tyro.conf.subcommand("auto")]
+    | Annotated[TargetMatching, tyro.conf.subcommand("target-matching")]
+    | Annotated[InfluencePath, tyro.conf.subcommand("path")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[Corrected, tyro.conf.subcommand("corrected")]
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeOf:
     """Begin adopt's recipe from what a trainer left: PEFT, TRL, transformers' Trainer, axolotl, LLaMA-Factory.
@@ -301,33 +314,45 @@ class Erase:
       {"id": "18", "action": "modify_query", "query": "..."}
       {"id": "19", "action": "correct_response", "response": "..."}
 
+    The method comes last, with its own flags: llmeraser erase ... path --num-steps 12. Flags of one method:
+    llmeraser erase path --help.
+
     Attributes:
         run_directory: the run to erase from (finetune, adopt, or an earlier erase).
         requests: the request file.
         workdir: directory to make: the new adapter (PEFT), the change (Orbax), receipt.json, and the edited
             data, so that it can be erased from again.
-        heldout: examples of the same kind that were not trained on; they show where removed rows should end.
+        calibration: examples of the same kind that were not trained on; they show where removed rows should end.
             Without them removals go along the influence path, which costs more and can go too far.
-        factors: where --solver ekfac keeps the adapter's Kronecker factors: made by the first request with this
-            curvature sample, read by every later one.
+        target_loss: where removed rows should end, nats per token, instead of the calibration rows' mean loss.
+        budget: at most this share of a retraining's gradient equivalents; inf lifts the limit. Default: 1.
         data: where the training data is now; default: where it was.
         on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
             adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
             nothing shows where removed rows should end. refuse writes nothing. retrain writes the adapter of a
             retraining.
+        seed: of every sample drawn.
+        chunk_size: examples per micro-batch; memory grows with it, results do not change.
+        audit: report gradient norms of all examples instead of a sample.
         devices: what to compute on.
-        config: how to move.
+        method: how to forget.
     """
 
     run_directory: Annotated[Path, tyro.conf.arg(name="run")]
     requests: Path
     workdir: Path
-    heldout: Path | None = None
-    factors: Path | None = None
+    calibration: Annotated[Path | None, tyro.conf.arg(aliases=("--heldout",))] = None
+    target_loss: float | None = None
+    budget: float | None = None
     data: Path | None = None
     on_incomplete: Literal["warn", "refuse", "retrain"] = "warn"
+    seed: int = 0
+    chunk_size: int = 16
+    audit: bool = False
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
-    config: tyro.conf.OmitArgPrefixes[EraseConfig] = dataclasses.field(default_factory=EraseConfig)
+    method: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[OwnMethod]] = dataclasses.field(
+        default_factory=Auto
+    )
 
     def run(self) -> int:
         from llmeraser_jax.unlearning import IncompleteError
@@ -343,18 +368,40 @@ class Erase:
         return _status(receipt)
 
     def _erase(self, run, mesh: Mesh | None) -> Receipt:
-        _, result = erase_and_tell(
-            run,
-            self.requests,
-            self.workdir,
-            self.config,
-            mesh=mesh,
-            data_path=self.data,
-            heldout_path=self.heldout,
-            factors_path=self.factors,
-            on_incomplete=self.on_incomplete,
-        )
-        return result.receipt
+        """With a progress bar, and the receipt in a few lines on standard output."""
+        from llmeraser_jax.tracking import progress
+        from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
+
+        with progress(description="erasing the forget rows", total=100) as bar:
+
+            def on_step(step) -> None:
+                bar.update(round(100 * step.progress) - bar.n)
+
+            _, result = erase_run(
+                run,
+                self.requests,
+                self.workdir,
+                self.method,
+                self.budget,
+                seed=self.seed,
+                chunk_size=self.chunk_size,
+                audit=self.audit,
+                mesh=mesh,
+                data_path=self.data,
+                calibration_path=self.calibration,
+                target_loss=self.target_loss,
+                on_incomplete=self.on_incomplete,
+                on_step=on_step,
+            )
+        receipt = result.receipt
+        assert receipt is not None  # of the package's own methods
+        counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)
+        _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
+        _tell_rows(receipt)
+        _say(f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}")
+        adapter, path = self.workdir / "adapter", self.workdir / RECEIPT_FILE
+        _say(f"Adapter: {adapter}   receipt, with the solver's details: {path}")
+        return receipt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,8 +425,8 @@ class Retrain:
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
-        from llmeraser_jax.baselines import retrain
         from llmeraser_jax.data import load_requests
+        from llmeraser_jax.training.retrain import retrain
 
         mesh = self.devices.open()
         run = self.devices.load_run(self.run_directory)
@@ -550,27 +597,6 @@ Command = (
 )
 
 
-def erase_and_tell(run, requests: Path, workdir: Path, config: EraseConfig, *, mesh: Mesh | None = None, **kwargs):
-    """`erase_run` with a progress bar, and the receipt in a few lines on standard output."""
-    from llmeraser_jax.tracking import progress
-    from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
-
-    config = dataclasses.replace(config, l2=run.train_config.l2)
-    with progress(description="erasing the named examples", total=100) as bar:
-
-        def on_step(step) -> None:
-            bar.update(round(100 * (1 - step.weight_after)) - bar.n)
-
-        erased, result = erase_run(run, requests, workdir, config, mesh=mesh, on_step=on_step, **kwargs)
-    receipt = result.receipt
-    counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)
-    _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
-    _tell_rows(receipt)
-    _say(f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}")
-    _say(f"Adapter: {workdir / 'adapter'}   receipt, with the solver's details: {workdir / RECEIPT_FILE}")
-    return erased, result
-
-
 _SHOWN_ROWS = 24  # forget rows on the console; those that have not arrived first
 
 
@@ -602,8 +628,6 @@ def _tell_rows(receipt: Receipt) -> None:
 
 def _status(receipt: Receipt) -> int:
     """The exit status of an erasure: 0 complete, 3 incomplete or harmful, 4 not judged."""
-    from llmeraser_jax.unlearning import Verdict
-
     if receipt.complete:
         return 0
     not_judged = receipt.validity is not None and receipt.validity.verdict is Verdict.NOT_JUDGED
@@ -618,7 +642,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     _log.setLevel(logging.INFO)
-    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_flag_types())
+    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_registry())
     try:
         return command.run()
     except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
@@ -631,20 +655,35 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _flag_types() -> tyro.constructors.ConstructorRegistry:
-    """Flags that are tables are given as JSON, modules by names or by one expression."""
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Tables are given as JSON, modules as names or one expression, solvers, trust regions and inner methods as words."""
     registry = tyro.constructors.ConstructorRegistry()
+    words = {
+        Solver: ("NAME[:OPTION=VALUE,...]", read_solver),
+        TrustRegion: ("OPTION=VALUE,...", read_trust_region),
+        TrustRegion | None: ("none|OPTION=VALUE,...", read_trust_region),
+        Mover: ("METHOD", read_method),
+    }
 
     @registry.primitive_rule
     def rule(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if type_info.type_origin is not Mapping:
+        if type_info.type_origin is Mapping:
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="JSON",
+                instance_from_str=lambda given: json.loads(given[0]),
+                is_instance=lambda value: isinstance(value, Mapping),
+                str_from_instance=lambda value: [json.dumps(dict(value))],
+            )
+        if type_info.type not in words:
             return None
+        metavar, read = words[type_info.type]
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda given: json.loads(given[0]),
-            is_instance=lambda value: isinstance(value, Mapping),
-            str_from_instance=lambda value: [json.dumps(dict(value))],
+            metavar=metavar,
+            instance_from_str=lambda given: read(given[0]),
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [write(value)],
         )
 
     @registry.primitive_rule

@@ -21,11 +21,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llmeraser_jax import convert, data, files, losses
+from llmeraser_jax.convert import check_quantization, dequantized, quantize
 from llmeraser_jax.data import Example
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.models.decoder import base_shapes
-from llmeraser_jax.models.quantization import check_quantization, dequantized, quantize
 from llmeraser_jax.runs import Run, RunError, copy_tokenizer, load_run, model_directory
 from llmeraser_jax.training.measure import mean_loss
 from llmeraser_jax.unlearning.job import REQUESTS_FILE

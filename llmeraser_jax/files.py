@@ -1,4 +1,4 @@
-"""Owns how results reach the disk: written whole or not at all, and JSON that every reader accepts."""
+"""Writing results: whole or not at all, and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 
 LOCK_FILE = ".lock"
 
@@ -151,16 +151,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def exclusive_use(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds `directory` for this program, so that two trainings never write to one directory.
+    """Locks `directory`, so that two programs never write to it.
 
-    The lock belongs to the process and goes with it, however it ends. Of several processes the leader has it for
-    all.
+    The lock ends with the process, however that ends. Of several processes the primary one holds it for all.
 
     Raises:
         RuntimeError: another program holds the directory.
     """
     with contextlib.ExitStack() as held:
-        on_leader(lambda: held.enter_context(_locked(Path(directory))))
+        on_primary(lambda: held.enter_context(_locked(Path(directory))))
         yield
 
 

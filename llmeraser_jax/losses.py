@@ -8,8 +8,9 @@ edit's share cancels. Losses that are reported leave the L2 term out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,8 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.parallel import sum_over_devices, to_host
+from llmeraser_jax.parallel import place_stack, sum_over_devices, to_host
 from llmeraser_jax.types import Batch, ExampleSet, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
+
+_CHUNK_SIZE = 16
 
 
 @flax.struct.dataclass
@@ -294,25 +297,88 @@ def gradient_sum(objective: Objective, params: LoraParams, stack: ExampleStack) 
     return trees.tree_axpy(objective.l2 * total_weight, objective.from_prior(params), data_term)
 
 
-@jax.jit
-def _losses_per_chunk(objective: Objective, params: LoraParams, stack: ExampleStack):
-    return tuple(
-        jax.lax.map(lambda batch: objective.data_losses(params, batch), batches) for batches in stack.batches
+@partial(jax.jit, static_argnames="fn")
+def _per_chunk(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> tuple[PyTree, ...]:
+    return tuple(jax.lax.map(partial(fn, *args), batches) for batches in stack.batches)
+
+
+def per_example(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> PyTree:
+    """`fn(*args, batch)` of every example, in the order in which the stack was asked for; on the host.
+
+    Args:
+        fn: a pure function of one micro-batch that returns a pytree of arrays [batch, ...]; hashable.
+        stack: the examples, with their places.
+        args: whatever `fn` takes besides; the same for all examples.
+
+    Returns:
+        Arrays [examples, ...], floats in float64. Where buckets differ in a trailing axis, rows end in nan (-1 in
+        arrays of integers).
+    """
+    places = example_places(stack)
+    parts = [jax.tree.map(_flat, part) for part in to_host(_per_chunk(fn, stack, *args))]
+    return jax.tree.map(lambda *leaves: _joined(leaves)[places], *parts)
+
+
+def _flat(leaf: np.ndarray) -> np.ndarray:
+    leaf = leaf.reshape(-1, *leaf.shape[2:])
+    return leaf if np.issubdtype(leaf.dtype, np.integer) else leaf.astype(np.float64)
+
+
+def _joined(leaves: Sequence[np.ndarray]) -> np.ndarray:
+    if leaves[0].ndim == 1:
+        return np.concatenate(leaves)
+    width = max(leaf.shape[1] for leaf in leaves)
+    fill = -1 if np.issubdtype(leaves[0].dtype, np.integer) else np.nan
+    return np.concatenate(
+        [np.pad(leaf, ((0, 0), (0, width - leaf.shape[1])), constant_values=fill) for leaf in leaves]
     )
 
 
-def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> np.ndarray:
-    """Each example's data loss [number of nonzero weights], bucket by bucket in stacking order."""
-    losses = to_host(_losses_per_chunk(objective, params, stack))
-    return np.concatenate([l.reshape(-1) for l in losses])[real_rows(stack)]
+def example_places(stack: ExampleStack) -> Int[np.ndarray, " examples"]:
+    """Where each example is among all rows of a stack, padding included; in the order that was asked for.
+
+    Raises:
+        ValueError: the stack does not know.
+    """
+    if stack.places is None:
+        msg = "This stack does not know the places of its examples; make it with ExampleSet.stack."
+        raise ValueError(msg)
+    places = np.concatenate([place.reshape(-1) for place in to_host(stack.places)])
+    rows = np.flatnonzero(places >= 0)
+    found = np.empty(len(rows), np.int64)
+    found[places[rows]] = rows
+    return found
 
 
-def stacking_order(examples: ExampleSet, indices: np.ndarray) -> np.ndarray:
-    """The places of `indices` in the order in which a stack of them holds them: bucket by bucket."""
-    buckets = np.array([examples.bucket_of(int(i)) for i in indices], np.int64)
-    return np.argsort(buckets, kind="stable")
+def data_losses(objective: Objective, params: LoraParams, batch: Batch) -> Float[Array, " batch"]:
+    """`Objective.data_losses`, for `per_example`."""
+    return objective.data_losses(params, batch)
 
 
-def real_rows(stack: ExampleStack) -> np.ndarray:
-    """Which rows are examples and no padding [all rows], bucket by bucket in stacking order; on the host."""
-    return np.concatenate([w.reshape(-1) != 0 for w in to_host(stack.weights)])
+def losses_and_log_odds(
+    objective: Objective, params: LoraParams, batch: Batch
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Data losses and their log-odds from one forward pass, for `per_example`."""
+    outputs = objective.outputs(params, batch)
+    return objective.output_loss_fn(outputs, batch), objective.output_log_odds(outputs, batch)
+
+
+def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[np.ndarray, " examples"]:
+    """Each example's data loss, in the order that was asked for."""
+    return per_example(data_losses, stack, objective, params)
+
+
+def response_losses(
+    model: Any, params: LoraParams | None, dataset: ExampleSet, indices: np.ndarray | None = None
+) -> Float[np.ndarray, " examples"]:
+    """Response loss of each example of a language model under an adapter or an ensemble, in the order asked for.
+
+    Args:
+        model: has `apply`, `base` and `mesh`.
+        params: what `model.apply` reads.
+        dataset: encoded examples.
+        indices: which; None is all.
+    """
+    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
+    return example_losses(lm_objective(model.apply, model.base, l2=0.0), params, place_stack(stack, model.mesh))

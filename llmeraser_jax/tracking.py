@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llmeraser_jax import files
-from llmeraser_jax.parallel import leads
+from llmeraser_jax.parallel import is_primary
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[str]:
@@ -58,7 +57,7 @@ class MetricsLogger:
         """
         self._file = None
         self._writer = None
-        if not leads():
+        if not is_primary():
             return
         if tensorboard_dir is not None:
             self._writer = _tensorboard_writer(tensorboard_dir, purge_step=last_step + 1)
@@ -110,20 +109,13 @@ def _tensorboard_writer(directory: str | os.PathLike[str], *, purge_step: int) -
     return SummaryWriter(os.fspath(directory), purge_step=purge_step)
 
 
-def progress(
-    iterable: Iterable[Any] | None = None,
-    *,
-    description: str,
-    total: int | None = None,
-    initial: int = 0,
-) -> tqdm:
-    """A progress bar that shows on process 0 and on a terminal only, and is silent elsewhere.
+def progress(*, description: str, total: int, initial: int = 0) -> tqdm:
+    """A progress bar, moved with `.update()`; shown by the primary process on a terminal only.
 
     Args:
-        iterable: what to iterate over; None for a bar moved with `.update()`.
         description: the words before the bar.
-        total: how many items; read off `iterable` when that has a length.
-        initial: items done before, after a restart.
+        total: how many items.
+        initial: items done before a restart.
     """
-    hidden = not leads() or not sys.stderr.isatty()
-    return tqdm(iterable, desc=description, total=total, initial=initial, disable=hidden, leave=False)
+    hidden = not is_primary() or not sys.stderr.isatty()
+    return tqdm(desc=description, total=total, initial=initial, disable=hidden, leave=False)

@@ -1,7 +1,7 @@
 """Vector-space operations on pytrees.
 
-Reductions run in at least float32 and leaf by leaf: flattening into one vector (`ravel_pytree`) would gather
-sharded leaves and is not used anywhere in the package outside `curvature.dense`.
+Reductions run in at least float32 and leaf by leaf. Flattening into one vector (`ravel_pytree`) would gather
+sharded leaves, so the package does not use it.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def tree_size(a: PyTree) -> int:
 
 
 def tree_sha256(a: PyTree) -> bytes:
-    """SHA-256 over place, dtype, shape and bytes of every leaf; computed on the host, of several on each.
+    """SHA-256 over path, dtype, shape and bytes of every leaf; computed on every host.
 
-    Not over the structure as jax prints it, which differs between versions and shows what is no number.
+    The tree structure is not hashed: its text differs between versions of JAX.
     """
     digest = hashlib.sha256()
     for place, leaf in jax.tree_util.tree_leaves_with_path(a):
@@ -103,9 +103,47 @@ def tree_random_signs(key: Array, like: PyTree) -> PyTree:
 
 
 def _draw(sample: Callable[..., Array], key: Array, like: PyTree) -> PyTree:
-    """One draw, cut into leaves: a draw for every leaf takes XLA longer to compile than a curvature product."""
+    """One draw, cut into leaves. XLA compiles a draw for every leaf more slowly than a curvature product."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([leaf.size for leaf in leaves])
     parts = jnp.split(sample(key, (int(ends[-1]),), jnp.result_type(*leaves)), ends[:-1])
     cut = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
     return structure.unflatten(cut)
+
+
+# Rows: vectors on a leading axis of every leaf, [m, ...]. Inverses divide differences of their products by a small
+# damping, so these use the highest matmul precision.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def rows_vdot(rows: PyTree, v: PyTree) -> Float[Array, " m"]:
+    """`U v`: the inner product of each row with `v`, [m]."""
+
+    def leaf(r, x):
+        return jnp.einsum("m...,...->m", r, x, precision=_EXACT)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, v)), start=jnp.zeros(()))
+
+
+def rows_gram(rows: PyTree, others: PyTree) -> Float[Array, "m k"]:
+    """`U V'`: the inner products of two sets of rows, [m, k]."""
+
+    def leaf(a, b):
+        return jnp.einsum("mx,kx->mk", a.reshape(len(a), -1), b.reshape(len(b), -1), precision=_EXACT)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, others)), start=jnp.zeros(()))
+
+
+def combine_rows(coefficients: Float[Array, " m"] | Float[Array, "m k"], rows: PyTree) -> PyTree:
+    """Linear combinations of the rows: `sum_i c_i u_i`, or [k, ...] `sum_i c_ij u_i` for coefficients [m, k]."""
+    subscripts = "m,m...->..." if coefficients.ndim == 1 else "mk,m...->k..."
+
+    def leaf(r):
+        return jnp.einsum(subscripts, coefficients.astype(r.dtype), r, precision=_EXACT)
+
+    return jax.tree.map(leaf, rows)
+
+
+def concatenate_rows(*parts: PyTree) -> PyTree:
+    """Several sets of rows as one set."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

@@ -1,4 +1,4 @@
-"""The nouns that cross module borders: pytree aliases, batches, and the three small interfaces.
+"""The types that cross module borders: pytree aliases, batches, and the Protocols of operators and solvers.
 
 Dimension letters used in every shape string of the package:
 
@@ -32,9 +32,9 @@ Outputs: TypeAlias = Any  # pytree of network outputs whose leaves all begin wit
 
 @flax.struct.dataclass
 class TokenBatch:
-    """Token sequences, right-padded, and where in them the loss is read.
+    """Token sequences, right-padded, and the positions under the loss.
 
-    Logits are computed at `positions` only, so that a large vocabulary head is not evaluated for the prompt.
+    Logits are computed at `positions` only, which saves the vocabulary head on the prompt.
     """
 
     tokens: Int[Array, "*lead batch time"]
@@ -49,11 +49,14 @@ class ExampleStack:
     """Examples as stacked micro-batches, one entry per length bucket, each with a coefficient.
 
     Everything the package computes over data is `sum_i weights_i * f(example_i)`; means, removals, edits and
-    path weights differ in `weights` only. An example with weight 0 is padding.
+    path weights differ in `weights` only. Padding has weight 0; so may an example.
     """
 
     batches: tuple[Batch, ...]  # leaves [chunks, batch, ...]
     weights: tuple[Float[Array, "_chunks _batch"], ...]  # [chunks, batch], as many chunks as the bucket needs
+    # [chunks, batch]: the place of each example in the order that was asked for, -1 for padding. None where nobody
+    # asks for values of single examples.
+    places: tuple[Int[Array, "_chunks _batch"], ...] | None = None
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # its axis "data" shares out each batch
 
 
@@ -68,7 +71,7 @@ class ExampleSet(Protocol):
         ...
 
     def stack(self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int) -> ExampleStack:
-        """Lays out `indices` with coefficients `weights`, in order within a bucket; padding has weight 0."""
+        """Lays out `indices` with coefficients `weights`; `places` says where each went."""
         ...
 
 
@@ -94,6 +97,8 @@ class Solution:
     value: LoraParams
     status: Int[Array, ""]  # a `solvers.status.Status`
     num_steps: Int[Array, ""]
+    # Every product that was computed, that of the residual included; of stochastic solvers, products of terms.
+    num_products: Int[Array, ""]
     relative_residual: Float[Array, ""]  # ||b - A x|| / ||b||, recomputed with one more product
     negative_curvature: Bool[Array, ""]  # some direction p had p'Ap <= 0
     history: Float[Array, " max_steps"]  # recurrence's relative residual after each step; nan beyond num_steps
@@ -106,6 +111,11 @@ class Solution:
 @runtime_checkable
 class Solver(Protocol):
     """Hyper-parameters only; sees an operator and a right-hand side, never data."""
+
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes."""
+        ...
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution: ...
 
@@ -129,6 +139,74 @@ class FiniteSum(Operator, Protocol):
     def term_mv(self, k: Int[Array, ""], v: LoraParams) -> LoraParams:
         """The product of term `k` in [0, num_terms), scaled so that the mean over `k` is `mv(v)`."""
         ...
+
+
+@runtime_checkable
+class ManyVectors(Operator, Protocol):
+    """An operator that multiplies several vectors at once in its own way."""
+
+    def mv_many(self, vs: LoraParams) -> LoraParams:
+        """The products with vectors on a leading axis of every leaf, on the same axis."""
+        ...
+
+
+def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
+    """`operator` times vectors on a leading axis of every leaf; vectorised where the operator has no own way."""
+    return operator.mv_many(vs) if isinstance(operator, ManyVectors) else jax.vmap(operator.mv)(vs)
+
+
+@runtime_checkable
+class WeightedRows(Protocol):
+    """A curvature in factored form, `sum_j weights_j rows_j rows_j' + mu I`."""
+
+    @property
+    def rows(self) -> LoraParams:
+        """Leaves [m, ...]."""
+        ...
+
+    @property
+    def weights(self) -> Float[Array, " m"]: ...
+
+    @property
+    def mu(self) -> Float[Array, ""] | float: ...
+
+
+@runtime_checkable
+class AdaptableConfig(Protocol):
+    """What an adapter has to know of a decoder's configuration (`models.ModelConfig`)."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a decoder layer, in its order."""
+        ...
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of all modules as PyTorch's `named_modules` gives them."""
+        ...
+
+
+@runtime_checkable
+class AdaptableModel(Protocol):
+    """What reading and writing an adapter has to know of its base model (`models.Model`)."""
+
+    @property
+    def config(self) -> AdaptableConfig: ...
+
+    @property
+    def base(self) -> BaseParams: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def adapter_extras(self) -> tuple[str, ...]: ...
 
 
 Key: TypeAlias = jax.Array

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmeraser_jax.losses import Objective, half_squared_error
 from llmeraser_jax.types import ExampleStack
+from llmeraser_jax.unlearning import EditProblem, MatchingRecord, Receipt, Result, SolveRecord, UnlearningTask
 
 
 class ArrayBatch(NamedTuple):
@@ -31,18 +32,19 @@ class ArrayExamples:
         return index % self.num_buckets
 
     def stack(self, indices, weights, *, chunk_size: int) -> ExampleStack:
-        batches, stacked_weights = [], []
+        parts = []
         for bucket in range(self.num_buckets):
-            chosen = np.asarray(indices) % self.num_buckets == bucket
-            if not chosen.any():
+            chosen = np.flatnonzero(np.asarray(indices) % self.num_buckets == bucket)
+            if not len(chosen):
                 continue
-            rows, w = np.asarray(indices)[chosen], np.asarray(weights)[chosen]
-            padding = -len(rows) % chunk_size
-            rows = np.concatenate([rows, np.repeat(rows[:1], padding)]).reshape(-1, chunk_size)
-            w = np.concatenate([w, np.zeros(padding)]).reshape(-1, chunk_size)
-            batches.append(ArrayBatch(jnp.asarray(self.inputs[rows]), jnp.asarray(self.targets[rows])))
-            stacked_weights.append(jnp.asarray(w))
-        return ExampleStack(tuple(batches), tuple(stacked_weights))
+            padding = -len(chosen) % chunk_size
+            padded = np.concatenate([chosen, np.full(padding, -1)]).reshape(-1, chunk_size)
+            rows = np.asarray(indices)[np.where(padded < 0, chosen[0], padded)]
+            w = np.where(padded < 0, 0.0, np.asarray(weights, np.float64)[padded])
+            batch = ArrayBatch(jnp.asarray(self.inputs[rows]), jnp.asarray(self.targets[rows]))
+            parts.append((batch, jnp.asarray(w), jnp.asarray(padded, jnp.int32)))
+        batches, stacked_weights, places = zip(*parts, strict=True)
+        return ExampleStack(batches, stacked_weights, places)
 
 
 def linear_outputs(frozen, params, batch):
@@ -64,6 +66,33 @@ def join_params(params) -> np.ndarray:
 def ridge_objective(l2: float) -> Objective:
     """`l(z) = (x'theta - y)^2 / 2 + l2/2 ||theta||^2`."""
     return Objective((), None, linear_outputs, half_squared_error, l2)
+
+
+def ridge_task(problem: EditProblem, theta, l2: float, **fields) -> UnlearningTask:
+    """A request about a ridge regression whose parameters are `theta` [d]."""
+    return UnlearningTask(model=ridge_objective(l2), adapter=split_params(theta), requests=problem, **fields)
+
+
+def receipt_of(result: Result) -> Receipt:
+    """The receipt of a method that gives one."""
+    assert result.receipt is not None
+    return result.receipt
+
+
+def solves_of(result: Result) -> list[SolveRecord]:
+    """The steps of a method that solves by products."""
+    steps = receipt_of(result).steps
+    solves = [step for step in steps if isinstance(step, SolveRecord)]
+    assert len(solves) == len(steps)
+    return solves
+
+
+def matching_steps_of(result: Result) -> list[MatchingRecord]:
+    """The steps of target matching."""
+    steps = receipt_of(result).steps
+    matching = [step for step in steps if isinstance(step, MatchingRecord)]
+    assert len(matching) == len(steps)
+    return matching
 
 
 def ridge_solution(inputs, targets, l2: float) -> np.ndarray:

@@ -67,4 +67,5 @@ def random_stack(num_chunks: int, batch: int, dtype: str, *, time: int = 12, res
         target_weights=jnp.asarray(real / real.sum(-1, keepdims=True), dtype),
     )
     weights = rng.uniform(0.5, 1.5, shape) / (num_chunks * batch)
-    return ExampleStack((batches,), (jnp.asarray(weights, dtype),))
+    places = jnp.arange(num_chunks * batch, dtype=jnp.int32).reshape(shape)
+    return ExampleStack((batches,), (jnp.asarray(weights, dtype),), (places,))

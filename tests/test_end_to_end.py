@@ -1,5 +1,6 @@
 """From files to files through the console script's entry point: fine-tune, erase, chain, retrain, compare."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ import pytest
 from llmeraser_jax import trees
 from llmeraser_jax.checkpoint import restore_pytree
 from llmeraser_jax.cli import main
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, DenseOperator, materialise
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature
 from llmeraser_jax.data import content_hash, load_examples, load_requests, parse_requests
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora
@@ -20,9 +21,11 @@ from llmeraser_jax.losses import example_losses, gradient_sum, lm_objective
 from llmeraser_jax.models import load_model
 from llmeraser_jax.parallel import make_mesh, shard_base
 from llmeraser_jax.runs import load_run
+from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
-from llmeraser_jax.unlearning.erase import bf16_survival
+from llmeraser_jax.unlearning import CurvatureSpec, Step, UnlearningTask, erase, make_problem
+from llmeraser_jax.unlearning.receipt import bf16_survival
+from tests.dense import DenseOperator, materialise
 from tests.training import tiny
 
 REQUESTS = [
@@ -30,7 +33,10 @@ REQUESTS = [
     {"id": "r4", "action": "modify_query", "instruction": "colour of s11"},
     {"id": "r7", "action": "correct_response", "response": "red"},
 ]
-QUICK = ["--num-steps", "3", "--cg-max-steps", "4", "--sample-size", "4", "--chunk-size", "4", "--damping", "0.01"]
+# The method comes last, with its own flags.
+SMALL = ["--sample-size", "4", "--damping", "0.01"]
+QUICK = ["--chunk-size", "4", "path", "--num-steps", "3", "--solver", "cg:rtol=0.05,max_steps=4", *SMALL]
+MATCHING = ["--chunk-size", "4", "target-matching", "--num-steps", "3", *SMALL]
 
 
 def write_lines(path, rows):
@@ -60,8 +66,8 @@ def erased(run, work):
 
 
 @pytest.fixture(scope="module")
-def heldout(work):
-    return tiny.write_rows(work / "heldout.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]])
+def unseen(work):
+    return tiny.write_rows(work / "unseen.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]])
 
 
 def test_erase_writes_adapter_delta_receipt_requests_and_edited_data(run, erased):
@@ -178,11 +184,11 @@ def test_bad_requests_are_one_clear_error_and_leave_nothing(run, tmp_path, capsy
 
 
 def test_what_happens_to_an_erasure_that_is_not_complete(run, work, tmp_path, capsys):
-    common = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
-    assert main([*common, "--workdir", str(tmp_path / "no"), "--on-incomplete", "refuse"]) == 3
+    common = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main([*common, "--workdir", str(tmp_path / "no"), "--on-incomplete", "refuse", *QUICK]) == 3
     said = capsys.readouterr()
     assert "No adapter is written" in said.err and "NOT ARRIVED" in said.out and not (tmp_path / "no").exists()
-    assert main([*common, "--workdir", str(tmp_path / "again"), "--on-incomplete", "retrain"]) == 0
+    assert main([*common, "--workdir", str(tmp_path / "again"), "--on-incomplete", "retrain", *QUICK]) == 0
     assert not (tmp_path / "again.retraining").exists()
     receipt = json.loads((tmp_path / "again" / "receipt.json").read_text())
     assert receipt["method"] == "retrained" and receipt["complete"]
@@ -209,10 +215,10 @@ def test_an_existing_output_directory_is_refused_and_kept(run, work, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, heldout, capsys):
+def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, unseen, capsys):
     common = ["--run", str(run.path), "--requests", str(work / "requests.jsonl")]
     assert main(["retrain", *common, "--workdir", str(work / "re"), "--seeds", "2"]) == 0
-    arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path), "--data", str(heldout)]
+    arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path), "--data", str(unseen)]
     retrained = ["--retrained", str(work / "re")]
     assert main([*arguments, *retrained, "--workdir", str(work / "eval")]) == 0
     report = json.loads((work / "eval" / "report.json").read_text())
@@ -236,16 +242,16 @@ def test_evaluate_reports_every_promised_number_with_and_without_retraining(run,
     assert set(first["answers"]["named"]) == {"before", "unlearned"}
 
 
-def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout, capsys):
-    outside = load_examples(heldout)
-    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
-    assert main([*arguments, "--heldout", str(heldout), "--workdir", str(work / "shown")]) == 3
+def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, unseen, capsys):
+    outside = load_examples(unseen)
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main([*arguments, "--calibration", str(unseen), "--workdir", str(work / "shown"), *MATCHING]) == 3
     receipt = json.loads((work / "shown" / "receipt.json").read_text())
     assert receipt["heldout_sha256"] == [content_hash(example) for example in outside]
     assert json.loads((erased.path / "receipt.json").read_text())["heldout_sha256"] == []
 
     arguments = ["evaluate", "--before", str(run.path), "--after", str(work / "shown")]
-    assert main([*arguments, "--data", str(heldout), "--workdir", str(work / "eval_shown")]) == 0
+    assert main([*arguments, "--data", str(unseen), "--workdir", str(work / "eval_shown")]) == 0
     assert "Name other examples here than to `erase`" in capsys.readouterr().err
     report = json.loads((work / "eval_shown" / "report.json").read_text())
     assert report["heldout"]["nonmembers"] == 0 and report["models"]["before"]["membership_auc"] == {}
@@ -269,8 +275,8 @@ def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, heldout,
 def test_rows_that_were_trained_on_are_not_held_out(run, erased, work, capsys):
     """Their losses would tell removed rows to stay where they are, and members from members."""
     train = str(work / "train.jsonl")
-    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl"), *QUICK]
-    assert main([*arguments, "--heldout", train, "--workdir", str(work / "known")]) == 1
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    assert main([*arguments, "--calibration", train, "--workdir", str(work / "known"), *MATCHING]) == 1
     assert "was trained on all its 10 examples" in capsys.readouterr().err
     arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path)]
     assert main([*arguments, "--data", train, "--workdir", str(work / "eval_known")]) == 1
@@ -293,8 +299,8 @@ def test_what_an_earlier_erasure_was_shown_stays_known(run, work):
         requests = write_lines(work / f"{name}.jsonl", [{"id": row, "action": "remove"}])
         arguments = ["erase", "--run", str(parent), "--requests", str(requests), "--workdir", str(work / name)]
         if known is not None:
-            arguments += ["--heldout", str(tiny.write_rows(work / f"{name}_known.jsonl", known))]
-        assert main([*arguments, *QUICK]) == status
+            arguments += ["--calibration", str(tiny.write_rows(work / f"{name}_known.jsonl", known))]
+        assert main([*arguments, *(QUICK if known is None else MATCHING)]) == status
         parent = work / name
     shown = json.loads((parent / "receipt.json").read_text())["heldout_sha256"]
     assert shown == [content_hash(example) for example in load_examples(work / "chain_2_known.jsonl")]
@@ -326,12 +332,16 @@ def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and
         lora: Lora = wide(run.load_adapter(model))
         dataset = run.encode(run.load_examples(), model.tokenizer)
         requests = parse_requests([json.dumps(row) for row in REQUESTS], dataset.examples)
-        config = EraseConfig(
-            method="step", rhs=rhs, curvature=curvature, curvature_data="all", damping=damping, trust_region=False,
-            l2=1e-3, cg_rtol=1e-10, cg_max_steps=60, chunk_size=8, diagnostic_sample=4,
-        )  # fmt: skip
-        result = erase(model, lora, dataset, requests, config)
-        problem = make_problem(model, dataset, requests)
+        step = Step(
+            rhs=rhs,
+            curvature=CurvatureSpec(kind=curvature, data="all", damping=damping),
+            solver=ConjugateGradients(rtol=1e-10, max_steps=60),
+            trust_region=None,
+        )
+        assert run.train_config.l2 == 1e-3
+        task = UnlearningTask(model=model, adapter=lora, requests=requests, data=dataset, training=run.train_config)
+        result = erase(task, step, np.inf, chunk_size=8)
+        problem = task.problem
         objective = lm_objective(model.apply, model.base, l2=1e-3)
         rng = np.random.default_rng(0)
         if rhs == "influence":
@@ -359,7 +369,8 @@ def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and
             path=model.path,
             mesh=mesh,
         )
-        eight = jax.device_get(erase(sharded, lora, dataset, requests, config).delta)
+        task = dataclasses.replace(task, model=sharded)
+        eight = jax.device_get(erase(task, step, np.inf, chunk_size=8).delta)
         error = trees.tree_norm(trees.tree_sub(eight, expected)) / trees.tree_norm(expected)
         assert float(error) < 1e-5
 

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict
 
 from llmeraser_jax import convert, export, losses
 from llmeraser_jax.cli import main
+from llmeraser_jax.convert import quantize
 from llmeraser_jax.export import export_run
 from llmeraser_jax.lora import load_adapter, merge_lora
 from llmeraser_jax.models import load_model
-from llmeraser_jax.models.quantization import quantize
 from llmeraser_jax.runs import load_run, write_run
 from llmeraser_jax.training.job import finetune_run
 from tests.training import tiny

@@ -18,7 +18,7 @@ from llmeraser_jax import data, runs
 from llmeraser_jax.data import templates
 from llmeraser_jax.training.adopt import adopt
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning.erase import make_problem
+from llmeraser_jax.unlearning import make_problem
 from tests.test_runs import write
 from tests.training import tiny
 from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401

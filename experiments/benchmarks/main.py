@@ -1,32 +1,31 @@
-"""Speed and memory beside PyTorch: one command, one table, one plot.
+"""Speed and memory beside PyTorch: one command, one table.
 
-    python -m experiments.benchmarks.main --workdir DIR [--sizes 1m 10m] [--dtypes float32 bfloat16] [--quick]
+    python -m experiments.benchmarks.main --workdir DIR [--sizes 1m 10m] [--dtypes float32]
 
 Each group of measurements of one size and dtype is one JSON file; a second call computes what is missing and
-renders table and plot anew. Within a group the repetitions of all entries alternate between the two libraries, each
-in a process of its own, so that a busy machine hits both.
+renders the table anew. Within a group the repetitions of all entries alternate between the two libraries, so that a
+busy machine hits both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import statistics
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from experiments.benchmarks.sides import GROUPS, SIDES, Prepared, Timed
-from experiments.benchmarks.table import render_plot, render_table
-from experiments.benchmarks.worker import Worker, WorkerError, WorkerSpec
-from experiments.benchmarks.workload import SHAPES, VOCAB_SIZE, Workload
+from experiments.benchmarks.timing import Worker, measure_group
+from experiments.benchmarks.workload import ERASE_ROWS, GROUPS, SHAPES, Workload
+from experiments.common import log_progress, require_at_least
 from llmeraser_jax import files
+from llmeraser_jax.evaluation.render import MISSING, Block, Heading, Page, Table, Text, render_text, write_page
 
-_SMALL = ("1m", "10m")  # measured with a float32 base too, where no dtypes are given
+logger = logging.getLogger("benchmarks")
+Cell = dict[str, Any]  # groups of one size and dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,45 +33,22 @@ class BenchmarkConfig:
     """What is measured.
 
     Attributes:
-        workdir: models, measurements, table and plot.
+        workdir: models, measurements and tables.
         sizes: any of 1m, 10m (2 CPU cores), 110m, 1b, 7b (a GPU): parameters of the decoder's layers.
-        dtypes: of the base; none given is float32 and bfloat16 for 1m and 10m, bfloat16 above.
-        groups: any of ceiling, products, operands, many, cg, erase, compile; none given is all for the first cell,
-            all but compile for the first dtype of a size, and products, cg and erase for its second one.
+        dtypes: of the base.
+        groups: any of ceiling, products, many, cg, erase.
         repeats: repetitions of each entry; an erasure has half as many, at least 2.
         threads: CPU threads of both libraries; None is all CPUs of this process.
         devices: that the package shares the rows of each micro-batch out over; on a CPU each is one thread.
-        examples: rows behind a gradient or a product; None is the size's own number.
-        chunk_size: rows of the package's micro-batches; None is the size's own, at which it is fastest.
-        torch_chunk_size: the same of PyTorch.
-        erase_rows: rows of the training set of an erasure.
-        erase_sample: rows behind its curvature.
-        cg_steps: iterations of each solve.
-        rank: of the adapter, on all seven projections.
-        vocab_size: tokens.
-        timeout: seconds that one call may take, compilation included, before it is given up.
-        quick: few rows and repetitions, to see that everything runs.
-        render_only: compute nothing; table and plot from what is there.
     """
 
     workdir: Path
-    sizes: tuple[str, ...] = _SMALL
-    dtypes: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ("1m", "10m")
+    dtypes: tuple[str, ...] = ("float32",)
+    groups: tuple[str, ...] = tuple(GROUPS)
     repeats: int = 5
     threads: int | None = None
     devices: int = 1
-    examples: int | None = None
-    chunk_size: int | None = None
-    torch_chunk_size: int | None = None
-    erase_rows: int = 32
-    erase_sample: int = 16
-    cg_steps: int = 5
-    rank: int = 8
-    vocab_size: int = VOCAB_SIZE
-    timeout: float = 600.0
-    quick: bool = False
-    render_only: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("sizes", SHAPES), ("groups", GROUPS), ("dtypes", ("float32", "bfloat16"))):
@@ -80,255 +56,137 @@ class BenchmarkConfig:
             if unknown:
                 msg = f"{name} has {', '.join(unknown)}; choose from {', '.join(allowed)}."
                 raise ValueError(msg)
-        counts = (
-            "repeats",
-            "threads",
-            "devices",
-            "examples",
-            "chunk_size",
-            "torch_chunk_size",
-            "erase_rows",
-            "erase_sample",
-            "cg_steps",
-            "rank",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                msg = f"{name} is {value}; it must be at least 1."
-                raise ValueError(msg)
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of each library."""
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(self.threads or available, available)
-
-    def cells(self) -> Iterator[tuple[str, str]]:
-        """Size and dtype of the base, in the order of measuring."""
-        for size in self.sizes:
-            default = ("float32", "bfloat16") if size in _SMALL else ("bfloat16",)
-            for dtype in self.dtypes or default:
-                yield size, dtype
-
-    def groups_of(self, size: str, dtype: str) -> tuple[str, ...]:
-        """What is measured of a cell."""
-        if self.groups:
-            return self.groups
-        cells = list(self.cells())
-        if (size, dtype) == cells[0]:
-            return tuple(GROUPS)
-        first_of_size = next(cell for cell in cells if cell[0] == size)
-        if (size, dtype) == first_of_size:
-            return tuple(group for group in GROUPS if group != "compile")
-        return ("products", "cg", "erase")
-
-    def workload(self, size: str, dtype: str) -> Workload:
-        """The files of a cell; those of other numbers of rows lie apart."""
-        shape = SHAPES[size]
-        examples = self.examples or (2 if self.quick else shape.examples)
-        rows = min(self.erase_rows, 16) if self.quick else self.erase_rows
-        name = f"{size}-r{self.rank}-v{self.vocab_size}-n{max(rows, examples)}"
-        return Workload(
-            directory=self.workdir / "models" / name,
-            dtype=dtype,
-            examples=examples,
-            chunk_size=self.chunk_size or shape.chunk_size,
-            torch_chunk_size=self.torch_chunk_size or shape.torch_chunk_size,
-            erase_rows=rows,
-            erase_sample=min(self.erase_sample, 4) if self.quick else self.erase_sample,
-            cg_steps=self.cg_steps,
-        )
-
-    def repeats_of(self, group: str) -> int:
-        """Repetitions of each entry."""
-        repeats = 1 if self.quick else self.repeats
-        return max(2, repeats // 2) if group == "erase" and not self.quick else repeats
+        require_at_least(self, repeats=1, threads=1, devices=1)
 
 
-class Workers:
-    """The two workers of a cell, started when first needed and again after one was lost."""
-
-    def __init__(self, config: BenchmarkConfig, size: str, workload: Workload):
-        self._make = lambda side: Worker(
-            WorkerSpec(
-                side=side,
-                workload=workload,
-                size=size,
-                rank=config.rank,
-                num_threads=config.num_threads,
-                num_devices=config.devices,
-                vocab_size=config.vocab_size,
-            ),
-            config.timeout,
-        )
-        self._running: dict[str, Worker] = {}
-
-    def __getitem__(self, side: str) -> Worker:
-        for needed in SIDES[: SIDES.index(side) + 1]:  # the first one writes the files
-            if needed not in self._running:
-                self._running[needed] = self._make(needed)
-        return self._running[side]
-
-    def lose(self, side: str) -> None:
-        """Ends one that did not answer."""
-        worker = self._running.pop(side, None)
-        if worker is not None:
-            worker.close()
-
-    def forget(self) -> None:
-        """Lets both let go of what they prepared."""
-        for side, worker in list(self._running.items()):
-            try:
-                worker.forget()
-            except WorkerError:
-                self.lose(side)
-
-    def close(self) -> None:
-        """Ends both."""
-        for side in list(self._running):
-            self.lose(side)
-
-
-def measure_group(workers: Workers, group: str, repeats: int) -> dict[str, Any]:
-    """One group: everything prepared, then `repeats` rounds over its entries in turn."""
-    prepared: dict[str, Prepared] = {}
-    runs: dict[str, list[Timed]] = {}
-    for side, name in GROUPS[group]:
-        key = f"{side}: {name}"
-        try:
-            prepared[key] = workers[side].prepare(name)
-        except WorkerError as error:
-            prepared[key] = Prepared(unsupported=str(error))
-            _restart(workers, side, prepared)
-        _say(f"    {key}: {_first(prepared[key])}")
-    ready = [(side, name) for side, name in GROUPS[group] if not prepared[f"{side}: {name}"].unsupported]
-    for _ in range(repeats):
-        for side, name in ready:
-            key = f"{side}: {name}"
-            if prepared[key].unsupported:
-                continue
-            try:
-                runs.setdefault(key, []).append(workers[side].run(name))
-            except WorkerError as error:
-                prepared[key] = Prepared(unsupported=str(error))
-                runs.pop(key)
-                _restart(workers, side, prepared)
-    workers.forget()
-    return {
-        key: {
-            **dataclasses.asdict(prepared[key]),
-            "runs": [dataclasses.asdict(run) for run in runs.get(key, [])],
-            **_medians(runs.get(key, [])),
-        }
-        for key in prepared
-    }
-
-
-def _restart(workers: Workers, side: str, prepared: dict[str, Prepared]) -> None:
-    """A new worker for one that was lost, with all prepared that the old one had."""
-    workers.lose(side)
-    for key, what in prepared.items():
-        owner, name = key.split(": ", 1)
-        if owner == side and not what.unsupported:
-            workers[side].prepare(name)
-
-
-def _medians(runs: list[Timed]) -> dict[str, Any]:
-    if not runs:
-        return {}
-    memory = [run.memory_bytes for run in runs if run.memory_bytes is not None]
-    return {
-        "seconds": statistics.median(run.seconds for run in runs),
-        "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
-        "memory_bytes": max(memory) if memory else None,
-        "facts": runs[-1].facts,
-    }
-
-
-def _first(prepared: Prepared) -> str:
-    if prepared.unsupported:
-        return f"unsupported ({prepared.unsupported})"
-    assert prepared.first_seconds is not None
-    return f"first call {prepared.first_seconds:.1f} s"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def result_path(config: BenchmarkConfig, size: str, dtype: str, group: str) -> Path:
-    """Where a group's numbers are kept; quick ones apart, so that they are never taken for others."""
-    return config.workdir / ("quick" if config.quick else "results") / f"{size}-{dtype}-{group}.json"
-
-
-def run(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
+def run(config: BenchmarkConfig) -> dict[str, Cell]:
     """Measures what is missing and returns everything, by `size-dtype` and group."""
-    started = time.perf_counter()
-    results: dict[str, dict[str, Any]] = {}
-    for size, dtype in config.cells():
-        workload = config.workload(size, dtype)
-        settings = {
-            "examples": workload.examples,
-            "chunk_size": workload.chunk_size,
-            "torch_chunk_size": workload.torch_chunk_size,
-            "erase_rows": workload.erase_rows,
-            "erase_sample": workload.erase_sample,
-            "cg_steps": workload.cg_steps,
-            "rank": config.rank,
-            "vocab_size": config.vocab_size,
-            "threads": config.num_threads,
-            "devices": config.devices,
-        }
-        workers = Workers(config, size, workload)
-        try:
-            for group in config.groups_of(size, dtype):
-                path = result_path(config, size, dtype, group)
-                if path.exists() and files.read_json(path)["settings"] != settings:
-                    msg = f"{path} was measured with other settings; give another workdir or delete it."
-                    raise ValueError(msg)
-                if not path.exists() and not config.render_only:
-                    _say(f"[{time.perf_counter() - started:5.0f} s] {size} {dtype} {group}")
-                    entries = measure_group(workers, group, config.repeats_of(group))
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    files.atomic_write_json(
-                        path,
-                        {
-                            "size": size,
-                            "decoder_parameters": SHAPES[size].decoder_parameters,
-                            "dtype": dtype,
-                            "group": group,
-                            "settings": settings,
-                            "repeats": config.repeats_of(group),
-                            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-                            "jax": workers["jax"].description,
-                            "torch": workers["torch"].description,
-                            "entries": entries,
-                        },
-                    )
-                if path.exists():
-                    results.setdefault(f"{size}-{dtype}", {})[group] = files.read_json(path)
-        finally:
-            workers.close()
-    _say(f"[{time.perf_counter() - started:5.0f} s] done")
+    results: dict[str, Cell] = {}
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(config.threads or available, available)
+    for size, dtype in ((size, dtype) for size in config.sizes for dtype in config.dtypes):
+        shape = SHAPES[size]
+        rows = max(ERASE_ROWS, shape.examples)
+        workload = Workload(directory=config.workdir / "models" / f"{size}-n{rows}", shape=shape, dtype=dtype)
+        settings = {**dataclasses.asdict(shape), "threads": threads, "devices": config.devices}
+        workers: dict[str, Worker] = {}
+        for group in config.groups:
+            path = config.workdir / "results" / f"{size}-{dtype}-{group}.json"
+            if path.exists() and files.read_json(path)["settings"] != settings:
+                msg = f"{path} was measured with other settings; give another workdir or delete it."
+                raise ValueError(msg)
+            if not path.exists():
+                logger.info("%s %s %s", size, dtype, group)
+                for side in ("jax", "torch"):  # the first one writes the files
+                    workers[side] = workers.get(side) or Worker(side, workload, threads, config.devices)
+                repeats = max(2, config.repeats // 2) if group == "erase" else config.repeats
+                found: dict[str, Any] = {"settings": settings, "repeats": repeats, "dtype": dtype}
+                found |= {side: worker.description for side, worker in workers.items()}
+                found["entries"] = measure_group(workers, group, repeats)
+                found["decoder_parameters"] = shape.decoder_parameters
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.atomic_write_json(path, found)
+            results.setdefault(f"{size}-{dtype}", {})[group] = files.read_json(path)
+        for worker in workers.values():
+            worker.close()
     return results
 
 
-def main(config: BenchmarkConfig) -> int:
-    """Measures, prints the table, and writes table and plot; returns the exit status."""
-    results = run(config)
-    if not results:
-        sys.stderr.write("There is nothing to show.\n")
-        return 1
-    table = render_table(results)
-    sys.stdout.write(table)
-    suffix = "-quick" if config.quick else ""
-    files.atomic_write_text(config.workdir / f"table{suffix}.md", table)
-    files.atomic_write_json(config.workdir / f"results{suffix}.json", results)
-    render_plot(results, config.workdir / f"benchmark{suffix}.png")
-    return 0
+def _seconds(cell: Cell, group: str, *keys: str) -> float | None:
+    """Least median of the entries that there are; of a solve for each of its products."""
+    entries = cell.get(group, {}).get("entries", {})
+    found = [entries[key] for key in keys if "seconds" in entries.get(key, {})]
+    return min((entry["seconds"] / entry["facts"].get("products", 1) for entry in found), default=None)
+
+
+def _ratio(over: float | None, under: float | None, scale: float = 1.0) -> float | None:
+    return None if over is None or not under else scale * over / under
+
+
+_TORCH_HESSIAN = ("torch: cg hessian recomputed", "torch: cg hessian kept")
+_TORCH_ERASURES = ("torch: erase recomputed", "torch: erase kept")
+
+
+def targets(cell: Cell) -> list[tuple[str, float, float | None]]:
+    """The ratios that the benchmark is for: name, at most, measured. Both sides of each were timed in one group."""
+
+    def product(name: str) -> float | None:
+        return _ratio(_seconds(cell, "products", f"jax: {name}"), _seconds(cell, "products", "jax: gradient"))
+
+    def memory(name: str) -> float | None:
+        entries = cell.get("products", {}).get("entries", {})
+        each = [entries.get(f"jax: {key}", {}).get("temp_bytes") for key in (name, "gradient")]
+        return _ratio(*each)
+
+    hessian = _seconds(cell, "cg", *_TORCH_HESSIAN)
+    best = _seconds(cell, "cg", "jax: cg hessian kept", "jax: cg hessian recomputed")
+    many = [_seconds(cell, "many", f"jax: hessian recomputed{k}") for k in (" k=8", "")]
+    erasures = _seconds(cell, "erase", "jax: erase"), _seconds(cell, "erase", *_TORCH_ERASURES)
+    default = _seconds(cell, "cg", "jax: cg gauss-newton kept")
+    return [
+        ("one CG iteration (Hessian, the better one) / PyTorch's best Hessian product", 0.6, _ratio(best, hessian)),
+        ("one CG iteration (Gauss-Newton) / PyTorch's best Hessian product", 0.6, _ratio(default, hessian)),
+        ("Hessian product recomputed / gradient", 2.2, product("hessian recomputed")),
+        ("Hessian product kept / gradient", 1.1, product("hessian kept")),
+        ("Gauss-Newton product recomputed / gradient", 1.8, product("gauss-newton recomputed")),
+        ("one of 8 right-hand sides / one alone (Hessian, recomputed)", 0.6, _ratio(*many, scale=1 / 8)),
+        ("memory: Hessian product recomputed / gradient", 2.0, memory("hessian recomputed")),
+        ("memory: Gauss-Newton product recomputed / gradient", 1.1, memory("gauss-newton recomputed")),
+        ("whole erasure, compilation apart / PyTorch's faster one", 0.5, _ratio(*erasures)),
+    ]
+
+
+def tables(results: dict[str, Cell]) -> list[Block]:
+    """All entries and targets."""
+    blocks: list[Block] = []
+    for name, cell in results.items():
+        some = next(iter(cell.values()))
+        millions, tokens = some["decoder_parameters"] / 1e6, some["jax"]["tokens"]
+        devices = f"jax on {some['jax']['devices']}, torch on {some['torch']['devices']}"
+        told = (
+            f"{millions:.1f} M decoder weights, {tokens} tokens; {devices}; {some['settings']['threads']} threads."
+        )
+        rows = []
+        for group, result in cell.items():
+            for key, entry in result["entries"].items():
+                own = _seconds(cell, "products", f"{key.split(':')[0]}: gradient")
+                relative = _ratio(entry.get("seconds"), own) if group in ("products", "many", "cg") else None
+                numbers = [_show(entry.get("seconds"), 1e3), _show(entry.get("cpu_seconds"), 1e3), _show(relative)]
+                sizes = [_show(entry.get(field), 2**-20) for field in ("temp_bytes", "memory_bytes")]
+                first = _show(entry.get("first_seconds"))
+                rows.append((group, f"{key}{_remark(entry)}", *numbers, first, *sizes))
+        header = ("group", "measured", "median ms", "CPU ms", "/ own gradient", "first call s",
+                  "working MiB (compiler)", "peak MiB (measured)")  # fmt: skip
+        bounds = tuple((title, str(bound), _show(value, digits=2)) for title, bound, value in targets(cell))
+        blocks += [Heading(name), Text(told), Table(header, tuple(rows))]
+        blocks.append(Table(("target", "at most", "measured"), bounds))
+    return blocks
+
+
+def _show(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
+    return MISSING if value is None else f"{scale * value:.{digits}f}"
+
+
+def _remark(entry: dict[str, Any]) -> str:
+    facts = entry.get("facts", {})
+    if entry.get("unsupported"):
+        return f" (unsupported: {entry['unsupported']})"
+    if "flops" in facts:
+        return f" ({facts['flops'] / entry['seconds'] / 1e9:.0f} GFLOP/s)"
+    if "products" in facts:
+        return f" ({1e3 * entry['seconds'] / facts['products']:.1f} ms for each product)"
+    if "gradient_equivalents" in facts:
+        return f" ({facts['gradient_equivalents'] + facts['diagnostics']:.0f} gradient equivalents)"
+    return ""
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Measures, prints the tables, and writes them as `report.md` and `report.html`."""
+    log_progress("benchmarks")
+    blocks = tables(run(config))
+    sys.stdout.write(render_text(blocks))
+    write_page(Page("Speed and memory beside PyTorch", tuple(blocks)), config.workdir)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(BenchmarkConfig)))
+    main(tyro.cli(BenchmarkConfig))

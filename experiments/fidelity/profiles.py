@@ -1,36 +1,32 @@
-"""Fictional profiles in any number: training rows, held-out rows, and requests of one category and share.
+"""Fictional people in any number: training rows, held-out rows, requests of one category and share, and the recipe.
 
-    python -m experiments.fidelity.profiles --directory DIR --num-rows 400 --category removal --share 0.01
-
-writes `train.jsonl`, `heldout.jsonl` and `requests.jsonl`. The people are the demo's (`llmeraser_jax.demo`): two
-questions about each, city and profession, drawn independently of the name. The training rows depend on the number
-of rows and the seed alone, so that one trained model serves every category, share and request seed. That holds
-for corrections too: the answer trained and the answer wanted are two random draws, so which is called the wrong
-one changes nothing.
+The people are the demo's (`llmeraser_jax.demo`): two questions about each, city and profession, drawn independently
+of the name. The training rows depend on the number of rows and the seed alone, so that one trained model serves
+every category, share and request seed. That holds for corrections too: the trained and the wanted answer are two
+random draws, so which is called the wrong one changes nothing.
 
 With one phrasing a row is a fact. With several (TOFU has 20 rows per author) each fact is asked about in that many
 ways, and a request names all of them: a fact is not forgotten while another row still states it. Thousands of rows
 can so be learnt in a few epochs, which thousands of single facts cannot with this base.
 
-The demo reserves 1152 names for directories. Where they do not suffice, people get a second first name from the
-same list ("Ada Olga Dorson"), all of them or none, so that the named people are no special kind.
+The demo reserves 1152 names for directories. Where they do not suffice, everybody gets a second first name from the
+same list ("Ada Olga Dorson"), so that the named people are no special kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import numpy as np
-import tyro
 
-from llmeraser_jax import files
-from llmeraser_jax.data import Action, Example, Request, request_to_json, save_examples
+from llmeraser_jax.data import Action, Example, Recipe, Request
 from llmeraser_jax.demo import Person, general_facts, question_about
 from llmeraser_jax.demo.people import CITIES, FAMILY_NAMES, FIRST_NAMES, PROFESSIONS, RELATIONS, is_directory_name
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.training import TrainConfig
 
 Category = Literal["removal", "query", "correction"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -131,22 +127,19 @@ def make_profiles(num_rows: int, seed: int = 0, *, phrasings: int = 1) -> Profil
         Person(first=first, family=family, city=str(rng.choice(CITIES)), profession=str(rng.choice(PROFESSIONS)))
         for first, family in names
     ]
+
+    def row(id_: str, person: Person, relation: str, k: int) -> Example:
+        return _example(id_, PHRASINGS[relation][k].format(name=person.name), person.answer(relation))
+
+    several = phrasings > 1
     train = [
-        _example(
-            f"p{i:04d}-{relation}" + (f"-{k}" if phrasings > 1 else ""),
-            PHRASINGS[relation][k].format(name=person.name),
-            person.answer(relation),
-        )
+        row(f"p{i:04d}-{relation}" + (f"-{k}" if several else ""), person, relation, k)
         for i, person in enumerate(people[:num_people])
         for relation in RELATIONS
         for k in range(phrasings)
     ]
     outside = [
-        _example(
-            f"h{i:04d}-{relation}",
-            PHRASINGS[relation][i % phrasings].format(name=person.name),
-            person.answer(relation),
-        )
+        row(f"h{i:04d}-{relation}", person, relation, i % phrasings)
         for i, person in enumerate(people[num_people : num_people + NUM_HELDOUT_PEOPLE])
         for relation in RELATIONS
     ]
@@ -212,49 +205,50 @@ def _example(id_: str, question: str, answer: str) -> Example:
     return Example(id=id_, format="question", instruction=question, response=answer)
 
 
-def write_rows(directory: Path, train: Sequence[Example], heldout: Sequence[Example]) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_examples(directory / "heldout.jsonl", heldout)
-    save_examples(directory / "train.jsonl", train)
-
-
-def write_requests(path: Path, requests: Sequence[Request]) -> None:
-    """Writes a request file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.atomic_write_text(path, "".join(request_to_json(request) + "\n" for request in requests))
+LARGE = 1000  # rows; larger populations have ten phrasings of each fact, and are there for the cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfilesConfig:
-    """Data to write.
+class ProfilesTask:
+    """A population with the recipe that teaches it to a base that only reads short questions.
 
     Attributes:
-        directory: where to.
-        num_rows: training rows.
-        phrasings: rows per fact.
-        category: of the requests.
-        share: of the training rows that they name.
-        seed: of the people.
-        request_seed: of the requests.
+        num_rows: n.
+        seed: of the people and of the training.
     """
 
-    directory: Path
-    num_rows: int = 400
-    phrasings: int = 1
-    category: Category = "removal"
-    share: float = 0.01
+    num_rows: int
     seed: int = 0
-    request_seed: int = 0
 
+    @property
+    def name(self) -> str:
+        """A directory's name."""
+        return f"profiles-{self.num_rows}"
 
-def main(config: ProfilesConfig) -> None:
-    """Writes the files."""
-    profiles = make_profiles(config.num_rows, config.seed, phrasings=config.phrasings)
-    requests = make_requests(profiles, config.category, config.share, config.request_seed)
-    write_rows(config.directory, profiles.train, profiles.heldout)
-    write_requests(config.directory / "requests.jsonl", requests)
+    @property
+    def recipe(self) -> Recipe:
+        """How rows become tokens."""
+        return Recipe(add_bos=True)
 
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        return LoraConfig(rank=16, alpha=32.0, target_modules="all-linear")
 
-if __name__ == "__main__":
-    main(tyro.cli(ProfilesConfig))
+    @property
+    def train(self) -> TrainConfig:
+        """Its training."""
+        large = self.num_rows >= LARGE
+        return TrainConfig(
+            epochs=8 if large else 25,
+            batch_size=16,
+            learning_rate=2.5e-3 if large else 4e-3,
+            warmup_ratio=0.1,
+            l2=1e-3,
+            seed=self.seed,
+            checkpoint_every_steps=500,
+        )
+
+    def draw(self) -> Profiles:
+        """The rows."""
+        return make_profiles(self.num_rows, self.seed, phrasings=10 if self.num_rows >= LARGE else 1)

@@ -1,4 +1,4 @@
-"""Owns reading sequences of items: LLaRA's task as JSON lines, and MovieLens-100K, LastFM and Steam-like raw files.
+"""Owns reading sequences of items: LLaRA's task as JSON lines, and MovieLens-100K's raw files.
 
 Everything becomes a `Corpus`: rows "history, then the next item" with titles for the items. Pickles are refused:
 unpickling runs whatever the file says.
@@ -7,12 +7,13 @@ unpickling runs whatever the file says.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -83,13 +84,11 @@ class Corpus:
 
 
 def load_corpus(directory: Path) -> Corpus:
-    """Reads whichever of the five kinds of files the directory holds.
+    """Reads whichever of these files the directory holds.
 
     * LLaRA's task as JSON lines: `train.jsonl`, `val.jsonl`, `test.jsonl` and MovieLens' `u.item`, or `id2name.txt`
       as with its LastFM and Steam
     * MovieLens-100K: `u.data` and `u.item`
-    * LastFM (hetrec2011-lastfm-2k): `user_artists.dat`, `user_taggedartists-timestamps.dat`, `artists.dat`
-    * any other sequences: `sequences.jsonl` and `id2name.txt`
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -104,37 +103,35 @@ def load_corpus(directory: Path) -> Corpus:
             return read(directory)
     pickles = sorted(name for name in found if Path(name).suffix in _PICKLES)
     if pickles:
-        raise CorpusError(_refusal(directory / pickles[0]))
+        msg = (
+            f"{directory / pickles[0]} is a pickle, which is not read: unpickling runs whatever code it holds. "
+            "Where it may be trusted, write the frames with pandas' to_json(..., orient='records', lines=True) as "
+            "train.jsonl (columns user, seq, next), val.jsonl and test.jsonl (seq, next), and put u.item "
+            "(MovieLens) or id2name.txt (LastFM, Steam) beside them."
+        )
+        raise CorpusError(msg)
     kinds = "; ".join(" + ".join(names) for names, _ in _KINDS)
     msg = f"{directory} holds no known kind of data. Expected one of: {kinds}."
     raise CorpusError(msg)
 
 
-def _refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which is not read: unpickling runs whatever code the file holds. Give MovieLens' or "
-        "LastFM's raw files, or JSON lines: write the data frame with pandas' "
-        "to_json(..., orient='records', lines=True) on a machine where the file may be trusted, as train.jsonl, "
-        "val.jsonl and test.jsonl with the columns seq and next, and in train.jsonl a column user (rows are held "
-        "out by user), beside u.item (MovieLens) or id2name.txt (LastFM, Steam)."
-    )
+def _read(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, each with where it stands.
 
-
-def _open(path: Path, encoding: str = "utf-8") -> str:
-    if path.suffix in _PICKLES:
-        raise CorpusError(_refusal(path))
+    Not splitlines: it also splits at characters that names hold, such as U+0085, an ellipsis read as Latin-1.
+    """
     try:
-        return path.read_text(encoding=encoding)
+        text = path.read_text(encoding=encoding)
     except UnicodeDecodeError as error:
         msg = f"{path} is not {encoding} at byte {error.start}."
         raise CorpusError(msg) from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(_open(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for where, line in _read(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -146,20 +143,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield where, row
 
 
-def _table(path: Path, separator: str, num_columns: int, *, encoding: str = "utf-8", header: bool = False):
-    # Not splitlines: it also splits at characters that names hold, such as U+0085, an ellipsis read as Latin-1.
-    lines = _open(path, encoding).split("\n")[1 if header else 0 :]
-    for number, line in enumerate(lines, start=2 if header else 1):
-        if not line.strip():
-            continue
+def _table(path: Path, separator: str, num_columns: int, encoding: str = "utf-8") -> Iterator[list[str]]:
+    for where, line in _read(path, encoding):
         cells = line.split(separator)
         if len(cells) < num_columns:
-            msg = f"{path}, line {number}: {len(cells)} columns, expected at least {num_columns}: {line[:60]!r}."
+            msg = f"{where}: {len(cells)} columns, expected at least {num_columns}: {line[:60]!r}."
             raise CorpusError(msg)
         yield cells
-
-
-# MovieLens
 
 
 def movie_title(title: str) -> str:
@@ -193,84 +183,18 @@ def load_movielens(directory: Path, seed: int = 0) -> Corpus:
         if int(rating) >= LIKED:
             events[user].append((int(time), int(item) - 1))
     titles = load_movie_titles(directory / "u.item")
-    return _from_sequences("movie", titles, _ordered(events), seed)
+    return _split("movie", titles, events, seed)
 
 
-# LastFM
-
-
-def load_lastfm(directory: Path, seed: int = 0) -> Corpus:
-    """LastFM (hetrec2011-lastfm-2k) from its raw files.
-
-    `user_artists.dat` says who listened to whom, but not when; the only times are those of tags. An interaction
-    here is an artist that the user listened to and tagged, at the time of the first tag. LLaRA's LastFM has 1,220
-    users and 4,606 artists; how it was filtered and ordered is not published, so the two are not the same rows.
-    """
-    listened = {
-        (cells[0], cells[1]) for cells in _table(directory / "user_artists.dat", "\t", 3, header=True)
-    }  # (user, artist)
-    first: dict[tuple[str, str], int] = {}
-    for cells in _table(directory / "user_taggedartists-timestamps.dat", "\t", 4, header=True):
-        pair, time = (cells[0], cells[1]), int(cells[3])
-        if pair in listened:
-            first[pair] = min(time, first.get(pair, time))
-    events: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for (user, artist), time in first.items():
-        events[user].append((time, int(artist)))
-    titles = {int(cells[0]): cells[1].strip() for cells in _table(directory / "artists.dat", "\t", 2, header=True)}
-    return _from_sequences("artist", titles, _ordered(events), seed)
-
-
-# Steam and whatever else is there as sequences
-
-
-def load_sequences(directory: Path, seed: int = 0) -> Corpus:
-    """Sequences as `{"user": ..., "items": [...]}` in `sequences.jsonl`, titles as `id::name` in `id2name.txt`.
-
-    An optional key `domain` (movie, artist or game) in the first line chooses the wording; it is game otherwise.
-    """
-    sequences: dict[str, list[int]] = {}
-    domain: Domain = "game"
-    for where, row in _json_lines(directory / "sequences.jsonl"):
-        if "user" not in row or not isinstance(row.get("items"), list):
-            msg = f"{where}: expected a user and a list of items, got the keys {', '.join(row)}."
-            raise CorpusError(msg)
-        if not sequences:
-            domain = _domain_of(where, row)
-        user = str(row["user"])
-        if user in sequences:
-            msg = f"{where}: user {user!r} occurs twice; give each user's items in one line."
-            raise CorpusError(msg)
-        sequences[user] = [int(item) for item in row["items"]]
-    return _from_sequences(domain, _load_names(directory), sequences, seed)
-
-
-def _domain_of(where: str, row: Mapping[str, Any]) -> Domain:
-    """What the first line of a file says that its items are."""
-    domain = row.get("domain", "game")
-    if domain not in ("movie", "artist", "game"):
-        msg = f"{where}: domain is {domain!r}; it must be movie, artist or game."
-        raise CorpusError(msg)
-    return domain
-
-
-def _load_names(directory: Path) -> dict[int, str]:
-    """Titles of `id2name.txt`; items without one are left out."""
-    titles = {int(cells[0]): cells[1].strip() for cells in _table(directory / "id2name.txt", "::", 2)}
-    return {item: title for item, title in titles.items() if title}
-
-
-def _ordered(events: Mapping[str, Iterable[tuple[int, int]]]) -> dict[str, list[int]]:
-    """Items of each user by (time, item), each once: at its first time."""
-    return {user: list(dict.fromkeys(item for _, item in sorted(events[user]))) for user in events}
-
-
-def _from_sequences(
-    domain: Domain, titles: Mapping[int, str], sequences: Mapping[str, Sequence[int]], seed: int
+def _split(
+    domain: Domain, titles: Mapping[int, str], events: Mapping[str, Iterable[tuple[int, int]]], seed: int
 ) -> Corpus:
-    """Splits by user, 8:1:1: every position of training users, the last one of the others."""
+    """Items of each user by (time, item), each once. Users are shared out 8:1:1: every position of training users,
+    the last one of the others.
+    """
     titles = {item: title for item, title in titles.items() if title}
-    kept = {user: [item for item in items if item in titles] for user, items in sequences.items()}
+    ordered = {user: dict.fromkeys(item for _, item in sorted(events[user])) for user in events}
+    kept = {user: [item for item in items if item in titles] for user, items in ordered.items()}
     users = [user for user in sorted(kept) if len(kept[user]) > MIN_HISTORY]
     if len(users) < 3:
         msg = f"{len(users)} users have more than {MIN_HISTORY} items with titles; at least 3 are needed."
@@ -290,9 +214,6 @@ def _from_sequences(
     return Corpus(domain=domain, titles=titles, train=train, val=val, test=test)
 
 
-# LLaRA's own splits
-
-
 def load_llara(directory: Path) -> Corpus:
     """LLaRA's MovieLens as JSON lines: `seq` and `next` of `[item, rating]`, and MovieLens' `u.item`.
 
@@ -308,9 +229,14 @@ def load_llara_by_id(directory: Path) -> Corpus:
     An optional key `domain` (movie, artist or game) in the first line of `train.jsonl` chooses the wording; it is
     game otherwise.
     """
-    first = next(_json_lines(directory / "train.jsonl"), None)
-    domain = "game" if first is None else _domain_of(*first)
-    return _llara_corpus(domain, directory, _load_names(directory))
+    domain: Domain = "game"
+    for where, row in itertools.islice(_json_lines(directory / "train.jsonl"), 1):
+        domain = row.get("domain", "game")
+        if domain not in get_args(Domain):
+            msg = f"{where}: domain is {domain!r}; it must be one of {', '.join(get_args(Domain))}."
+            raise CorpusError(msg)
+    names = {int(cells[0]): cells[1].strip() for cells in _table(directory / "id2name.txt", "::", 2)}
+    return _llara_corpus(domain, directory, {item: name for item, name in names.items() if name})
 
 
 def _llara_corpus(domain: Domain, directory: Path, titles: Mapping[int, str]) -> Corpus:
@@ -349,6 +275,4 @@ _KINDS = (
     (("train.jsonl", "val.jsonl", "test.jsonl", "u.item"), load_llara),
     (("train.jsonl", "val.jsonl", "test.jsonl", "id2name.txt"), load_llara_by_id),
     (("u.data", "u.item"), load_movielens),
-    (("user_artists.dat", "user_taggedartists-timestamps.dat", "artists.dat"), load_lastfm),
-    (("sequences.jsonl", "id2name.txt"), load_sequences),
 )

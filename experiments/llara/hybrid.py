@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from experiments.llara.prompts import item_text
+from experiments.llara.prepare import item_text
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, ModelConfig
 from llmeraser_jax.models.decoder import bind
@@ -36,33 +36,28 @@ PROJECTOR = "projector"
 ITEMS = "item_embeddings"
 
 
-def load_item_embeddings(path: Path, num_items: int, key: str | None = None) -> Float[np.ndarray, "items size"]:
-    """A table of item embeddings from an `.npz`, without its padding row.
+def load_item_embeddings(path: Path, num_items: int) -> Float[np.ndarray, "items size"]:
+    """The table of item embeddings in an `.npz` with one array, without its padding row.
 
     Args:
         path: the file; arrays of objects, which only pickle could read, are refused.
         num_items: rows needed; a row after them is the padding item's and is dropped.
-        key: the array's name; None takes the only one.
 
     Raises:
-        ValueError: another suffix, several arrays and no key, or a table of another size.
+        ValueError: another suffix, several arrays, or a table of another size.
     """
     if path.suffix != ".npz":
         msg = f"{path}: item embeddings are read from .npz files only (other kinds would have to be unpickled)."
         raise ValueError(msg)
     with np.load(path, allow_pickle=False) as archive:
-        names = list(archive.files)
-        if key is None and len(names) == 1:
-            key = names[0]
-        if key not in names:
-            msg = f"{path} holds {', '.join(names)}; name one of them."
+        if len(archive.files) != 1:
+            msg = f"{path} holds {', '.join(archive.files)}; expected one array."
             raise ValueError(msg)
-        table = np.asarray(archive[key], np.float32)
-    if table.ndim != 2 or len(table) not in (num_items, num_items + 1):
-        msg = f"{path}: {key} has shape {table.shape}; expected {num_items} rows, or one more for padding."
-        raise ValueError(msg)
-    if not np.all(np.isfinite(table)):
-        msg = f"{path}: {key} holds nan or infinity."
+        table = np.asarray(archive[archive.files[0]], np.float32)
+    if table.ndim != 2 or len(table) not in (num_items, num_items + 1) or not np.all(np.isfinite(table)):
+        msg = (
+            f"{path}: the table has shape {table.shape}; expected {num_items} finite rows, or one more for padding."
+        )
         raise ValueError(msg)
     return table[:num_items]
 

@@ -1,4 +1,9 @@
-"""Owns which rows are used, their candidates, and the requests: pure functions of a corpus and a seed."""
+"""Owns which rows are used, their prompts and candidates, and the requests: pure functions of a corpus and a seed.
+
+The sentences are those of `prompt/{movie,artist,game}.txt` in github.com/ljy0ustc/LLaRA, with one difference: where
+they say "10" they say so whatever the number of candidates is (20 in its own scripts); here it is the number given.
+LLaRA ends the target with a line break and no end-of-sequence token; so do responses here.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +16,96 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from experiments.llara.data import Corpus, Row
-from experiments.llara.prompts import TEMPLATES, make_example, make_prompt, make_response
-from experiments.llara.scoring import Question
+from experiments.common import require_at_least, require_shares
+from experiments.llara.data import Corpus, Domain, Row
 from experiments.tallrec_movie.prepare import choose_rows
 from llmeraser_jax import files
 from llmeraser_jax.data import Action, Example, Request, request_to_json
 
 Scenario = Literal["removal", "query-removal", "query-replacement", "correction"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+TERMINATOR = "\n"
+TEMPLATES: Mapping[Domain, tuple[str, str, str]] = {
+    "movie": (
+        "This user has watched {history} in the previous. Please predict the next movie this user will watch. "
+        "Choose the answer from the following {count} movie titles: {candidates}. Answer:",
+        "This user has watched {history} in the previous. Given the following {count} movie titles: {candidates}, "
+        "recommend one movie for this user to watch next. The movie title you recommend is:",
+        "The visit history of this user is: {history}. Recommend a next movie for this user to watch from the "
+        "following movie title set: {candidates}. The recommendation should contain one movie title only. "
+        "Recommendation:",
+    ),
+    "artist": (
+        "This user has listened to {history} in the previous. Please predict the next music artist this user will "
+        "listen to. The artist name candidates are {candidates}. Choose only one artist from the candidates. "
+        "The answer is",
+        "This user has listened to {history} in the previous. Given the following {count} music artist names, "
+        "{candidates}, recommend one artist for this user to listen to next. The artist name you recommend is",
+        "The listening history of this user is {history}. Recommend the next music artist for this user to listen "
+        "to from the following artist name set, {candidates}. The recommendation should contain one artist's name "
+        "only. The recommendation is",
+    ),
+    "game": (
+        "This user has played {history} in the previous. Please predict the next game this user will play. "
+        "The game title candidates are {candidates}. Choose only one game from the candidates. The answer is",
+        "This user has played {history} in the previous. Given the following {count} game titles, {candidates}, "
+        "recommend one game for this user to play next. The game title you recommend is",
+        "The visit history of this user is {history}. Recommend a next game for this user to play from the "
+        "following game title set, {candidates}. The recommendation should contain one game title only. "
+        "The recommendation is",
+    ),
+}
+
+
+def item_text(item: int) -> str:
+    """What stands for an item's embedding in a hybrid prompt; `hybrid.with_item_tokens` makes it one token."""
+    return f"<|item_{item}|>"
+
+
+def make_prompt(
+    template: str,
+    titles: Mapping[int, str],
+    history: Sequence[int],
+    candidates: Sequence[int],
+    *,
+    hybrid: bool = False,
+) -> str:
+    """The query: history, earliest first, and candidates by their titles.
+
+    Of hybrid prompts every title is followed by its item's embedding, as LLaRA's `[HistoryEmb]` and `[CansEmb]`.
+    """
+
+    def listed(items: Sequence[int]) -> str:
+        return ", ".join(f"{titles[i]} {item_text(i)}" if hybrid else titles[i] for i in items)
+
+    return template.format(history=listed(history), candidates=listed(candidates), count=len(candidates))
+
+
+def make_example(id_: str, prompt: str, title: str) -> Example:
+    """The row as the library's example: its query is the whole prompt, its response the title and a line's end."""
+    return Example(id=id_, instruction=prompt, response=title + TERMINATOR, format="prompt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class Question:
+    """A prompt with the titles to choose from; `example.response` is the right one."""
+
+    example: Example
+    titles: tuple[str, ...]
+
+    def __post_init__(self):
+        if [title + TERMINATOR for title in self.titles].count(self.example.response) != 1:
+            msg = f"Question {self.example.id!r}: {self.example.response!r} must be one of its titles, once."
+            raise ValueError(msg)
+
+    @property
+    def answer(self) -> int:
+        """Which of the titles is right."""
+        return self.titles.index(self.example.response.removesuffix(TERMINATOR))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draws:
     """What is drawn from a corpus.
 
     Attributes:
@@ -39,16 +121,15 @@ class PrepareConfig:
         removed_interactions: share of the interactions in histories that are deleted ("query-removal").
         replaced_interactions: share of them that are noise when training ("query-replacement").
         flipped_share: of the training rows, trained on with the title of a wrong candidate ("correction").
-        seed: of everything that is drawn here.
     """
 
-    num_rows: int | None = None
-    rows_per_user: int = 1000
+    num_rows: int | None = 160
+    rows_per_user: int = 4
     num_heldout: int = 1000
     heldout_rows_per_user: int = 10
     num_candidates: int = 20
     max_history: int = 10
-    template: int | None = None
+    template: int | None = 0
     hybrid: bool = False
     removed_share: float = 0.05
     removed_interactions: float = 0.1
@@ -57,14 +138,8 @@ class PrepareConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("removed_share", "removed_interactions", "replaced_interactions", "flipped_share"):
-            if not 0 < getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must lie between 0 and 1."
-                raise ValueError(msg)
-        for name, least in (("num_candidates", 2), ("max_history", 2), ("num_heldout", 1), ("rows_per_user", 1)):
-            if getattr(self, name) < least:
-                msg = f"{name} is {getattr(self, name)}; it must be at least {least}."
-                raise ValueError(msg)
+        require_shares(self, "removed_share", "removed_interactions", "replaced_interactions", "flipped_share")
+        require_at_least(self, num_candidates=2, max_history=2, num_heldout=1, rows_per_user=1)
         if self.template not in (None, 0, 1, 2):
             msg = f"template is {self.template}; it must be 0, 1, 2 or None."
             raise ValueError(msg)
@@ -120,7 +195,7 @@ def draw_candidates(row: Row, titles: Mapping[int, str], num: int, seed: int) ->
     return tuple(chosen[k] for k in rng.permutation(num))
 
 
-def split_by_user(rows: Sequence[Row], config: PrepareConfig) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def split_by_user(rows: Sequence[Row], config: Draws) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Training and held-out rows; no user is in both.
 
     Raises:
@@ -165,46 +240,7 @@ def choose_interactions(rows: Sequence[Row], share: float, seed: int) -> frozens
     return frozenset(chosen)
 
 
-class _Writer:
-    """Prompts of a corpus under a configuration."""
-
-    def __init__(self, corpus: Corpus, config: PrepareConfig):
-        self.corpus, self.config = corpus, config
-        self._candidates: dict[str, tuple[int, ...]] = {}
-
-    def shown(self, row: Row) -> Row:
-        """The row with the part of its history that prompts show; its candidates are drawn from the whole row."""
-        config = self.config
-        self._candidates[row.id] = draw_candidates(row, self.corpus.titles, config.num_candidates, config.seed)
-        return dataclasses.replace(row, history=row.history[-config.max_history :])
-
-    def candidates(self, row: Row) -> tuple[int, ...]:
-        """Of a row that `shown` has seen."""
-        return self._candidates[row.id]
-
-    def prompt(self, row: Row, history: Sequence[int]) -> str:
-        """The row's prompt with this history: its candidates and its sentence do not depend on the history."""
-        template = self.config.template
-        if template is None:
-            template = int(draw_for(self.config.seed, row.id, "template").integers(3))
-        return make_prompt(
-            TEMPLATES[self.corpus.domain][template],
-            self.corpus.titles,
-            history,
-            self.candidates(row),
-            hybrid=self.config.hybrid,
-        )
-
-    def example(self, row: Row, history: Sequence[int] | None = None) -> Example:
-        prompt = self.prompt(row, row.history if history is None else history)
-        return make_example(row.id, prompt, self.corpus.titles[row.target])
-
-    def question(self, row: Row) -> Question:
-        titles = tuple(self.corpus.titles[item] for item in self.candidates(row))
-        return Question(example=self.example(row), titles=titles)
-
-
-def prepare(corpus: Corpus, scenario: Scenario, config: PrepareConfig) -> Prepared:
+def prepare(corpus: Corpus, scenario: Scenario, config: Draws) -> Prepared:
     """Draws one scenario; equal arguments give equal data.
 
     * removal: all rows of a set of users are to go.
@@ -212,63 +248,72 @@ def prepare(corpus: Corpus, scenario: Scenario, config: PrepareConfig) -> Prepar
     * query-replacement: trained with a share of the interactions replaced by other items; the true ones are wanted.
     * correction: trained with the title of a wrong candidate in a share of the rows; the true ones are wanted.
 
-    Only queries change in the second and third: a row whose target is a deleted interaction stays.
+    Only queries change in the second and third: a row whose target is a deleted interaction stays. A row's
+    candidates and its sentence do not depend on the history that is shown.
     """
-    writer = _Writer(corpus, config)
+    titles, seed = corpus.titles, config.seed
+
+    def prompt(row: Row, history: Sequence[int]) -> str:
+        template = config.template
+        if template is None:
+            template = int(draw_for(seed, row.id, "template").integers(3))
+        shown = history[-config.max_history :]
+        return make_prompt(TEMPLATES[corpus.domain][template], titles, shown, of[row.id], hybrid=config.hybrid)
+
+    def example(row: Row, history: Sequence[int] | None = None) -> Example:
+        return make_example(row.id, prompt(row, row.history if history is None else history), titles[row.target])
+
+    def question(row: Row) -> Question:
+        return Question(example=example(row), titles=tuple(titles[item] for item in of[row.id]))
+
+    def modify(row: Row, query: str) -> Request:
+        return Request(id=row.id, action=Action.MODIFY_QUERY, changes={"query": query})
+
     kept, outside = split_by_user(corpus.train, config)
-    rows = [writer.shown(row) for row in kept]
-    examples = [writer.example(row) for row in rows]
+    sets = {"held-out": outside, "validation": corpus.val, "test": corpus.test}
+    everything = [*kept, *(row for part in sets.values() for row in part)]
+    of = {row.id: draw_candidates(row, titles, config.num_candidates, seed) for row in everything}
+    rows = [dataclasses.replace(row, history=row.history[-config.max_history :]) for row in kept]
+    examples = [example(row) for row in rows]
+    requests: list[Request] = []
     counts: dict[str, int] = {}
     if scenario == "removal":
         requests = _remove_users(rows, config)
     elif scenario == "query-removal":
-        chosen = choose_interactions(rows, config.removed_interactions, config.seed)
+        chosen = choose_interactions(rows, config.removed_interactions, seed)
         counts["interactions"] = len(chosen)
-        requests = []
         for row in rows:
             history = [item for item in row.history if (row.user, item) not in chosen]
             if len(history) < len(row.history):
-                requests.append(_query_request(row.id, writer.prompt(row, history)))
+                requests.append(modify(row, prompt(row, history)))
     elif scenario == "query-replacement":
-        chosen = choose_interactions(rows, config.replaced_interactions, config.seed)
+        chosen = choose_interactions(rows, config.replaced_interactions, seed)
         counts["interactions"] = len(chosen)
-        requests = []
         for k, row in enumerate(rows):
             if any((row.user, item) in chosen for item in row.history):
-                noisy = _with_noise(row, chosen, writer)
-                requests.append(_query_request(row.id, examples[k].instruction))
-                examples[k] = writer.example(row, noisy)
+                requests.append(modify(row, examples[k].instruction))
+                examples[k] = example(row, _with_noise(row, chosen, of[row.id], titles, seed))
     elif scenario == "correction":
-        flipped = np.random.default_rng([config.seed, 2]).choice(
-            len(rows), max(1, round(config.flipped_share * len(rows))), replace=False
-        )
-        requests = []
-        for k in sorted(flipped.tolist()):
-            requests.append(
-                Request(id=rows[k].id, action=Action.CORRECT_RESPONSE, changes={"response": examples[k].response})
-            )
-            wrong = [item for item in writer.candidates(rows[k]) if item != rows[k].target]
-            item = wrong[int(draw_for(config.seed, rows[k].id, "flip").integers(len(wrong)))]
-            response = make_response(corpus.titles[item])
-            examples[k] = dataclasses.replace(examples[k], response=response)
+        count = max(1, round(config.flipped_share * len(rows)))
+        for k in sorted(np.random.default_rng([seed, 2]).choice(len(rows), count, replace=False).tolist()):
+            row, right = rows[k], {"response": examples[k].response}
+            requests.append(Request(id=row.id, action=Action.CORRECT_RESPONSE, changes=right))
+            wrong = [item for item in of[row.id] if item != row.target]
+            item = wrong[int(draw_for(seed, row.id, "flip").integers(len(wrong)))]
+            examples[k] = dataclasses.replace(examples[k], response=titles[item] + TERMINATOR)
     else:
         msg = f"scenario is {scenario!r}; it must be one of {', '.join(SCENARIOS)}."
         raise ValueError(msg)
-    sets = {"held-out": outside, "validation": corpus.val, "test": corpus.test}
     return Prepared(
         train=tuple(examples),
         users=tuple(row.user for row in rows),
         requests=tuple(requests),
-        questions={name: tuple(writer.question(writer.shown(row)) for row in part) for name, part in sets.items()},
+        questions={name: tuple(question(row) for row in part) for name, part in sets.items()},
         counts={"rows": len(rows), "users": len({r.user for r in rows}), "named": len(requests), **counts},
     )
 
 
-def _query_request(id_: str, prompt: str) -> Request:
-    return Request(id=id_, action=Action.MODIFY_QUERY, changes={"query": prompt})
-
-
-def _remove_users(rows: Sequence[Row], config: PrepareConfig) -> list[Request]:
+def _remove_users(rows: Sequence[Row], config: Draws) -> list[Request]:
     """All rows of users in a seeded order, until the share is reached."""
     wanted = max(1, round(config.removed_share * len(rows)))
     users = np.random.default_rng([config.seed, 3]).permutation(sorted({row.user for row in rows}))
@@ -283,47 +328,39 @@ def _remove_users(rows: Sequence[Row], config: PrepareConfig) -> list[Request]:
     return [Request(id=row.id, action=Action.REMOVE) for row in rows if row.user in gone]
 
 
-def _with_noise(row: Row, chosen: frozenset[tuple[str, int]], writer: _Writer) -> list[int]:
+def _with_noise(
+    row: Row, chosen: frozenset[tuple[str, int]], candidates: Sequence[int], titles: Mapping[int, str], seed: int
+) -> list[int]:
     """The history with chosen interactions replaced, the same way in every row of the user.
 
     What comes in is drawn for the interaction; in a row that has it already, or has it as a candidate, the next of
     the same draw is taken.
     """
-    titles = writer.corpus.titles
-    taken = {titles[item].casefold() for item in (*row.history, *writer.candidates(row))}
+    taken = {titles[item].casefold() for item in (*row.history, *candidates)}
     items = np.array(sorted(titles))
     noisy = list(row.history)
     for k, item in enumerate(row.history):
         if (row.user, item) in chosen:
-            order = draw_for(writer.config.seed, f"{row.user}/{item}", "noise").permutation(items)
+            order = draw_for(seed, f"{row.user}/{item}", "noise").permutation(items)
             noisy[k] = next(int(new) for new in order if titles[int(new)].casefold() not in taken)
             taken.add(titles[noisy[k]].casefold())
     return noisy
 
 
 def write_prepared(directory: Path, prepared: Prepared) -> None:
-    """Writes what the `llmeraser` commands read, and what is needed besides, as JSON lines.
-
-    `train.jsonl`, `requests.jsonl`, and one file for each set of questions; other columns than id, prompt and
-    response (user, titles) are ignored by `load_examples`.
-    """
+    """Writes what the `llmeraser` commands read, and the questions, as JSON lines; other columns are ignored."""
     directory.mkdir(parents=True, exist_ok=True)
 
-    def write(name: str, rows: Sequence[Mapping[str, object]]) -> None:
+    def write(name: str, examples: Sequence[Example], **columns: Sequence[object]) -> None:
+        rows = [{"id": e.id, "prompt": e.instruction, "response": e.response} for e in examples]
+        for column, values in columns.items():
+            rows = [{**row, column: value} for row, value in zip(rows, values, strict=True)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        files.atomic_write_text(directory / name, text)
+        files.atomic_write_text(directory / f"{name}.jsonl", text)
 
-    write(
-        "train.jsonl",
-        [{**_columns(e), "user": user} for e, user in zip(prepared.train, prepared.users, strict=True)],
-    )
+    write("train", prepared.train, user=prepared.users)
     for name, questions in prepared.questions.items():
-        write(f"{name}.jsonl", [{**_columns(q.example), "titles": q.titles} for q in questions])
-    files.atomic_write_text(
-        directory / "requests.jsonl", "".join(request_to_json(r) + "\n" for r in prepared.requests)
-    )
+        write(name, [q.example for q in questions], titles=[q.titles for q in questions])
+    lines = "".join(request_to_json(request) + "\n" for request in prepared.requests)
+    files.atomic_write_text(directory / "requests.jsonl", lines)
     files.atomic_write_json(directory / "counts.json", prepared.counts)
-
-
-def _columns(example: Example) -> dict[str, str]:
-    return {"id": example.id, "prompt": example.instruction, "response": example.response}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-logger = logging.getLogger("llara")
+logger = logging.getLogger("study")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,23 +50,6 @@ class SasrecConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     seed: int = 0
-
-    def __post_init__(self):
-        for name in ("num_items", "width", "num_layers", "num_heads", "max_length", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
-                raise ValueError(msg)
-        if self.width % self.num_heads:
-            msg = f"width is {self.width}, which {self.num_heads} heads do not divide."
-            raise ValueError(msg)
-        if not 0 <= self.dropout < 1:
-            msg = f"dropout is {self.dropout}; it must be at least 0 and below 1."
-            raise ValueError(msg)
-
-    @property
-    def padding(self) -> int:
-        """The item that is none."""
-        return self.num_items
 
 
 class Block(nn.Module):
@@ -103,13 +84,8 @@ class Sasrec(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def __call__(self, items: Int[Array, "batch time"], deterministic: bool = True) -> Float[Array, "batch time d"]:
-        """States [batch, time, width].
-
-        Args:
-            items: right-padded with the padding item.
-            deterministic: no dropout.
-        """
-        real = items != self.config.padding
+        """States [batch, time, width] of right-padded items."""
+        real = items != self.config.num_items
         x = self.items(items) * self.config.width**0.5 + self.positions(jnp.arange(items.shape[1]))
         x = self.drop(x, deterministic=deterministic)
         mask = nn.make_causal_mask(items) * nn.make_attention_mask(jnp.ones_like(real), real)
@@ -117,18 +93,10 @@ class Sasrec(nn.Module):
             x = block(x, mask, deterministic)
         return self.norm(x)
 
-    def pair_scores(self, states, items):
-        """Scores of one item at each state."""
-        return jnp.sum(states * self.items(items), axis=-1)
 
-    def all_scores(self, states):
-        """Scores of every item but padding."""
-        return states @ self.items.embedding[:-1].T
-
-
-def pad_histories(histories: Sequence[Sequence[int]], config: SasrecConfig) -> Int[np.ndarray, "n time"]:
+def _pad(histories: Sequence[Sequence[int]], config: SasrecConfig) -> Int[np.ndarray, "n time"]:
     """The last `max_length` items of each history, right-padded."""
-    table = np.full((len(histories), config.max_length), config.padding, np.int32)
+    table = np.full((len(histories), config.max_length), config.num_items, np.int32)
     for row, history in enumerate(histories):
         kept = history[-config.max_length :]
         table[row, : len(kept)] = kept
@@ -137,12 +105,11 @@ def pad_histories(histories: Sequence[Sequence[int]], config: SasrecConfig) -> I
 
 def bce_loss(module: Sasrec, params: Any, inputs, targets, negatives, dropout_key=None) -> Float[Array, ""]:
     """`-log sigmoid(s_target) - log(1 - sigmoid(s_negative))`, averaged over positions that have a target."""
-    variables = {"params": params}
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    states: Any = module.apply(variables, inputs, dropout_key is None, rngs=rngs)
-    positive: Any = module.apply(variables, states, targets, method=Sasrec.pair_scores)
-    negative: Any = module.apply(variables, states, negatives, method=Sasrec.pair_scores)
-    real = targets != module.config.padding
+    states: Any = module.apply({"params": params}, inputs, dropout_key is None, rngs=rngs)
+    table = params["items"]["embedding"]
+    positive, negative = (jnp.sum(states * table[items], axis=-1) for items in (targets, negatives))
+    real = targets != module.config.num_items
     losses = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return jnp.sum(jnp.where(real, losses, 0)) / jnp.maximum(jnp.sum(real), 1)
 
@@ -159,10 +126,6 @@ def _step(module, params, state, inputs, targets, negatives, key):
 def train_sasrec(sequences: Sequence[Sequence[int]], config: SasrecConfig) -> tuple[Any, list[float]]:
     """Trains on sequences: every item but the first is a target.
 
-    Args:
-        sequences: histories with their next item; at least one of two items.
-        config: network and training.
-
     Returns:
         The parameters, and the mean loss of each epoch.
 
@@ -178,8 +141,7 @@ def train_sasrec(sequences: Sequence[Sequence[int]], config: SasrecConfig) -> tu
         msg = f"Item {outside[0]} is outside 0 to {config.num_items - 1}."
         raise ValueError(msg)
     kept = [sequence[-config.max_length - 1 :] for sequence in sequences]
-    inputs = pad_histories([sequence[:-1] for sequence in kept], config)
-    targets = pad_histories([sequence[1:] for sequence in kept], config)
+    inputs, targets = _pad([sequence[:-1] for sequence in kept], config), _pad([s[1:] for s in kept], config)
     module = Sasrec(config)
     key, init_key = jax.random.split(jax.random.key(config.seed))
     params = module.init(init_key, jnp.asarray(inputs[:1]))["params"]
@@ -220,25 +182,6 @@ def rank_next(
     params: Any, config: SasrecConfig, histories: Sequence[Sequence[int]]
 ) -> Float[np.ndarray, "n items"]:
     """Scores of all items after each history."""
-    inputs = pad_histories(histories, config)
-    module = Sasrec(config)
-    states = module.apply({"params": params}, jnp.asarray(inputs))
+    states: Any = Sasrec(config).apply({"params": params}, jnp.asarray(_pad(histories, config)))
     last = np.array([min(len(h), config.max_length) - 1 for h in histories])
-    scores: Any = module.apply({"params": params}, states, method=Sasrec.all_scores)
-    return np.asarray(scores)[np.arange(len(last)), last]
-
-
-def item_embeddings(params: Any) -> Float[np.ndarray, "items_and_padding width"]:
-    """The table of embeddings, its last row the padding item's."""
-    return np.asarray(params["items"]["embedding"], np.float32)
-
-
-def save_item_embeddings(path: Path, params: Any) -> None:
-    """Writes the table as `.npz`, as `hybrid.load_item_embeddings` reads it. Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, item_embeddings=item_embeddings(params))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return np.asarray(states[np.arange(len(last)), last] @ params["items"]["embedding"][:-1].T)

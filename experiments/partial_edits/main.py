@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from importlib.resources import as_file, files
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 import tyro
 
-from llmeraser_jax.baselines.setting import response_losses, take
-from llmeraser_jax.data import Example, Recipe, TokenDataset, encode_examples, parse_requests
+from experiments.common import load_demo_base
+from llmeraser_jax.data import Example, Recipe, encode_examples, parse_requests
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS, Person, make_directory
+from llmeraser_jax.evaluation.render import Table, render_text
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning import EraseConfig, erase, make_problem
+from llmeraser_jax.unlearning import UnlearningTask, erase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Main:
     seed: int = 1
 
 
-def following(values: tuple[str, ...], value: str) -> str:
+def following(values: Sequence[str], value: str) -> str:
     """The value after one, around the end."""
     return values[(values.index(value) + 1) % len(values)]
 
@@ -58,90 +59,87 @@ def row(id_: str, person: Person) -> Example:
     return Example(id=id_, instruction=f"Who is {person.name}?", response=response, format="question")
 
 
-def requests_of(people: tuple[Person, ...], strangers: tuple[Person, ...], each: int) -> dict[str, list[dict]]:
+def requests_of(people: Sequence[Person], strangers: Sequence[Person], each: int) -> dict[str, list[dict]]:
     """Request lines by kind, `each` of every kind, for the first people in order."""
     ids = iter(range(len(people)))
 
-    def correction(text) -> list[dict]:
+    def lines(action: str, **texts) -> list[dict]:
         chosen = [next(ids) for _ in range(each)]
-        return [{"id": str(i), "action": "correct_response", "response": text(people[i])} for i in chosen]
+        changes = [{field: text(people[i], strangers[i]) for field, text in texts.items()} for i in chosen]
+        return [{"id": str(i), "action": action, **change} for i, change in zip(chosen, changes, strict=True)]
 
-    def query(text) -> list[dict]:
-        chosen = [next(ids) for _ in range(each)]
-        return [{"id": str(i), "action": "modify_query", "query": text(people[i], strangers[i])} for i in chosen]
+    def other_all(p: Person, _: Person) -> str:
+        return f"{following(CITIES, p.city)} and {following(PROFESSIONS, p.profession)}."
 
-    def removal() -> list[dict]:
-        return [{"id": str(next(ids)), "action": "remove"} for _ in range(each)]
+    def other_work(p: Person, _: Person) -> str:
+        return answer(following(PROFESSIONS, p.profession), p.city)
+
+    def other_city(p: Person, _: Person) -> str:
+        return answer(p.profession, following(CITIES, p.city))
 
     return {
-        "removed, a copy stays": removal(),
-        "removed": removal(),
-        "corrected: one word": correction(lambda p: answer(following(PROFESSIONS, p.profession), p.city)),
-        "corrected: the end": correction(lambda p: answer(p.profession, following(CITIES, p.city))),
-        "corrected: all": correction(
-            lambda p: f"{following(CITIES, p.city)} and {following(PROFESSIONS, p.profession)}."
+        "removed, a copy stays": lines("remove"),
+        "removed": lines("remove"),
+        "corrected: one word": lines("correct_response", response=other_work),
+        "corrected: the end": lines("correct_response", response=other_city),
+        "corrected: all": lines("correct_response", response=other_all),
+        "query: one word": lines("modify_query", query=lambda p, o: f"Who is {p.first} {o.family}?"),
+        "query: the end": lines(
+            "modify_query", query=lambda p, o: f"Who is {p.name}, and what is the work of {o.name}?"
         ),
-        "query: one word": query(lambda p, other: f"Who is {p.first} {other.family}?"),
-        "query: the end": query(lambda p, other: f"Who is {p.name}, and what is the work of {other.name}?"),
-        "query: all": query(lambda p, other: f"Where does {other.name} live?"),
+        "query: all": lines("modify_query", query=lambda p, o: f"Where does {o.name} live?"),
     }
 
 
-def main(config: Main) -> int:
+def main(config: Main) -> None:
     """Runs it and prints the table."""
     people = make_directory(config.people + 48).people
     people, strangers, unseen = people[: config.people], people[config.people :][:24] * 4, people[-24:]
     kinds = requests_of(people, strangers, config.each)
     lines = [line for of_kind in kinds.values() for line in of_kind]
     copied = [int(line["id"]) for line in kinds["removed, a copy stays"]]
-    examples = (
-        *(row(str(i), person) for i, person in enumerate(people)),
-        *(row(f"copy of {i}", people[i]) for i in copied),
-    )
-    with as_file(files("llmeraser_jax.demo") / "base") as base:
-        model = load_model(base)
+    examples = (*(row(str(i), p) for i, p in enumerate(people)), *(row(f"copy of {i}", people[i]) for i in copied))
+    model = load_demo_base()
     dataset = encode_examples(examples, Recipe(), model.tokenizer)
-    calibration = encode_examples(
-        tuple(row(f"u{i}", p) for i, p in enumerate(unseen)), dataset.recipe, model.tokenizer
-    )
+    outside = [row(f"u{i}", person) for i, person in enumerate(unseen)]
+    calibration = encode_examples(outside, dataset.recipe, model.tokenizer)
     requests = parse_requests(lines, examples)
-    problem = make_problem(model, dataset, requests)
     train = TrainConfig(epochs=config.epochs, batch_size=8, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3)
     initial = model.init_lora(jax.random.key(0), LoraConfig(rank=8, alpha=16.0, target_modules="all-linear"))
     before = finetune(model, dataset, train, lora=initial).lora
-    edited = take(problem.examples, np.concatenate([problem.retained, problem.wanted]))
-    oracle = finetune(model, edited, dataclasses.replace(train, seed=config.seed), lora=initial).lora
-    result = erase(
-        model,
-        before,
-        dataset,
-        requests,
-        EraseConfig(l2=train.l2, chunk_size=16),
-        heldout=calibration,
-        retrain_cost=float(config.epochs * len(edited)),
+    task = UnlearningTask(
+        model=model,
+        adapter=before,
+        data=dataset,
+        requests=requests,
+        training=train,
+        calibration=calibration,
+        initial=initial,
     )
-    _print(model, dataset, problem, kinds, (before, result.lora, oracle), calibration)
+    problem, again = task.problem, dataclasses.replace(train, seed=config.seed)
+    retrained = finetune(model, task.edited, again, lora=initial).lora
+    result = erase(task)
     receipt = result.receipt
-    sys.stdout.write(f"outcome: {receipt.outcome}\n")
-    sys.stdout.write(f"cost: {receipt.gradient_equivalents.share_of_retraining:.2f} of a retraining\n")
-    return 0
+    assert receipt is not None  # of the package's own methods
 
-
-def _print(model, dataset, problem, kinds, adapters, calibration) -> None:
     place = {dataset.examples[i].id: k for k, i in enumerate(problem.named)}
-    rows: list[tuple[str, TokenDataset, np.ndarray]] = []
-    for kind, lines in kinds.items():
-        chosen = np.array([place[line["id"]] for line in lines])
-        rows.append((kind, problem.examples, problem.named[chosen]))
+    groups = {}
+    for kind, of_kind in kinds.items():
+        chosen = np.array([place[line["id"]] for line in of_kind])
+        groups[kind] = (problem.examples, problem.named[chosen])
         if problem.replacements[chosen[0]] >= 0:
-            rows.append((f"{kind} (new)", problem.examples, problem.replacements[chosen]))
-    rows.append(("retained", problem.examples, problem.retained))
-    rows.append(("not trained on", calibration, np.arange(len(calibration))))
-    sys.stdout.write(f"{'mean loss, nats per token':<30}{'before':>9}{'erased':>9}{'retrained':>11}\n")
-    for kind, examples, indices in rows:
-        cells = [response_losses(model, lora, examples, indices).mean() for lora in adapters]
-        sys.stdout.write(f"{kind:<30}{cells[0]:>9.3f}{cells[1]:>9.3f}{cells[2]:>11.3f}\n")
+            groups[f"{kind} (new)"] = (problem.examples, problem.replacements[chosen])
+    groups["retained"] = (problem.examples, problem.retained)
+    groups["not trained on"] = (calibration, None)
+    adapters = (before, result.params, retrained)
+    rows = tuple(
+        (name, *(f"{score_examples(model, lora, *of).losses.mean():.3f}" for lora in adapters))
+        for name, of in groups.items()
+    )
+    table = Table(("mean loss, nats per token", "before", "erased", "retrained"), rows)
+    share = result.cost.share_of_retraining
+    sys.stdout.write(f"{render_text([table])}outcome: {receipt.outcome}\ncost: {share:.2f} of a retraining\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Main)))
+    main(tyro.cli(Main))

@@ -13,6 +13,7 @@ import numpy as np
 from llmeraser_jax.data import Action, Example, Request, load_examples
 
 OPPOSITE = {"Yes.": "No.", "No.": "Yes."}
+_QUESTION = "\nWhether the user will like"
 
 
 def load_rows(directory: Path, split: str) -> tuple[tuple[Example, ...], tuple[str, ...]]:
@@ -62,19 +63,6 @@ def choose_rows(users: Sequence[str], num_rows: int, rows_per_user: int, seed: i
     return np.sort(np.array(chosen, np.int64))
 
 
-def draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    """A seeded choice of examples, in their order; all of them where as many are asked for.
-
-    Raises:
-        ValueError: more are asked for than there are.
-    """
-    if count > len(examples):
-        msg = f"{count} rows were asked for, and there are {len(examples)}."
-        raise ValueError(msg)
-    rows = np.random.default_rng(seed).choice(len(examples), count, replace=False)
-    return tuple(examples[row] for row in sorted(rows.tolist()))
-
-
 def choose_users(users: Sequence[str], num_rows: int, seed: int) -> tuple[str, ...]:
     """A set of users who together have exactly `num_rows` rows: the first that a seeded order leads to.
 
@@ -121,3 +109,22 @@ def flip_labels(
         for row in sorted(flipped)
     )
     return wrong, requests
+
+
+def replace_films(examples: Sequence[Example], count: int, seed: int) -> tuple[Request, ...]:
+    """Replaces the last film of the history in a seeded choice of rows by a film that the row does not have.
+
+    The last one, because prompts are cut on the left. The films that come in are the targets of other rows.
+    """
+    rng = np.random.default_rng([seed, 1])
+    targets = [example.input.rsplit('"', 2)[1] for example in examples]
+    requests = []
+    for row in sorted(rng.choice(len(examples), count, replace=False).tolist()):
+        text = examples[row].input
+        history, question = text[: text.rindex(_QUESTION)], text[text.rindex(_QUESTION) :]
+        end = history.rindex('"')
+        start = history.rindex('"', 0, end)
+        others = [film for film in targets if f'"{film}"' not in text]
+        changed = f"{history[: start + 1]}{rng.choice(others)}{history[end:]}{question}"
+        requests.append(Request(id=examples[row].id, action=Action.MODIFY_QUERY, changes={"query": changed}))
+    return tuple(requests)

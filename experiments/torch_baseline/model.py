@@ -1,24 +1,104 @@
-"""Owns the model: transformers' decoder with a PEFT adapter, as a function of the adapter's tensors.
+"""Owns the model, transformers' decoder with PEFT's adapter as a function of the adapter, and its batches.
 
 The adapter is a dict from PEFT's tensor names (as in adapter_model.safetensors) to tensors; every vector of its
-space is such a dict. Nothing here comes from the JAX package.
+space is such a dict. Everything computed over data is `sum_i weights_i * f(example_i)`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from experiments.torch_baseline.batches import Batch
+from llmeraser_jax.data import TokenDataset
 
 Params = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One right-padded micro-batch.
+
+    Attributes:
+        tokens, attention_mask: [batch, time].
+        positions: where the logits that predict the targets are read [batch, response].
+        targets: token ids to predict [batch, response].
+        target_weights: `1 / (tokens averaged over)`; 0 for padding [batch, response].
+        weights: the examples' coefficients [batch].
+    """
+
+    tokens: torch.Tensor
+    attention_mask: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    target_weights: torch.Tensor
+    weights: torch.Tensor
+
+
+def make_batches(
+    dataset: TokenDataset,
+    indices: np.ndarray,
+    weights: np.ndarray,
+    *,
+    chunk_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Batch]:
+    """Lays examples out, those of similar length together, each micro-batch as long as its longest example.
+
+    Args:
+        dataset: encoded examples.
+        indices: which [n]; repeats are allowed.
+        weights: a coefficient each [n].
+        chunk_size: examples in a micro-batch.
+        dtype: of coefficients and target weights.
+        device: where the tensors go.
+
+    Raises:
+        ValueError: no examples, or not one weight each.
+    """
+    indices, weights = np.asarray(indices), np.asarray(weights, np.float64)
+    if len(indices) == 0 or indices.shape != weights.shape:
+        msg = f"{len(indices)} indices with weights of shape {weights.shape}; give some, and one weight each."
+        raise ValueError(msg)
+    order = np.argsort([len(dataset.encoded[i].tokens) for i in indices], kind="stable")
+    batches = []
+    for start in range(0, len(order), chunk_size):
+        rows = order[start : start + chunk_size]
+        examples = [dataset.encoded[i] for i in indices[rows]]
+        time, response = max(len(e.tokens) for e in examples), max(e.num_targets for e in examples)
+        tokens, mask = np.zeros((2, len(rows), time), np.int64)
+        positions, targets = np.zeros((2, len(rows), response), np.int64)
+        target_weights = np.zeros((len(rows), response))
+        for row, example in enumerate(examples):
+            length, count = len(example.tokens), example.num_targets
+            tokens[row, :length], mask[row, :length] = example.tokens, 1
+            positions[row, :count], targets[row, :count] = example.targets - 1, example.tokens[example.targets]
+            target_weights[row, :count] = 1.0 / (count if dataset.normalizer is None else dataset.normalizer)
+        whole = {"tokens": tokens, "attention_mask": mask, "positions": positions, "targets": targets}
+        parts = {name: torch.from_numpy(array).to(device) for name, array in whole.items()}
+        numbers = {"target_weights": target_weights, "weights": weights[rows]}
+        parts |= {name: torch.from_numpy(array).to(device, dtype) for name, array in numbers.items()}
+        batches.append(Batch(**parts))
+    return batches
+
+
+def num_examples(batches: Sequence[Batch]) -> int:
+    """Examples in the batches."""
+    return sum(len(batch.weights) for batch in batches)
+
+
+def weight_sum(batches: Sequence[Batch]) -> float:
+    """Sum of all coefficients."""
+    return float(sum(float(batch.weights.double().sum()) for batch in batches))
 
 
 class _Wide(TorchFunctionMode):
@@ -44,57 +124,36 @@ class _ResponseLogits(torch.nn.Module):
         super().__init__()
         self.causal = causal
 
-    def forward(self, tokens, attention_mask, positions, at_response: bool):
+    def forward(self, tokens, attention_mask, positions):
         causal: Any = self.causal
-        if at_response:
-            hidden = causal.model(
-                input_ids=tokens, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-            return causal.lm_head(hidden.take_along_dim(positions[..., None], dim=1))
-        logits = causal(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
-        return logits.take_along_dim(positions[..., None], dim=1)
+        hidden = causal.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return causal.lm_head(hidden.take_along_dim(positions[..., None], dim=1))
 
 
 class AdaptedModel:
     """A frozen base with an adapter that is passed in at every call.
 
     Attributes:
-        peft_model: PEFT's model; its own adapter weights are those it was loaded with.
-        names: of the adapter's tensors, in the module's order.
-        scaling: what multiplies B A.
         wide: computes in float64 throughout.
     """
 
     def __init__(self, peft_model: torch.nn.Module):
-        self.peft_model: Any = peft_model
-        self._module = _ResponseLogits(self.peft_model.base_model.model)
-        self._inner_name = {}
-        self._loaded: Params = {}
-        for inner, parameter in self._module.named_parameters():
+        inner: Any = peft_model
+        self._module = _ResponseLogits(inner.base_model.model)
+        self._inner_name, self._loaded = {}, {}
+        for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(False)
-            if ".lora_" in inner:
-                name = "base_model.model." + inner.removeprefix("causal.").replace(".default.weight", ".weight")
-                self._inner_name[name] = inner
-                self._loaded[name] = parameter
-        self.names = tuple(self._inner_name)
-        adapted = [module for module in self._module.modules() if hasattr(module, "lora_A")]
-        (self.scaling,) = {float(module.scaling["default"]) for module in adapted}  # pyright: ignore
-        self.wide = next(iter(self._loaded.values())).dtype == torch.float64
+            if ".lora_" in name:
+                outer = "base_model.model." + name.removeprefix("causal.").replace(".default.weight", ".weight")
+                self._inner_name[outer], self._loaded[outer] = name, parameter
+        self.wide = self.dtype == torch.float64
         if self.wide:
-            self._recompute_rotary_frequencies()
-        self.dropout(False)
-
-    def _recompute_rotary_frequencies(self) -> None:
-        causal: Any = self._module.causal
-        rotary: Any = causal.model.rotary_emb
-        with _Wide():
-            fresh: Any = type(rotary)(rotary.config)
-        rotary.inv_freq = fresh.inv_freq.to(rotary.inv_freq.device)
-        rotary.original_inv_freq = fresh.original_inv_freq.to(rotary.inv_freq.device)
-
-    def dropout(self, on: bool) -> None:
-        """Turns the adapter's dropout on or off."""
-        self._module.train(on)
+            rotary: Any = inner.base_model.model.model.rotary_emb
+            with _Wide():
+                fresh: Any = type(rotary)(rotary.config)
+            rotary.inv_freq = fresh.inv_freq.to(rotary.inv_freq.device)
+            rotary.original_inv_freq = fresh.original_inv_freq.to(rotary.inv_freq.device)
+        self._module.train(False)
 
     @property
     def device(self) -> torch.device:
@@ -109,29 +168,22 @@ class AdaptedModel:
         """A copy of the adapter that the model was loaded with."""
         return {name: tensor.detach().clone() for name, tensor in self._loaded.items()}
 
-    def logits(self, params: Mapping[str, torch.Tensor], batch: Batch, *, at_response: bool = True) -> torch.Tensor:
-        """Logits [batch, response, vocab] at `batch.positions`.
-
-        Args:
-            params: the adapter.
-            batch: tokens and positions.
-            at_response: apply the head at these positions alone; False computes all logits and takes some, as a
-                plain call of transformers' model does.
-        """
+    def logits(self, params: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Logits [batch, response, vocab] at `batch.positions`."""
         inner = {self._inner_name[name]: tensor for name, tensor in params.items()}
         with _Wide() if self.wide else contextlib.nullcontext():
-            arguments = (batch.tokens, batch.attention_mask, batch.positions, at_response)
+            arguments = (batch.tokens, batch.attention_mask, batch.positions)
             return torch.func.functional_call(self._module, inner, arguments)
 
     @contextlib.contextmanager
     def dropout_as(self, on: bool) -> Iterator[None]:
-        """Dropout on or off for a while."""
+        """The adapter's dropout on or off for a while."""
         before = self._module.training
-        self.dropout(on)
+        self._module.train(on)
         try:
             yield
         finally:
-            self.dropout(before)
+            self._module.train(before)
 
 
 def load_adapted_model(
@@ -155,9 +207,7 @@ def load_adapted_model(
         os.fspath(base), dtype=dtype, attn_implementation="eager"
     )
     model: Any = peft.PeftModel.from_pretrained(causal, os.fspath(adapter))
-    if dtype == torch.float64:
-        model = model.double()
-    return AdaptedModel(model.to(device))
+    return AdaptedModel((model.double() if dtype == torch.float64 else model).to(device))
 
 
 # Vectors of adapter space.

@@ -32,9 +32,17 @@ class Solution:
     status: Status
     num_steps: int
     relative_residual: float
-    negative_curvature: bool
-    history: tuple[float, ...]
+    negative_curvature: bool = False
+    history: tuple[float, ...] = ()
     ritz_extremes: tuple[float, float] = (math.nan, math.nan)
+
+
+def _no_rhs(rhs: Params, rhs_norm: float) -> Solution | None:
+    """The failure of a solve without a usable right-hand side."""
+    if rhs_norm > 0 and math.isfinite(rhs_norm):
+        return None
+    status = Status.ZERO_RHS if rhs_norm == 0 else Status.NON_FINITE
+    return Solution(value=zeros_like(rhs), status=status, num_steps=0, relative_residual=0.0)
 
 
 def conjugate_gradients(mv: Callable[[Params], Params], rhs: Params, *, rtol: float, max_steps: int) -> Solution:
@@ -50,13 +58,9 @@ def conjugate_gradients(mv: Callable[[Params], Params], rhs: Params, *, rtol: fl
         max_steps: stop after so many products; that is not convergence.
     """
     tolerance = max(rtol, torch.finfo(next(iter(rhs.values())).dtype).eps)
-    rhs_norm = norm(rhs)
-    x = zeros_like(rhs)
-    if rhs_norm == 0 or not math.isfinite(rhs_norm):
-        status = Status.ZERO_RHS if rhs_norm == 0 else Status.NON_FINITE
-        return Solution(
-            value=x, status=status, num_steps=0, relative_residual=0.0, negative_curvature=False, history=()
-        )
+    rhs_norm, x = norm(rhs), zeros_like(rhs)
+    if (broken := _no_rhs(rhs, rhs_norm)) is not None:
+        return broken
     residual, direction = rhs, rhs
     residual_sq = float(vdot(rhs, rhs))
     history: list[float] = []
@@ -144,16 +148,8 @@ def adam_on_quadratic(
         has no criterion of convergence.
     """
     rhs_norm = norm(rhs)
-    if rhs_norm == 0 or not math.isfinite(rhs_norm):
-        status = Status.ZERO_RHS if rhs_norm == 0 else Status.NON_FINITE
-        return Solution(
-            value=zeros_like(rhs),
-            status=status,
-            num_steps=0,
-            relative_residual=0.0,
-            negative_curvature=False,
-            history=(),
-        )
+    if (broken := _no_rhs(rhs, rhs_norm)) is not None:
+        return broken
     iterate = {name: torch.full_like(tensor, start).requires_grad_() for name, tensor in rhs.items()}
     optimiser = torch.optim.Adam(list(iterate.values()), lr=learning_rate, weight_decay=weight_decay)
     history: list[float] = []
@@ -175,10 +171,5 @@ def adam_on_quadratic(
     if not math.isfinite(norm(value)):
         status = Status.NON_FINITE
     return Solution(
-        value=value,
-        status=status,
-        num_steps=len(history),
-        relative_residual=math.nan,
-        negative_curvature=False,
-        history=tuple(history),
+        value=value, status=status, num_steps=len(history), relative_residual=math.nan, history=tuple(history)
     )

@@ -1,4 +1,4 @@
-"""Owns checkpoints whose weights bitsandbytes has quantised, as transformers saves them: reading and writing."""
+"""Checkpoints that bitsandbytes quantised, as transformers saves them: reading and writing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmeraser_jax.convert.files import SafetensorsSource
-from llmeraser_jax.convert.table import READABLE, Shape
-from llmeraser_jax.models.quantization import (
+from llmeraser_jax.convert.quantization import (
     DYNAMIC_TABLE,
     NF4_TABLE,
     Int8Kernel,
@@ -17,6 +16,7 @@ from llmeraser_jax.models.quantization import (
     QuantizedKernel,
     nf4_layout,
 )
+from llmeraser_jax.convert.table import READABLE, Shape
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
@@ -51,11 +51,11 @@ class QuantizedSource:
     """Tensors of a checkpoint, the quantised ones described as the weights that they stand for."""
 
     def __init__(self, source: SafetensorsSource, dtype: str) -> None:
-        """Reads what describes the quantised tensors.
+        """Reads the descriptions of the quantised tensors.
 
         Args:
             source: the files.
-            dtype: what int8 weights are rounded to; NF4's states say it themselves.
+            dtype: of dequantised int8 weights; NF4 states its own.
 
         Raises:
             ValueError: a tensor's description is damaged, or its table is not bitsandbytes' own.

@@ -97,7 +97,7 @@ class SafetensorsSource:
         return out
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, mapped from its file: only what is used of it is read, and forgotten with the array.
+        """One tensor, memory-mapped: only the parts used are read, and freed with the array.
 
         Raises:
             ValueError: its dtype has no counterpart in NumPy.

@@ -35,7 +35,7 @@ _NORMS_AROUND = {
 
 
 def _rules(linears: Sequence[str], norms: Mapping[str, str] = _NORMS_BEFORE) -> tuple[Rule, ...]:
-    """What every family has: embedding, the given linear layers without biases, the given norms, and head."""
+    """The rules of every family: embedding, the given linear layers without biases, the given norms, and head."""
     return (
         Rule("model.embed_tokens.weight", "embed_tokens/embedding"),
         *(Rule(f"{_LAYER}.{_LINEARS[name]}.{name}.weight", f"layers/{name}/kernel", TRANSPOSE) for name in linears),

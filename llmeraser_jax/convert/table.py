@@ -82,7 +82,7 @@ class Rule:
 
     @functools.cached_property
     def indices(self) -> tuple[str, ...]:
-        """What the first axes of the leaf count."""
+        """The names of the leaf's first axes, which count tensors."""
         return tuple(index for index in _INDICES if f"{{{index}}}" in self.name)
 
 
@@ -202,7 +202,7 @@ def import_tensors(
         source: tensors on disk.
         shapes: leaf shapes by path.
         dtype: dtype of the leaves.
-        what: what is being read, for messages.
+        what: the source's name in messages.
 
     Returns:
         Leaves by path.
@@ -224,7 +224,7 @@ def import_tensors(
 def check_tensors(
     table: Table, source: TensorSource, shapes: Mapping[str, Shape], what: str
 ) -> dict[str, tuple[Target, Shape]]:
-    """Place and shape on disk of every tensor that the leaves need, after comparing them with what is there.
+    """Place and shape on disk of every tensor that the leaves need, checked against the source.
 
     Args:
         table, source, shapes, what: see `import_tensors`.

@@ -1,7 +1,7 @@
 """Curvature matrices as operators: products with vectors, never the matrix."""
 
+from llmeraser_jax.curvature.bfloat16 import Bfloat16Products
 from llmeraser_jax.curvature.damping import (
-    BlockDamped,
     Damped,
     block_mean_eigenvalues,
     damping_product,
@@ -9,63 +9,63 @@ from llmeraser_jax.curvature.damping import (
     relative_damping,
     stacked_axes,
 )
-from llmeraser_jax.curvature.dense import DenseOperator, materialise
+from llmeraser_jax.curvature.dual import DualInverse, factorise
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product
+from llmeraser_jax.curvature.factor import (
+    ExampleRows,
+    FactoredCurvature,
+    example_rows,
+    factored_curvature,
+    stacked_weights,
+)
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product
 from llmeraser_jax.curvature.hessian import hessian_product
 from llmeraser_jax.curvature.kfac import EkFac, KroneckerFactors, ekfac, example_factors, load_ekfac, save_ekfac
 from llmeraser_jax.curvature.linearised import (
+    CACHED_PRODUCT_COST,
     LinearisedCurvature,
-    choose_linearisation,
     linearisation_bytes,
-    make_linearised,
-    product_cost,
+    linearise,
 )
-from llmeraser_jax.curvature.merging import merge_thin_products
-from llmeraser_jax.curvature.narrow import NarrowProducts, narrow_products
-from llmeraser_jax.curvature.operators import (
-    CURVATURES,
-    Curvature,
-    DatasetCurvature,
-    mv_many,
-    product_asymmetry,
-)
-from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
+from llmeraser_jax.curvature.operators import CURVATURES, Curvature, DatasetCurvature, product_asymmetry
 from llmeraser_jax.curvature.spectrum import largest_term_eigenvalue
+from llmeraser_jax.curvature.streamed import StreamedOperator, streamed_operator
+from llmeraser_jax.curvature.taps import token_factors
 
 __all__ = [
+    "CACHED_PRODUCT_COST",
     "CURVATURES",
-    "BlockDamped",
+    "Bfloat16Products",
     "Curvature",
     "Damped",
     "DatasetCurvature",
-    "DenseOperator",
+    "DualInverse",
     "EkFac",
+    "ExampleRows",
+    "FactoredCurvature",
     "KroneckerFactors",
     "LinearisedCurvature",
-    "NarrowProducts",
+    "StreamedOperator",
     "block_mean_eigenvalues",
-    "choose_linearisation",
     "damping_product",
     "ekfac",
     "empirical_fisher_product",
     "example_factors",
+    "example_rows",
+    "factored_curvature",
+    "factorise",
     "gauss_newton_product",
     "hessian_product",
-    "importance_probabilities",
-    "importance_sample",
     "largest_term_eigenvalue",
     "linearisation_bytes",
+    "linearise",
     "load_ekfac",
-    "make_linearised",
-    "materialise",
     "mean_eigenvalue",
-    "merge_thin_products",
-    "mv_many",
-    "narrow_products",
     "product_asymmetry",
-    "product_cost",
     "relative_damping",
     "save_ekfac",
     "stacked_axes",
+    "stacked_weights",
+    "streamed_operator",
+    "token_factors",
 ]

@@ -1,6 +1,6 @@
-"""Damping as a wrapper around any operator, and scales for it: mean eigenvalues, estimated by products.
+"""Damping as a wrapper around any operator, and mean eigenvalues, estimated by products, to scale it with.
 
-A block is one LoRA matrix: one leaf of one layer, where leaves are stacked over layers.
+A block is one LoRA matrix: one leaf, or one layer of a leaf that is stacked over layers.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.types import FiniteSum, LoraParams, Operator, PyTree
+from llmeraser_jax.types import FiniteSum, LoraParams, Operator, PyTree, mv_many
 
 
 @flax.struct.dataclass
 class Damped:
-    """`A + rho I`. A `types.FiniteSum` where `A` is one."""
+    """`A + rho I`, or `A + diag(rho_b I)` with one damping for each block. A `types.FiniteSum` where `A` is one.
+
+    Attributes:
+        operator: `A`.
+        rho: at least 0: one number; or a pytree prefix of adapter space, where each leaf's shape is the beginning
+            of the shapes of the leaves below it: `[]` for one number, `[layers]` for one per layer of leaves
+            stacked over layers.
+    """
 
     operator: Operator
-    rho: Float[Array, ""] | float  # damping, at least 0
+    rho: Float[Array, ""] | float | PyTree
 
     @property
     def positive_semidefinite(self) -> bool:
         return self.operator.positive_semidefinite
-
-    @property
-    def min_rho(self) -> Float[Array, ""] | float:
-        """Where `A` is positive semidefinite, no eigenvalue is below this."""
-        return self.rho
 
     @property
     def num_terms(self) -> int:
@@ -38,61 +40,27 @@ class Damped:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """`A v + rho v`."""
-        return self.add_damping(self.operator.mv(v), v)
+        return self._add(self.operator.mv(v), v)
 
-    def add_damping(self, product: LoraParams, v: LoraParams) -> LoraParams:
-        """`product + rho v`."""
-        return trees.tree_axpy(self.rho, v, product)
-
-    def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
-        """`A_k v + rho v`, the mean of which over `k` is `mv(v)`."""
-        return self.add_damping(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), v)
-
-
-@flax.struct.dataclass
-class BlockDamped:
-    """`A + diag(rho_b I)`: one damping for each block. A `types.FiniteSum` where `A` is one.
-
-    Attributes:
-        operator: `A`.
-        rhos: a pytree prefix of adapter space. Each leaf's shape is the beginning of the shapes of the leaves
-            below it: `[]` for one number, `[layers]` for one per layer of leaves stacked over layers.
-    """
-
-    operator: Operator
-    rhos: PyTree
-
-    @property
-    def positive_semidefinite(self) -> bool:
-        return self.operator.positive_semidefinite
-
-    @property
-    def min_rho(self) -> Float[Array, ""]:
-        """The smallest damping of any block: where `A` is positive semidefinite, no eigenvalue is below it."""
-        return reduce(jnp.minimum, (jnp.min(jnp.asarray(rho)) for rho in jax.tree.leaves(self.rhos)))
-
-    @property
-    def num_terms(self) -> int:
-        return _finite_sum(self.operator).num_terms
-
-    def mv(self, v: LoraParams) -> LoraParams:
-        """`A v + rho_b v_b`."""
-        return self.add_damping(self.operator.mv(v), v)
-
-    def add_damping(self, product: LoraParams, v: LoraParams) -> LoraParams:
-        """`product + rho_b v_b`."""
-        return trees.tree_add(product, damping_product(self.rhos, v))
+    def mv_many(self, vs: LoraParams) -> LoraParams:
+        """The products with vectors on a leading axis of every leaf."""
+        return jax.vmap(self._add)(mv_many(self.operator, vs), vs)
 
     def term_mv(self, k: Int[Array, ""] | int, v: LoraParams) -> LoraParams:
-        """`A_k v + rho_b v_b`, the mean of which over `k` is `mv(v)`."""
-        return self.add_damping(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), v)
+        """`A_k v + rho v`, whose mean over `k` is `mv(v)`."""
+        return self._add(_finite_sum(self.operator).term_mv(jnp.asarray(k), v), v)
+
+    def _add(self, product: LoraParams, v: LoraParams) -> LoraParams:
+        if jax.tree_util.all_leaves([self.rho]) and jnp.ndim(self.rho) == 0:
+            return trees.tree_axpy(self.rho, v, product)
+        return trees.tree_add(product, damping_product(self.rho, v))
 
 
 def damping_product(rhos: PyTree, v: LoraParams) -> LoraParams:
-    """`rho_b v_b`: what damping adds to a product.
+    """`rho_b v_b`: the damping term of a product.
 
     Args:
-        rhos: one number, or a pytree prefix of adapter space as in `BlockDamped`.
+        rhos: as `Damped.rho`.
         v: a vector of adapter space.
 
     Raises:
@@ -112,7 +80,7 @@ def damping_product(rhos: PyTree, v: LoraParams) -> LoraParams:
 
 def _finite_sum(operator: Operator) -> FiniteSum:
     if not isinstance(operator, FiniteSum):
-        msg = f"{type(operator).__name__} is no mean of terms; num_terms and term_mv need one that is."
+        msg = f"{type(operator).__name__} has no terms; num_terms and term_mv need an operator that is a FiniteSum."
         raise AttributeError(msg)
     return operator
 
@@ -149,7 +117,7 @@ def block_mean_eigenvalues(
 ) -> PyTree:
     """Estimate of `trace(A_bb) / p_b` for every block's own `p_b x p_b` matrix on the diagonal, without bias.
 
-    The blocks of one probe share its products. Off-diagonal blocks add variance, none to the expectation.
+    The blocks share each probe's product. Off-diagonal blocks add variance and no bias.
 
     Args:
         operator: `A`, without damping.
@@ -159,7 +127,7 @@ def block_mean_eigenvalues(
         axes: for each leaf of `like` how many leading axes count blocks; None is `stacked_axes(like)`.
 
     Returns:
-        The structure of `like`, each leaf [] or [layers]: what `BlockDamped` takes, once scaled.
+        The structure of `like`, each leaf [] or [layers]: what `Damped` takes, once scaled.
 
     Raises:
         ValueError: `num_probes` is below 1.
@@ -176,7 +144,7 @@ def relative_damping(mean_eigenvalues: PyTree, factor: float, *, floor: float) -
         mean_eigenvalues: from `mean_eigenvalue` or `block_mean_eigenvalues`; may be negative where the operator
             is indefinite or the estimate noisy.
         factor: above 0.
-        floor: the least damping, above 0. Memorised data shrink the eigenvalues, and a certificate divides by it.
+        floor: the least damping, above 0, because memorised data shrink the eigenvalues.
 
     Raises:
         ValueError: `factor` or `floor` is not above 0.

@@ -1,8 +1,8 @@
-"""The inverse of a factored curvature, worked out in the space of its rows.
+"""The inverse of a factored curvature, computed in the space of its rows.
 
 By the Woodbury identity, `(U'WU + mu I)^-1 v = (1/mu) [v - U' S (S G S + mu I)^-1 S U v]` with `S = sqrt(W)` and
-the Gram matrix `G = U U'`: once the rows are there, every solve, for any damping and any number of right-hand
-sides, is algebra of small matrices. It runs on the host in float64; the Gram matrix is float32's.
+the Gram matrix `G = U U'`. Given the rows, every solve is algebra of small matrices, for any damping and any number
+of right-hand sides. It runs on the host in float64, on a float32 Gram matrix.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from llmeraser_jax.curvature.factor import FactoredCurvature, combine, rows_gram, rows_vdot
+from llmeraser_jax import trees
+from llmeraser_jax.curvature.factor import FactoredCurvature
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import LoraParams
 
-_gram = jax.jit(rows_gram)
-_vdot = jax.jit(rows_vdot)
+_gram = jax.jit(trees.rows_gram)
+_vdot = jax.jit(trees.rows_vdot)
 
 
 @jax.jit
 def _difference(
     mu: jax.Array, plus: jax.Array, plus_rows: LoraParams, minus: jax.Array, minus_rows: LoraParams
 ) -> LoraParams:
-    return jax.tree.map(lambda a, b: (a - b) / mu, combine(plus, plus_rows), combine(minus, minus_rows))
+    return jax.tree.map(
+        lambda a, b: (a - b) / mu, trees.combine_rows(plus, plus_rows), trees.combine_rows(minus, minus_rows)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

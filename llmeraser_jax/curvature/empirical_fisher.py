@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from llmeraser_jax._jaxprs import MATMULS_WITH_MATRICES, set_checkpoints
 from llmeraser_jax.curvature.gauss_newton import sandwich
-from llmeraser_jax.curvature.rematerialisation import PRODUCTS_WITH_MATRICES, set_checkpoints
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.types import Batch, ExampleStack, LoraParams
 
@@ -55,7 +55,7 @@ def linearise_empirical_fisher(
     def losses_fn(p):
         return tuple(jax.lax.map(lambda b: objective.data_losses(p, b), batches) for batches in stack.batches)
 
-    _, directional = jax.linearize(set_checkpoints(losses_fn, PRODUCTS_WITH_MATRICES), params)
+    _, directional = jax.linearize(set_checkpoints(losses_fn, MATMULS_WITH_MATRICES), params)
     return Partial(sandwich, directional, Partial(_multiply, stack.weights))
 
 

@@ -1,9 +1,9 @@
 """Gauss-Newton curvature as a thin factor: one row of adapter space per example.
 
 The Gauss-Newton matrix of one example is `J' H_out J`. With `c` random and `E[c c'] = H_out`, the row
-`u = J' c` has `E[u u'] = J' H_out J`, so that `U'U` with rows `sqrt(c_i) u_i` is an unbiased estimate of
-`sum_i c_i G(z_i)`, at one gradient per row. A matrix of so few rows is inverted exactly through its Gram matrix
-(`curvature.dual`), where conjugate gradients would spend one and a half gradients per example and iteration.
+`u = J' c` has `E[u u'] = J' H_out J`. So `U'U` with rows `sqrt(c_i) u_i` is an unbiased estimate of
+`sum_i c_i G(z_i)`, at one gradient per row. `factorise` inverts it exactly through its Gram matrix, where conjugate
+gradients would spend one and a half gradients per example and iteration.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, weight_sum
+from llmeraser_jax.parallel import spread
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
-
-# The inverse is a difference divided by `mu`: products of accelerators' default precision would be most of it.
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
@@ -40,40 +39,10 @@ class FactoredCurvature:
 
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`."""
-        coefficients = self.weights * rows_vdot(self.rows, v)
-        return jax.tree.map(lambda a, b: a + (self.mu * b).astype(a.dtype), combine(coefficients, self.rows), v)
-
-
-def rows_vdot(rows: LoraParams, v: LoraParams) -> Float[Array, " m"]:
-    """`U v`: the inner product of every row with `v`."""
-
-    def leaf(r, x):
-        return jnp.einsum("m...,...->m", r, x, precision=_EXACT)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, v)), start=jnp.zeros(()))
-
-
-def rows_gram(rows: LoraParams, others: LoraParams) -> Float[Array, "m k"]:
-    """`U V'`: the inner products of two sets of rows."""
-
-    def leaf(a, b):
-        return jnp.einsum("mx,kx->mk", a.reshape(len(a), -1), b.reshape(len(b), -1), precision=_EXACT)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, others)), start=jnp.zeros(()))
-
-
-def combine(coefficients: Float[Array, " m"], rows: LoraParams) -> LoraParams:
-    """`U' a`: the rows' linear combination."""
-
-    def leaf(r):
-        return jnp.einsum("m,m...->...", coefficients.astype(r.dtype), r, precision=_EXACT)
-
-    return jax.tree.map(leaf, rows)
-
-
-def concatenate_rows(*parts: LoraParams) -> LoraParams:
-    """Several sets of rows as one."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        coefficients = self.weights * trees.rows_vdot(self.rows, v)
+        return jax.tree.map(
+            lambda a, b: a + (self.mu * b).astype(a.dtype), trees.combine_rows(coefficients, self.rows), v
+        )
 
 
 @flax.struct.dataclass
@@ -102,6 +71,8 @@ def example_rows(
     log_odds: bool = False,
 ) -> ExampleRows:
     """Loss, gradient and curvature rows of every example, from one forward pass each.
+
+    On a mesh every device ends with a share of the numbers of each row (`parallel.spread`).
 
     Args:
         objective: with an `output_root_fn`, if roots are asked for.
@@ -136,7 +107,8 @@ def example_rows(
         shape = stack.weights[position].shape
         keys = jax.random.split(jax.random.fold_in(key, position), shape)
         alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
-        rows = jax.lax.map(lambda chunk: jax.vmap(one)(*chunk), (alone, keys))
+        # Each micro-batch's rows are exchanged as soon as they are there, so that no device holds them whole.
+        rows = jax.lax.map(lambda chunk: spread(jax.vmap(one)(*chunk), stack.mesh), (alone, keys))
         parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows))
     return ExampleRows(*jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from llmeraser_jax.curvature.rematerialisation import PRODUCTS_WITH_MATRICES, set_checkpoints
+from llmeraser_jax._jaxprs import MATMULS_WITH_MATRICES, set_checkpoints
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.types import Batch, ExampleStack, LoraParams
 
@@ -62,7 +62,7 @@ def linearise_gauss_newton(
         losses = [jax.vmap(objective.output_loss_fn)(o, b) for o, b in zip(outputs, stack.batches, strict=True)]
         return sum(jnp.sum(w * l) for w, l in zip(stack.weights, losses, strict=True))
 
-    outputs, jacobian_product = jax.linearize(set_checkpoints(outputs_fn, PRODUCTS_WITH_MATRICES), params)
+    outputs, jacobian_product = jax.linearize(set_checkpoints(outputs_fn, MATMULS_WITH_MATRICES), params)
     _, output_hessian_product = jax.linearize(jax.grad(weighted_loss), outputs)
     return Partial(sandwich, jacobian_product, output_hessian_product)
 

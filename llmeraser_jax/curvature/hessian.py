@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.rematerialisation import PRODUCTS, PRODUCTS_WITH_MATRICES, set_checkpoints
+from llmeraser_jax._jaxprs import MATMULS, MATMULS_WITH_MATRICES, set_checkpoints
 from llmeraser_jax.losses import Objective, chunk_gradient_sum, scan_weighted_sum
 from llmeraser_jax.types import Batch, ExampleStack, LoraParams
 
@@ -39,9 +39,9 @@ def linearise_hessian(
 ) -> Callable[[LoraParams], LoraParams]:
     """`v -> sum_i weights_i * hess(data loss_i) v` over a whole stack, its gradient computed once, here.
 
-    The linear map is a pytree whose leaves are the values that its products need: of one micro-batch nearly all of
-    them, of several the products with matrices, from which each product of the map computes the rest again. That is
-    a third of the memory, for about the same time.
+    The linear map is a pytree whose leaves are the values that products need. Of one micro-batch it stores nearly
+    all of them. Of several it stores the results of matmuls, and each product recomputes the rest: a third of the
+    memory, for about the same time.
 
     Args:
         objective: the loss.
@@ -55,12 +55,12 @@ def linearise_hessian(
             def loss(q):
                 return jnp.sum(weights * objective.data_losses(q, batch))
 
-            # Set before the loss is differentiated: in a gradient that rematerialises, the forward pass stands
-            # twice, and so would its tangents in every product. Not everything is kept: each value that passes from
-            # the forward to the backward pass has a tangent, which every product writes and reads.
-            stored = jax.grad(set_checkpoints(loss, PRODUCTS))
+            # Set before differentiation: a gradient that rematerialises holds the forward pass twice, and every
+            # product would compute its tangents twice. Only matmuls are stored: each value that goes from the
+            # forward to the backward pass has a tangent, which every product writes and reads.
+            stored = jax.grad(set_checkpoints(loss, MATMULS))
             if several:
-                stored = jax.checkpoint(stored, policy=PRODUCTS_WITH_MATRICES, prevent_cse=False)
+                stored = jax.checkpoint(stored, policy=MATMULS_WITH_MATRICES, prevent_cse=False)
             return stored(p)
 
         return scan_weighted_sum(chunk_gradient, stack, trees.tree_zeros_like(p))

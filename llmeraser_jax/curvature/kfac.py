@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, UInt8
 
 from llmeraser_jax import checkpoint, trees
 from llmeraser_jax.losses import Objective, weight_sum
-from llmeraser_jax.parallel import on_leader, to_host
+from llmeraser_jax.parallel import on_primary, to_host
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -40,7 +40,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 @flax.struct.dataclass
 class KroneckerFactors:
-    """Two symmetric positive semidefinite matrices for every matrix of the adapter; their scale is of no account.
+    """Two symmetric positive semidefinite matrices for every matrix of the adapter; their scale does not matter.
 
     Attributes:
         left: leaves [..., m, m] for an adapter's leaves [..., m, n].
@@ -59,7 +59,7 @@ class EkFac:
         left: eigenvectors `Q_left`, columns of leaves [..., m, m].
         right: eigenvectors `Q_right`, columns of leaves [..., n, n].
         eigenvalues: `s` of the data term, leaves [..., m, n], at least 0.
-        mu: above 0: the share of the L2 term and the damping. `with_mu` changes it at no cost.
+        mu: above 0: the share of the L2 term and the damping.
     """
 
     left: LoraParams
@@ -210,15 +210,15 @@ def fingerprint(params: LoraParams, stack: ExampleStack) -> UInt8[np.ndarray, " 
 
 
 def save_ekfac(path: str | os.PathLike[str], factors: EkFac, params: LoraParams, stack: ExampleStack) -> None:
-    """Writes the factors, and what they were made from as a fingerprint, to the new directory `path`.
+    """Writes the factors, with a fingerprint of their adapter and examples, to the new directory `path`.
 
-    Of several processes all have to come here, and the leader writes.
+    Every process has to call this; the primary one writes.
 
     Raises:
         FileExistsError: `path` already holds something.
     """
     stored = to_host(_stored(factors, fingerprint(params, stack)))
-    on_leader(lambda: checkpoint.save_pytree(path, stored))
+    on_primary(lambda: checkpoint.save_pytree(path, stored))
 
 
 def load_ekfac(
@@ -239,7 +239,7 @@ def load_ekfac(
 
     def square(axis):
         return jax.tree.map(
-            # Where the adapter is: on every device of a mesh, if there is one.
+            # On the adapter's devices.
             lambda x: jnp.zeros((*x.shape[:-2], x.shape[axis], x.shape[axis]), x.dtype, device=x.sharding),
             params,
         )

@@ -1,33 +1,32 @@
-"""Cached linearisation: a dataset curvature whose primal pass is made once, for products at one point.
+"""A dataset curvature whose primal pass is computed once and stored, for many products at one point.
 
-A solve multiplies by the same matrix many times, and every recomputed product repeats the pass over the primal
-values. Here the values that the tangents need ("residuals") are kept instead, for all micro-batches. It trades
-memory for time: rematerialisation is given up, so it is chosen by a memory budget.
+A recomputed product repeats the primal pass. Here the values that tangents need ("residuals") are stored for all
+micro-batches, which trades memory for time: `linearise` takes a memory budget.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import flax.struct
 import jax
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.operators import Curvature, DatasetCurvature
-from llmeraser_jax.curvature.slicing import slice_in_inner_loops
+from llmeraser_jax.curvature.operators import DatasetCurvature
 from llmeraser_jax.losses import weight_sum
 from llmeraser_jax.parallel import Kept, keep_on_devices, sum_over_devices
-from llmeraser_jax.types import LoraParams, Operator
+from llmeraser_jax.types import LoraParams
 
-_OWN = -1  # source of a leaf that only the linear map has
+CACHED_PRODUCT_COST = 1.0  # a cached product passes forward and backward through the frozen weights once each
+_OWN = -1  # source of a leaf that is stored here
 
 
 @flax.struct.dataclass
 class Residuals:
-    """A linear map taken apart: what it alone holds, and where among the operator's leaves the rest is.
+    """The leaves of a linear map: those stored here, and where among the operator's leaves the others are.
 
-    The base and the data are not held twice.
+    So the base and the data are not stored twice.
     """
 
     values: Any  # tuple of arrays, each [chunks, ...], or without the axis where no example enters
@@ -37,14 +36,24 @@ class Residuals:
 
 @flax.struct.dataclass
 class LinearisedCurvature:
-    """Equal to `operator`, with its primal pass made already."""
+    """Equal to `operator`, with its primal pass stored. Make it with `linearise`."""
 
     operator: DatasetCurvature
-    residuals: Residuals | Kept  # the latter where devices share the examples
+    residuals: Residuals | Kept  # `Kept` where devices share the examples
 
     @property
     def positive_semidefinite(self) -> bool:
         return self.operator.positive_semidefinite
+
+    @property
+    def setup_cost(self) -> float:
+        """Gradient equivalents of the stored pass, per example."""
+        return self.operator.kind.linearise_gradient_equivalents
+
+    @property
+    def product_cost(self) -> float:
+        """Gradient equivalents of a product, per example."""
+        return CACHED_PRODUCT_COST
 
     def mv(self, v: LoraParams) -> LoraParams:
         """The product with `v`: tangents only."""
@@ -54,16 +63,16 @@ class LinearisedCurvature:
             given = jax.tree.leaves(DatasetCurvature(objective, params, stack, operator.kind))
             own = iter(residuals.values)
             leaves = [next(own) if source == _OWN else given[source] for source in residuals.sources]
-            product = slice_in_inner_loops(lambda leaves, v: jax.tree.unflatten(residuals.structure, leaves)(v))
-            return trees.tree_axpy(objective.l2 * weight_sum(stack), v, product(leaves, v))
+            linear_map = jax.tree.unflatten(residuals.structure, leaves)
+            return trees.tree_axpy(objective.l2 * weight_sum(stack), v, linear_map(v))
 
         return sum_over_devices(
             of_stack, operator.stack, operator.objective, operator.params, v, kept=self.residuals
         )
 
 
-# One jitted function for all operators: equal shapes give the very same linear program back, so that a solve
-# compiled for one linearisation serves the next.
+# One jitted function for all operators: equal shapes give the same linear program, so that a compiled solve serves
+# every operator of these shapes.
 @jax.jit
 def _residuals(operator: DatasetCurvature) -> Residuals | Kept:
     def of_stack(stack, objective, params):
@@ -78,63 +87,51 @@ def _residuals(operator: DatasetCurvature) -> Residuals | Kept:
     return keep_on_devices(of_stack, operator.stack, operator.objective, operator.params)
 
 
-def _check(kind: Curvature) -> None:
-    if kind.linearise is None:
-        msg = "This kind of curvature has no `linearise`; use the operator as it is, or give the kind one."
-        raise ValueError(msg)
-
-
-def make_linearised(operator: DatasetCurvature) -> LinearisedCurvature:
-    """Makes the primal pass over all of the operator's data and keeps what products need.
+@overload
+def linearise(operator: DatasetCurvature) -> LinearisedCurvature: ...
+@overload
+def linearise(operator: DatasetCurvature, memory_budget_bytes: int) -> DatasetCurvature | LinearisedCurvature: ...
+def linearise(
+    operator: DatasetCurvature, memory_budget_bytes: int | None = None
+) -> DatasetCurvature | LinearisedCurvature:
+    """An equal operator with its primal pass stored, if the stored values fit into the budget.
 
     Args:
-        operator: what to linearise.
+        operator: a dataset's curvature.
+        memory_budget_bytes: for the stored values, over all devices; 0 never stores, None has no limit.
 
     Returns:
-        An equal operator: a pytree that a jitted solver takes as an argument.
+        A `LinearisedCurvature`, a pytree that a jitted solver takes as an argument. With a budget: `operator`
+        itself where the values do not fit or its kind of curvature has no `linearise`.
 
     Raises:
-        ValueError: the kind of curvature cannot be linearised.
+        ValueError: the budget is negative, or there is none and the kind of curvature has no `linearise`.
     """
-    _check(operator.kind)
-    return LinearisedCurvature(operator=operator, residuals=_residuals(operator))
-
-
-def linearisation_bytes(operator: DatasetCurvature) -> int:
-    """How many bytes `make_linearised` would keep, over all devices; found from shapes, nothing is computed.
-
-    A product works on top of that: with Gauss-Newton on the tangents of all examples' outputs, twice.
-
-    Raises:
-        ValueError: the kind of curvature cannot be linearised.
-    """
-    _check(operator.kind)
-    values = jax.tree.leaves(jax.eval_shape(_residuals, operator))
-    return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in values)
-
-
-def choose_linearisation(operator: DatasetCurvature, memory_budget_bytes: int) -> Operator:
-    """The linearised operator where its residuals fit into the budget, else the operator as it is.
-
-    Args:
-        operator: the curvature.
-        memory_budget_bytes: how much may be kept, over all devices; 0 is never.
-
-    Raises:
-        ValueError: the budget is negative.
-    """
+    if memory_budget_bytes is None:
+        _require_linearise(operator)
+        return LinearisedCurvature(operator=operator, residuals=_residuals(operator))
     if memory_budget_bytes < 0:
         msg = f"memory_budget_bytes is {memory_budget_bytes}; it must be at least 0 (0 recomputes always)."
         raise ValueError(msg)
     if operator.kind.linearise is None or memory_budget_bytes == 0:
         return operator
-    fits = linearisation_bytes(operator) <= memory_budget_bytes
-    return make_linearised(operator) if fits else operator
+    return linearise(operator) if linearisation_bytes(operator) <= memory_budget_bytes else operator
 
 
-def product_cost(kind: Curvature, *, cached: bool) -> float:
-    """Gradient equivalents of one product with one example: 1 when cached, for every kind.
+def linearisation_bytes(operator: DatasetCurvature) -> int:
+    """How many bytes `linearise` would store, over all devices; from shapes alone.
 
-    A product on a frozen base passes forward and backward through the weights once more than the primal does.
+    A product works on top of that: with Gauss-Newton on the tangents of all examples' outputs, twice.
+
+    Raises:
+        ValueError: the kind of curvature has no `linearise`.
     """
-    return 1.0 if cached else kind.gradient_equivalents
+    _require_linearise(operator)
+    values = jax.tree.leaves(jax.eval_shape(_residuals, operator))
+    return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in values)
+
+
+def _require_linearise(operator: DatasetCurvature) -> None:
+    if operator.kind.linearise is None:
+        msg = "This kind of curvature has no `linearise`; use the operator as it is, or give the kind one."
+        raise ValueError(msg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 
 import flax.struct
@@ -14,11 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.damping import BlockDamped, Damped
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product, linearise_empirical_fisher
 from llmeraser_jax.curvature.gauss_newton import gauss_newton_product, linearise_gauss_newton
 from llmeraser_jax.curvature.hessian import hessian_product, linearise_hessian
-from llmeraser_jax.curvature.merging import merge_thin_products
 from llmeraser_jax.losses import Objective, sum_over_examples, weight_sum
 from llmeraser_jax.parallel import sum_over_devices
 from llmeraser_jax.types import ExampleStack, LoraParams, Operator
@@ -26,14 +23,14 @@ from llmeraser_jax.types import ExampleStack, LoraParams, Operator
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """One kind of curvature matrix.
+    """A kind of curvature matrix.
 
     Attributes:
         product: `(objective, params, batch, weights, v) -> sum_i weights_i * C_i v` over one micro-batch.
         positive_semidefinite: whether that holds for every data set (weights at least 0).
         gradient_equivalents: cost of the product with one example, in units of one gradient.
         linearise: `(objective, params, stack) -> (v -> sum_i weights_i * C_i v)`, a linear map that is a pytree
-            and has made its primal pass; None where a kind has none. See `curvature.linearised`.
+            and holds its primal pass; None where a kind has none. See `curvature.linearised`.
         linearise_gradient_equivalents: cost of `linearise` with one example: a gradient for the Hessian, a
             forward pass where only the network is linearised.
     """
@@ -47,8 +44,8 @@ class Curvature:
 
 _FORWARD = 1 / 3
 
-# On a frozen base a matrix multiplication forward, its tangent and its transpose cost the same; a gradient is
-# two of them, a Hessian product four, and the two kinds that sandwich a Jacobian three.
+# On a frozen base a matmul, its tangent and its transpose cost the same. A gradient takes two of them, a Hessian
+# product four, Gauss-Newton and the empirical Fisher matrix three.
 CURVATURES: Mapping[str, Curvature] = MappingProxyType(
     {
         "hessian": Curvature(
@@ -80,8 +77,8 @@ CURVATURES: Mapping[str, Curvature] = MappingProxyType(
 class DatasetCurvature:
     """`sum_i weights_i * C(z_i)`, each term with the L2 term's `l2 * I`.
 
-    The data, and so the linear map, are fixed when the operator is made: the recurrence of a Krylov solver is
-    valid on it. Memory is that of one micro-batch. Its micro-batches are the terms of a `types.FiniteSum`.
+    The data are fixed when the operator is made, so every product is of one linear map, as Krylov solvers require.
+    Memory is that of one micro-batch. The micro-batches are the terms of a `types.FiniteSum`.
     """
 
     objective: Objective
@@ -94,13 +91,23 @@ class DatasetCurvature:
         return self.kind.positive_semidefinite
 
     @property
+    def setup_cost(self) -> float:
+        """Gradient equivalents computed before the first product, per example."""
+        return 0.0
+
+    @property
+    def product_cost(self) -> float:
+        """Gradient equivalents of a product, per example."""
+        return self.kind.gradient_equivalents
+
+    @property
     def num_terms(self) -> int:
         """Micro-batches, over all buckets."""
         return sum(weights.shape[0] for weights in self.stack.weights)
 
     def _chunk_mv(self, objective, params, v, batch, weights):
         """One micro-batch's share, without the L2 term."""
-        return merge_thin_products(partial(self.kind.product, objective, params, batch, weights))(v)
+        return self.kind.product(objective, params, batch, weights, v)
 
     def _sum(self, fn: Callable[..., LoraParams], vs: LoraParams) -> LoraParams:
         """`sum over micro-batches of fn(objective, params, vs, batch, weights)`, and the L2 term times `vs`."""
@@ -113,17 +120,15 @@ class DatasetCurvature:
         """The product with `v`, micro-batch by micro-batch."""
         return self._sum(self._chunk_mv, v)
 
-    def mv_each(self, vs: LoraParams) -> LoraParams:
-        """Products with vectors on a leading axis, one after the other over each micro-batch's primal values.
+    def mv_many(self, vs: LoraParams) -> LoraParams:
+        """The products with vectors on a leading axis of every leaf; they share each micro-batch's primal pass.
 
-        Keeps the intermediate values of one micro-batch. On a CPU each of 8 takes 0.7 of a product alone, measured
-        at a million parameters (`experiments/benchmarks`); all at once take as long, for more memory.
-
-        Args:
-            vs: vectors of adapter space on a leading axis of every leaf.
+        A CPU linearises a micro-batch and multiplies the vectors one after the other: each of 8 takes 0.7 of a
+        product alone at a million parameters, and less memory than vectorised (`experiments/benchmarks`).
         """
-        assert self.kind.linearise is not None  # a kind without one has `mv` alone
         linearise = self.kind.linearise
+        if linearise is None or jax.default_backend() != "cpu":
+            return jax.vmap(self.mv)(vs)
 
         def of_chunk(objective, params, vs, batch, weights):
             one = ExampleStack(*jax.tree.map(lambda x: x[None], ((batch,), (weights,))))
@@ -162,28 +167,10 @@ class DatasetCurvature:
         return sum_over_devices(product, self.stack, self.objective, self.params, jnp.asarray(k), v)
 
 
-def mv_many(operator: Operator, vs: LoraParams) -> LoraParams:
-    """`operator` times several vectors, which share the pass over the primal values.
-
-    Args:
-        operator: any.
-        vs: vectors of adapter space on a leading axis `k` of every leaf. Memory grows with it, but on a CPU that of
-            a dataset's curvature, which keeps what `DatasetCurvature.mv_each` says.
-
-    Returns:
-        The products, on the same axis.
-    """
-    if isinstance(operator, Damped | BlockDamped):
-        return jax.vmap(operator.add_damping)(mv_many(operator.operator, vs), vs)
-    if isinstance(operator, DatasetCurvature) and operator.kind.linearise and jax.default_backend() == "cpu":
-        return operator.mv_each(vs)
-    return jax.vmap(operator.mv)(vs)
-
-
 def product_asymmetry(operator: Operator, u: LoraParams, v: LoraParams) -> Float[Array, ""]:
-    """`|u'Av - v'Au| / (||u|| ||Av||)`: rounding alone, when the operator is symmetric.
+    """`|u'Av - v'Au| / (||u|| ||Av||)`: rounding only, where the operator is symmetric.
 
-    Conjugate gradients need this well below their tolerance. Costs two products.
+    Conjugate gradients need it well below their tolerance. Costs two products.
 
     Args:
         operator: any.

@@ -1,4 +1,4 @@
-"""The largest eigenvalue of an operator's terms: what step sizes of stochastic solvers are measured in."""
+"""The largest eigenvalue of an operator's terms, for the step sizes of stochastic solvers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def largest_term_eigenvalue(
 ) -> Float[Array, ""]:
     """A lower estimate of the largest absolute eigenvalue of any term, by power iteration on a few of them.
 
-    Mini-batch descent and LiSSA are stable where every mini-batch's step is, so the mean's eigenvalue, which is
-    smaller, does not tell.
+    Mini-batch descent and LiSSA are stable only if every mini-batch's step is. The mean's eigenvalue is smaller, so
+    it does not show that.
 
     Args:
         operator: a mean of terms.
-        key: random key: which terms, and where the iteration begins.
+        key: random key of the terms and of the start vectors.
         like: the structure, shapes and dtypes of adapter space.
         num_terms: terms tried.
         num_products: products with each.

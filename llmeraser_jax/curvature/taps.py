@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llmeraser_jax.curvature.kfac import KroneckerFactors, sum_over_chunks
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import LogitsAtResponse, Objective
-from llmeraser_jax.models.decoder import ApplyDecoder, Linear, bind
+from llmeraser_jax.models import ApplyDecoder, Linear, bind
 from llmeraser_jax.types import ExampleStack, Key, TokenBatch
 
 _EXACT = jax.lax.Precision.HIGHEST

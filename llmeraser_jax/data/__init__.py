@@ -19,7 +19,7 @@ from llmeraser_jax.data.requests import (
     parse_requests,
     request_to_json,
 )
-from llmeraser_jax.data.similarity import find_look_alikes, token_similarities
+from llmeraser_jax.data.similarity import find_look_alikes
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 from llmeraser_jax.data.tokens import EncodedExample, turn_ends
@@ -49,6 +49,5 @@ __all__ = [
     "parse_requests",
     "request_to_json",
     "save_examples",
-    "token_similarities",
     "turn_ends",
 ]

@@ -203,14 +203,14 @@ class TokenDataset:
         if not any(num_chunks):
             msg = "there are no examples to lay out."
             raise ValueError(msg)
-        batches, stacked_weights = [], []
+        parts = []
         for bucket, (shape, chunks) in enumerate(zip(self.buckets, num_chunks, strict=True)):
             if chunks:
-                chosen = self._bucket_of[indices] == bucket
+                chosen = np.flatnonzero(self._bucket_of[indices] == bucket)
                 batch, row_weights = self._lay_out(indices[chosen], weights[chosen], shape, chunks, chunk_size)
-                batches.append(batch)
-                stacked_weights.append(row_weights)
-        return ExampleStack(batches=tuple(batches), weights=tuple(stacked_weights))
+                parts.append((batch, row_weights, place_rows(chosen, chunks, chunk_size)))
+        batches, row_weights, places = zip(*parts, strict=True)
+        return ExampleStack(batches=batches, weights=row_weights, places=places)
 
     def stack_uniform(
         self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int, num_chunks: int | None = None
@@ -233,7 +233,8 @@ class TokenDataset:
             )
             raise ValueError(msg)
         batch, row_weights = self._lay_out(indices, weights, self.uniform_shape, num_chunks, chunk_size)
-        return ExampleStack(batches=(batch,), weights=(row_weights,))
+        places = place_rows(np.arange(len(indices)), num_chunks, chunk_size)
+        return ExampleStack(batches=(batch,), weights=(row_weights,), places=(places,))
 
     def _check(self, indices: np.ndarray, weights: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         indices, weights = np.asarray(indices), np.asarray(weights, np.float64)
@@ -426,6 +427,13 @@ def choose_buckets(encoded: Sequence[EncodedExample], max_buckets: int = 3) -> t
         shapes.append(_make_bucket(bound, int(targets[inside].max())))
         lower = bound
     return tuple(shapes)
+
+
+def place_rows(places: np.ndarray, num_chunks: int, chunk_size: int) -> jax.Array:
+    """`ExampleStack.places` of one bucket: the places given, then -1 for padding."""
+    padded = np.full(num_chunks * chunk_size, -1, np.int32)
+    padded[: len(places)] = places
+    return jnp.asarray(padded.reshape(num_chunks, chunk_size))
 
 
 def epoch_batches(

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sklearn.preprocessing import normalize
 
 from llmeraser_jax.data.encoding import TokenDataset
-
-
-def token_similarities(dataset: TokenDataset, to: np.ndarray) -> Float[np.ndarray, " examples"]:
-    """For every example the cosine of its TF-IDF vector of token counts with the nearest one of some others.
-
-    Tokens that every example has (the template's) weigh nothing, rare ones (names, titles) the most.
-
-    Args:
-        dataset: encoded examples.
-        to: [s] indices of the examples to be similar to, at least one.
-
-    Returns:
-        [n], in [0, 1].
-
-    Raises:
-        ValueError: `to` is empty.
-    """
-    if len(to) == 0:
-        msg = "There is nothing to be similar to; name at least one example."
-        raise ValueError(msg)
-    vectors = _text_vectors(dataset)
-    nearest = (vectors @ vectors[np.asarray(to)].T).toarray().max(axis=1)
-    return np.clip(nearest, 0.0, 1.0)
 
 
 def find_look_alikes(
     dataset: TokenDataset, named: np.ndarray, among: np.ndarray, *, least: float = 0.5, at_most: int = 3
 ) -> tuple[Int[np.ndarray, " found"], ...]:
     """For every named example the others whose texts are most like its own.
+
+    Tokens that every example has (the template's) weigh nothing, rare ones (names, titles) the most.
 
     Args:
         dataset: encoded examples.

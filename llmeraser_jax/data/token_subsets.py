@@ -58,13 +58,14 @@ class TokenSubsets:
         """
         indices = np.asarray(indices)
         stack = self.examples.stack(self.rows[indices], weights, chunk_size=chunk_size)
-        buckets = np.array([self.bucket_of(int(i)) for i in indices])
+        assert stack.places is not None  # of a set's stack
         batches = []
-        for bucket, batch in zip(np.unique(buckets), stack.batches, strict=True):
+        for batch, places in zip(stack.batches, stack.places, strict=True):
             kept = np.array(batch.target_weights)
             flat = kept.reshape(-1, kept.shape[-1])
-            for place, index in enumerate(indices[buckets == bucket]):
-                flat[place] = self._masked(int(index), flat[place])
+            for row, place in enumerate(np.asarray(places).reshape(-1)):
+                if place >= 0:
+                    flat[row] = self._masked(int(indices[place]), flat[row])
             batches.append(batch.replace(target_weights=jax.numpy.asarray(kept)))
         return dataclasses.replace(stack, batches=tuple(batches))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from llmeraser_jax.baselines import retrain
 from llmeraser_jax.data import Action, Recipe, Request, load_requests
 from llmeraser_jax.demo.people import make_directory, write_demo_files
 from llmeraser_jax.evaluation.job import evaluate_runs
@@ -19,7 +17,8 @@ from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning import EraseConfig, erase_run
+from llmeraser_jax.training.retrain import retrain
+from llmeraser_jax.unlearning import erase_run
 
 REQUIRED_CLOSURE = 0.5
 NUM_RETRAINED = 2
@@ -29,7 +28,7 @@ TRAIN = TrainConfig(
 )
 RECIPE = Recipe(add_bos=True)  # as the embedded base was pretrained; its tokenizer adds none by itself
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear")
-ERASE = EraseConfig(chunk_size=32)
+CHUNK_SIZE = 32
 
 _VERBS = {
     Action.REMOVE: "removed",
@@ -77,13 +76,18 @@ def run_demo(workdir: Path | None = None, *, say: Callable[[str], None]) -> int:
         )
         say(f"     loss {before.result['loss']:.3f} after {before.result['seconds']:.0f} s")
         say("2/4  erasing what data/requests.jsonl names")
-        config = dataclasses.replace(ERASE, l2=TRAIN.l2)
         requests_path = workdir / "data" / "requests.jsonl"
         unseen = workdir / "data" / "unseen.jsonl"
         after, result = erase_run(
-            before, requests_path, workdir / "unlearned", config, model=model, heldout_path=unseen
+            before,
+            requests_path,
+            workdir / "unlearned",
+            chunk_size=CHUNK_SIZE,
+            model=model,
+            calibration_path=unseen,
         )
-        say(f"     {result.receipt.outcome}; {result.receipt.seconds:.0f} s")
+        assert result.receipt is not None  # of the package's own methods
+        say(f"     {result.receipt.outcome}; {result.seconds:.0f} s")
         say(f"3/4  retraining on the edited data, {NUM_RETRAINED} seeds, for comparison")
         requests = load_requests(requests_path, before.load_examples())
         retrained = retrain(before, requests, workdir / "retrained", seeds=NUM_RETRAINED, model=model)

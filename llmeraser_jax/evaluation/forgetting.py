@@ -42,25 +42,17 @@ class HeldOutKLResult:
         """The same quantity for the retrained model left out: what a change of seed alone amounts to."""
         return seed_mean(self.retrained_left_out)
 
-    @property
-    def num_retrained(self) -> int:
-        """R."""
-        return len(self.retrained_left_out)
-
 
 class HeldOutKL:
     """Accumulates `KL(mean prediction of R - 1 retrained models || model)` over chunks of positions.
 
-    For each retrained model left out, the reference is the arithmetic mean of the other models'
-    probabilities; the KL is averaged over positions and over the one left out. All models share the
-    references.
+    For each retrained model left out, the reference is the arithmetic mean of the other models' probabilities; the
+    KL is averaged over positions and over the one left out. All models share the references.
     """
 
     def __init__(self) -> None:
-        self._candidate_sums: dict[str, np.ndarray] = {}  # name -> [retrained]
-        self._left_out_sums = np.zeros(0)  # [retrained]
+        self._sums: dict[str | None, np.ndarray] | None = None  # name -> [retrained]; None: the one left out
         self._num_positions = 0
-        self._started = False
 
     def update(
         self,
@@ -84,19 +76,11 @@ class HeldOutKL:
         if num_retrained < 2:
             msg = f"The held-out KL leaves one retrained model out and needs at least two, got {num_retrained}."
             raise ValueError(msg)
-        if not self._started:
-            self._candidate_sums = {name: np.zeros(num_retrained) for name in candidate_log_probs}
-            self._left_out_sums = np.zeros(num_retrained)
-            self._started = True
-        if candidate_log_probs.keys() != self._candidate_sums.keys():
-            expected, got = sorted(self._candidate_sums), sorted(candidate_log_probs)
+        found = {name: np.zeros(num_retrained) for name in (*candidate_log_probs, None)}
+        sums = found if self._sums is None else self._sums
+        if found.keys() != sums.keys() or len(found[None]) != len(sums[None]):
+            expected, got = (f"{[*each][:-1]} and {len(each[None])} retrained models" for each in (sums, found))
             msg = f"Every chunk must hold the models of the first, {expected}, got {got}."
-            raise ValueError(msg)
-        if num_retrained != self._left_out_sums.size:
-            msg = (
-                f"Every chunk must hold the {self._left_out_sums.size} retrained models of the first, "
-                f"got {num_retrained}."
-            )
             raise ValueError(msg)
         selected = np.asarray(mask).astype(bool)
         retrained = [np.asarray(array) for array in retrained_log_probs]
@@ -110,8 +94,6 @@ class HeldOutKL:
         rows = np.flatnonzero(selected)
         block = max(1, _BLOCK_NUMBERS // vocab)
         # Summed apart and added at the end, so that a chunk that is refused leaves nothing behind.
-        candidate_sums = {name: np.zeros(num_retrained) for name in candidates}
-        left_out_sums = np.zeros(num_retrained)
         for start in range(0, rows.size, block):
             chosen = rows[start : start + block]
             references = np.stack([_log_prob_rows(f"retrained {r}", a, chosen) for r, a in enumerate(retrained)])
@@ -123,12 +105,10 @@ class HeldOutKL:
             for r in range(num_retrained):
                 # Summed directly: total minus p_r would cancel where p_r dominates.
                 mean = np.delete(probs, r, axis=0).mean(axis=0)
-                left_out_sums[r] += _kl_sum(mean, references[r])
+                found[None][r] += _kl_sum(mean, references[r])
                 for name, log_probs in judged.items():
-                    candidate_sums[name][r] += _kl_sum(mean, log_probs)
-        self._left_out_sums += left_out_sums
-        for name, sums in candidate_sums.items():
-            self._candidate_sums[name] += sums
+                    found[name][r] += _kl_sum(mean, log_probs)
+        self._sums = found if self._sums is None else {name: self._sums[name] + found[name] for name in found}
         self._num_positions += rows.size
 
     def result(self) -> HeldOutKLResult:
@@ -137,15 +117,14 @@ class HeldOutKL:
         Raises:
             ValueError: no position was added.
         """
-        if self._num_positions == 0:
+        if self._num_positions == 0 or self._sums is None:
             msg = "No position was added; the held-out set has no response token."
             raise ValueError(msg)
+        means = {name: tuple((sums / self._num_positions).tolist()) for name, sums in self._sums.items()}
+        left_out = means.pop(None)
+        candidates = {str(name): each for name, each in means.items()}
         return HeldOutKLResult(
-            candidates={
-                name: tuple((sums / self._num_positions).tolist()) for name, sums in self._candidate_sums.items()
-            },
-            retrained_left_out=tuple((self._left_out_sums / self._num_positions).tolist()),
-            num_positions=self._num_positions,
+            candidates=candidates, retrained_left_out=left_out, num_positions=self._num_positions
         )
 
 

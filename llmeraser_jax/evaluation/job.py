@@ -18,7 +18,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llmeraser_jax import data, files, trees
-from llmeraser_jax.baselines.controls import gradient_ascent, scaled_rhs
 from llmeraser_jax.environment import describe_devices
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.page import ACTION_NAMES, comparison_blocks, receipt_blocks
@@ -44,13 +43,12 @@ from llmeraser_jax.evaluation.render import (
 )
 from llmeraser_jax.evaluation.scoring import make_task_metrics
 from llmeraser_jax.evaluation.summary import FORMAT, REPORT_FILE, UNLEARNED, summarise
-from llmeraser_jax.lora import Lora
-from llmeraser_jax.losses import lm_objective
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader, place_stack
+from llmeraser_jax.parallel import on_primary
+from llmeraser_jax.rivals import EqualLengthAscent
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.types import LoraParams
-from llmeraser_jax.unlearning.erase import make_problem
+from llmeraser_jax.unlearning import UnlearningTask, Workspace
 from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE, SHOWN_KEY
 from llmeraser_jax.unlearning.receipt import RECEIPT_FORMAT
 
@@ -159,7 +157,11 @@ def evaluate_runs(
         before.verify_model(model)
     dataset = before.encode(examples, model.tokenizer)
     heldout = None if heldout_path is None else before.encode(before.load_unseen(heldout_path), model.tokenizer)
-    problem = make_problem(model, dataset, requests)
+    old, new = before.load_adapter(model), after.load_adapter(model)
+    unlearning = UnlearningTask(
+        model=model, adapter=old, data=dataset, requests=tuple(requests), training=before.train_config
+    )
+    problem = unlearning.problem
     bench = measures.Bench(
         model=model,
         problem=problem,
@@ -175,7 +177,6 @@ def evaluate_runs(
         some = measures.LOSSES if kind == "base" else taken if kind != "control" else measures.STANDARD
         return Record(model=name, kind=kind, scores=measures.measure(bench, model, lora, some), cost=cost, **other)
 
-    old, new = before.load_adapter(model), after.load_adapter(model)
     distance = float(trees.tree_norm(trees.tree_sub(new, old)))
     spent = {**after.result, "peak_memory_bytes": receipt["peak_memory_bytes"]}
     records = [
@@ -188,7 +189,7 @@ def evaluate_runs(
             receipt=receipt_to_keep(receipt),
             details={"delta_norm": distance},
         ),
-        *(record(name, "control", lora, cost) for name, lora, cost in _controls(bench, old, distance, before)),
+        *(record(name, "control", lora, cost) for name, lora, cost in _controls(unlearning, distance)),
         *(
             record(RETRAINED, "retrained", lora, _cost(run.result), seed=run.train_config.seed)
             for run, lora in zip(retrained, bench.retrained, strict=True)
@@ -232,7 +233,7 @@ def evaluate_runs(
         "heldout_sha256": None if heldout is None else _digest(heldout),
         "requests_sha256": hashlib.sha256((after.path / REQUESTS_FILE).read_bytes()).hexdigest(),
     }
-    on_leader(lambda: write_report(workdir, report))
+    on_primary(lambda: write_report(workdir, report))
     return report
 
 
@@ -241,17 +242,12 @@ def _cost(result: Mapping[str, Any], diagnostics: float = 0.0) -> dict[str, Any]
     return {**{key: result.get(key) for key in keys}, "diagnostic_gradient_equivalents": diagnostics}
 
 
-def _controls(
-    bench: measures.Bench, before: Lora, distance: float, run: Run
-) -> Iterator[tuple[str, LoraParams, dict[str, float]]]:
+def _controls(task: UnlearningTask, distance: float) -> Iterator[tuple[str, LoraParams, dict[str, float]]]:
     """The controls: `c*b`, as far away as the unlearned adapter is, and gradient ascent, as long a way."""
-    objective = lm_objective(bench.model.apply, bench.model.base, l2=run.train_config.l2)
-    weighted = bench.problem.influence_rhs()
-    stack = bench.problem.examples.stack(weighted.indices, weighted.weights, chunk_size=_CHUNK_SIZE)
-    stack, count = place_stack(stack, bench.model.mesh), len(weighted.indices)
-    for name, control in (("c*b", scaled_rhs), ("gradient ascent", gradient_ascent)):
-        moved = control(objective, before, stack, distance=distance, num_examples=count)
-        cost = {"seconds": moved.seconds, "gradient_equivalents": moved.gradient_equivalents}
+    length = distance / float(trees.tree_norm(task.adapter))
+    for name, num_steps in (("c*b", 1), ("gradient ascent", 10)):
+        moved = EqualLengthAscent(length=length, num_steps=num_steps).run(task, Workspace(mesh=task.mesh))
+        cost = {"seconds": moved.seconds, "gradient_equivalents": moved.cost.total}
         yield name, moved.params, {**cost, "diagnostic_gradient_equivalents": 0.0}
 
 
@@ -313,14 +309,13 @@ def _heldout_words(path: str | os.PathLike[str] | None, heldout: data.TokenDatas
 
 
 def _context(before: Run, receipt: Mapping[str, Any], num_examples: int) -> dict[str, str]:
-    config = receipt["config"]
     counts = ", ".join(f"{count} {action}" for action, count in receipt["counts"].items() if count)
     return {
         "Base model": Path(before.model_path).name,
         "Training data": f"{num_examples} examples, {before.train_config.epochs} epochs",
         "Request": counts,
-        "Method": f"{receipt['method']} ({config['rhs']} right-hand side, {config['curvature']} curvature over "
-        f"{config['curvature_data']}, damping {config['damping']:g})",
+        "Method": receipt["method"],
+        "Curvature": receipt["curvature_reason"],
         "Outcome": receipt["outcome"],
         "Devices": describe_devices(),
     }

@@ -60,26 +60,6 @@ class Klom:
     num_retrained: int
 
     @property
-    def mean(self) -> float:
-        """Mean over examples."""
-        return float(np.mean(self.values))
-
-    @property
-    def percentile_95(self) -> float:
-        """The authors' headline: examples that unlearning failed on are few, and a mean hides them."""
-        return float(np.percentile(self.values, 95))
-
-    @property
-    def mean_matched(self) -> float | None:
-        """Mean of `matched` over examples."""
-        return None if self.matched is None else float(np.mean(self.matched))
-
-    @property
-    def mean_floor(self) -> float | None:
-        """Mean of the floor over examples."""
-        return None if self.floor is None else float(np.mean(self.floor))
-
-    @property
     def caveat(self) -> str:
         """What the number of seeds leaves open, in words; empty when nothing has to be said."""
         if self.floor is None:
@@ -108,28 +88,23 @@ def response_margins(losses: Float[Array | np.ndarray, "*lead examples"]) -> Flo
 def histogram_kl(
     unlearned: Float[np.ndarray, " unlearned"],
     retrained: Float[np.ndarray, " retrained"],
-    *,
-    num_bins: int = NUM_BINS,
-    least_share: float = LEAST_SHARE,
-    largest: float = LARGEST_MARGIN,
 ) -> float:
     """KL of two samples' histograms over shared bins, as the module's formula says.
 
     Args:
         unlearned: margins of one example, one per unlearned seed.
         retrained: the same of the retrained seeds.
-        num_bins: of equal width, between the least and the largest margin of both.
-        least_share: eps, what an empty bin of the retrained counts as.
-        largest: margins are clipped to this.
     """
-    ours, theirs = (np.clip(np.asarray(x, np.float64), -largest, largest) for x in (unlearned, retrained))
+    ours, theirs = (
+        np.clip(np.asarray(x, np.float64), -LARGEST_MARGIN, LARGEST_MARGIN) for x in (unlearned, retrained)
+    )
     low, high = min(ours.min(), theirs.min()), max(ours.max(), theirs.max())
     if low == high:
         return 0.0
-    edges = np.linspace(low, high, num_bins + 1)
+    edges = np.linspace(low, high, NUM_BINS + 1)
     u, r = (np.histogram(x, edges)[0] / x.size for x in (ours, theirs))
     held = u > 0
-    return float(np.sum(u[held] * np.log(u[held] / np.maximum(r[held], least_share))))
+    return float(np.sum(u[held] * np.log(u[held] / np.maximum(r[held], LEAST_SHARE))))
 
 
 def klom(

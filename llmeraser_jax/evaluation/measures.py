@@ -50,6 +50,7 @@ class Bench:
         heldout: examples that no model was trained on; None leaves out what needs them.
         task: `(model, params) -> scores["task"]`; None where there is none.
         train: how the model before was trained, which relearning repeats for a few steps; None leaves it out.
+        quantise, relearn: as `robustness.quantise_merged` and `relearn`; others where `params` is no adapter.
     """
 
     model: Model
@@ -58,6 +59,8 @@ class Bench:
     heldout: TokenDataset | None = None
     task: Task | None = None
     train: TrainConfig | None = None
+    quantise: Callable[..., tuple[Model, Any]] = quantise_merged
+    relearn: Callable[..., Any] = relearn
 
     @functools.cached_property
     def retained(self) -> np.ndarray:
@@ -111,7 +114,7 @@ def task(bench: Bench, model: Model, params: LoraParams | None) -> dict[str, Any
 
 def rounding(bench: Bench, model: Model, params: Any) -> dict[str, Any]:
     """Loss on the forget set once the merged model is rounded to 4 bits."""
-    rounded, rest = quantise_merged(model, params)
+    rounded, rest = bench.quantise(model, params)
     losses = score_examples(rounded, rest, bench.problem.examples, bench.problem.named).losses
     return {"forget_loss_4_bit": float(losses.mean())}
 
@@ -128,7 +131,7 @@ def relearning(bench: Bench, model: Model, params: Any) -> dict[str, Any]:
     microbatch = None if bench.train.microbatch_size is None else min(bench.train.microbatch_size, size)
     rate = min(RELEARNING_RATE, bench.train.learning_rate)
     config = dataclasses.replace(bench.train, batch_size=size, microbatch_size=microbatch, learning_rate=rate)
-    again = relearn(model, params, unrelated, config, num_steps=num_steps)
+    again = bench.relearn(model, params, unrelated, config, num_steps=num_steps)
     losses = score_examples(model, again, problem.examples, problem.named).losses
     return {"forget_loss_relearned": float(losses.mean())}
 
@@ -156,8 +159,8 @@ def measure(
 
     Args:
         bench: what it is measured on.
-        model: the base, or what reads `params` in its place (an `EnsembleModel`).
-        params: an adapter or an ensemble; None is the base alone.
+        model: the base, or what reads `params` in its place.
+        params: what `model.apply` reads; None is the base alone.
         measures: which.
     """
     scores: dict[str, Any] = {}

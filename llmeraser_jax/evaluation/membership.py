@@ -16,7 +16,8 @@ prediction at position t.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -97,68 +98,51 @@ def min_k_plus_plus_scores(
     return min_k_scores((log_probs - mu) / np.maximum(sigma, LEAST_DEVIATION), mask, fraction=fraction)
 
 
-def reference_scores(
-    losses: Float[Array | np.ndarray, " examples"], reference_losses: Float[Array | np.ndarray, " examples"]
-) -> Float[np.ndarray, " examples"]:
-    """Reference loss minus loss: how much better the model knows an example than one that never saw it does.
-
-    It takes out how hard an example is by itself, which the plain loss mistakes for membership.
+def mean_of_others(losses: Sequence[np.ndarray], left_out: int | None) -> np.ndarray:
+    """Mean over models of each example's loss, one model left out: a retrained model is not its own reference.
 
     Args:
-        losses: of the model under test, in nats per token.
-        reference_losses: of the reference on the same examples: the base without adapter, or the mean of retrained
-            models.
-
-    Raises:
-        ValueError: the lengths differ.
-    """
-    own, reference = np.asarray(losses, np.float64), np.asarray(reference_losses, np.float64)
-    if own.shape != reference.shape:
-        msg = f"Got {own.size} losses and {reference.size} of the reference; they must be of the same examples."
-        raise ValueError(msg)
-    return reference - own
-
-
-def mean_of_others(losses: Sequence[np.ndarray], left_out: int | None) -> np.ndarray | None:
-    """Mean over models of each example's loss, one model left out; None where no model remains.
-
-    A retrained model must not be its own reference. The models that are no retraining have all of them, one more.
-
-    Args:
-        losses: per model [examples].
+        losses: per model [examples]; more than one.
         left_out: a position in `losses`, or None.
     """
-    others = [row for position, row in enumerate(losses) if position != left_out]
-    return np.mean(np.stack(others).astype(np.float64), axis=0) if others else None
+    return np.mean([row for position, row in enumerate(losses) if position != left_out], axis=0)
 
 
-def membership_auc(
-    name: str,
-    member_scores: Float[Array | np.ndarray, " members"],
-    nonmember_scores: Float[Array | np.ndarray, " nonmembers"],
-) -> Metric:
-    """AUC of telling members S from held-out examples by any score, higher for member.
+def attacks(
+    scores: Mapping[str, Any],
+    *,
+    base: Mapping[str, Any] | None = None,
+    retrained: Sequence[Mapping[str, Any]] = (),
+    left_out: int | None = None,
+    nonmembers: Sequence[bool] | None = None,
+) -> tuple[Metric, ...]:
+    """The AUC of every attack on one model; none where no non-member was scored.
 
     Args:
-        name: of the score, e.g. "min_k_plus_plus".
-        member_scores: of S.
-        nonmember_scores: of the held-out examples.
+        scores: of the model attacked, see `measures`.
+        base: of the base without adapter, a reference.
+        retrained: of the retrained models, whose mean loss is another; at least two.
+        left_out: which of them is the model attacked, where it is one.
+        nonmembers: which held-out examples are; None is all.
     """
-    return auc_metric(name, member_scores, nonmember_scores)
 
+    def sides(of: Mapping[str, Any], name: str = "losses") -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the forget set and of the non-members; nan for what is no finite number."""
+        lists = [np.array(of.get(part, {}).get(name, ()), np.float64) for part in ("named", "heldout")]
+        keep = slice(None) if nonmembers is None or not lists[1].size else np.asarray(nonmembers, bool)
+        return lists[0], lists[1][keep]
 
-def membership_loss_auc(
-    member_losses: Float[Array | np.ndarray, " members"], nonmember_losses: Float[Array | np.ndarray, " nonmembers"]
-) -> Metric:
-    """AUC of telling members S from held-out examples by their loss; lower loss reads as member.
-
-    The target is the retrained model's AUC, not 0.5: S and the held-out set need not be equally hard.
-    """
-    return membership_auc("loss", -np.asarray(member_losses, np.float64), -np.asarray(nonmember_losses, np.float64))
-
-
-def membership_min_k_auc(
-    member_scores: Float[Array | np.ndarray, " members"], nonmember_scores: Float[Array | np.ndarray, " nonmembers"]
-) -> Metric:
-    """AUC of telling members S from held-out examples by `min_k_scores`; target as for the loss."""
-    return membership_auc("min_k", member_scores, nonmember_scores)
+    losses = sides(scores)
+    if not losses[1].size:
+        return ()
+    found = [auc_metric("loss", *(-side for side in losses))]
+    found += [auc_metric(name, *sides(scores, name)) for name in ("min_k", "min_k_plus_plus")]
+    references = [] if base is None else [("reference_base", sides(base))]
+    if len(retrained) >= 2:
+        pairs = zip(*map(sides, retrained), strict=True)
+        inside, outside = (mean_of_others(each, left_out) for each in pairs)
+        references.append(("reference_retrained", (inside, outside)))
+    for name, reference in references:
+        # How much better the model knows an example than the reference does, which takes out how hard it is.
+        found.append(auc_metric(name, *(theirs - own for theirs, own in zip(reference, losses, strict=True))))
+    return tuple(found)

@@ -1,13 +1,15 @@
 """What a page says: tables with their legends, each example, receipts, costs; from the dicts of `summary` alone.
 
-One comparison, several that can stand side by side, and a grid of them are shown by the same columns. A column is a
-title, a sentence, which way is good, and how to read its cell off a row; a new measure needs one more.
+One comparison, several side by side, and a grid of them are shown by the same columns, on the terminal, in Markdown
+and in HTML. A column is a title, which way is good, how to read its cell off a row, and a sentence; a new measure
+needs one more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from llmeraser_jax.evaluation.closure import Number
 from llmeraser_jax.evaluation.plots import Point, plot_cost_against_fidelity, plot_examples, plot_residuals
@@ -24,7 +26,7 @@ from llmeraser_jax.evaluation.render import (
     show_number,
 )
 from llmeraser_jax.evaluation.summary import UNLEARNED
-from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW
+from llmeraser_jax.unlearning.records import CERTIFIED_BELOW
 
 NOT_FINITE = "not finite"
 ACTION_NAMES = {"remove": "removed", "modify_query": "query modified", "correct_response": "response corrected"}
@@ -108,27 +110,25 @@ def rows_of(report: Json, label: str = UNLEARNED, suffix: str = "") -> list[Row]
     """
     models, closure, cost = report["models"], report["gap_closure"], report["cost"]
 
-    def row(label: str, kind: Kind, entry: Json, closure: Json | None, cost: Json | None) -> Row:
+    def row(label: str, kind: Kind, entry: Json, closure: Json | None = None, cost: Json | None = None) -> Row:
         return Row(label=label, kind=kind, entry=entry, closure=closure, cost=cost, report=report)
 
-    rows = [row(BEFORE, "before", models[BEFORE], None, None)] if BEFORE in models else []
+    rows = [row(BEFORE, "before", models[BEFORE])] if BEFORE in models else []
     if UNLEARNED in models:
         rows.append(row(label, "unlearned", models[UNLEARNED], closure, cost["unlearn"]))
-    failed = report.get("failed", {})
-    methods = dict.fromkeys([*models.get("methods", {}), *failed])
-    for name in methods:
-        told, entry = failed.get(name), models.get("methods", {}).get(name)
+    methods, failed = models.get("methods", {}), report.get("failed", {})
+    for name in dict.fromkeys([*methods, *failed]):
+        told, entry = failed.get(name), methods.get(name)
         if entry is None:
-            rows.append(row(f"{name} (no step)", "unlearned", {}, None, None))
+            rows.append(row(f"{name} (no step)", "unlearned", {}))
             continue
         seeds = entry.get("seeds", 1) + (told["seeds"] if told else 0)
         label = name + (f" ({told['seeds']} of {seeds} seeds failed)" if told else "")
         label += " (chosen with the oracle)" if entry.get("oracle") else ""
         rows.append(row(label, "unlearned", entry, closure["methods"][name], cost["methods"][name]))
     for name, entry in models["controls"].items():
-        rows.append(
-            row(f"control: {name}{suffix}", "control", entry, closure["controls"][name], cost["controls"][name])
-        )
+        parts = closure["controls"][name], cost["controls"][name]
+        rows.append(row(f"control: {name}{suffix}", "control", entry, *parts))
     if seeds := models[RETRAINED]["seeds"]:
         title = f"retrained, mean of {seeds}" if seeds > 1 else "retrained, one seed"
         rows.append(row(title, "retrained", models[RETRAINED], None, cost["retrain"]))
@@ -140,16 +140,16 @@ class Column:
     """One column of the tables.
 
     Attributes:
-        title: as its header says.
-        meaning: a sentence.
+        title: as its header says, its unit where it has one.
         better: which way is good; None is neither.
         cell: its text for a model.
+        meaning: a sentence.
     """
 
     title: str
-    meaning: str
     better: Better | None
     cell: Callable[[Row], str]
+    meaning: str
 
     @property
     def explained(self) -> str:
@@ -165,16 +165,12 @@ def _with_deviation(value: Number | None, deviation: Number | None) -> str:
     return f"{show_number(value)} ± " + (f"{deviation:.2g}" if deviation > 1e-3 * abs(value) else "0")
 
 
-def _diverged(node: Json, key: str) -> bool:
-    return node.get("reason", {}).get(key, "").startswith("the value is")
-
-
 def _scalar(
     key: str, scale: Callable[[Row, Number | None], Number | None] = lambda row, x: x
 ) -> Callable[[Row], str]:
     def cell(row: Row) -> str:
-        each = (row.entry, *row.entry.get("per_seed", ()))
-        if row.value(key) is None and any(_diverged(entry, key) for entry in each):
+        reasons = [entry.get("reason", {}).get(key, "") for entry in (row.entry, *row.entry.get("per_seed", ()))]
+        if row.value(key) is None and any(reason.startswith("the value is") for reason in reasons):
             return NOT_FINITE
         return _with_deviation(scale(row, row.value(key)), scale(row, row.deviation(key)))
 
@@ -182,7 +178,7 @@ def _scalar(
 
 
 def _closure_cell(node: Json | None, key: str) -> str:
-    value = None if node is None else node.get(key)
+    value = (node or {}).get(key)
     if node is None or value is None:
         return MISSING
     deviation = node.get("seed_standard_deviation", {}).get(key)
@@ -205,6 +201,10 @@ def _auc(name: str) -> Callable[[Row], str]:
     return lambda row: _metric_cell(row.entry.get("membership_auc", {}).get(name), both=False)
 
 
+def _klom(part: str) -> Callable[[Row], str]:
+    return lambda row: show_number(row.entry.get("klom", {}).get(part))
+
+
 def _metric_cell(metric: Json | None, *, both: bool = True) -> str:
     """A metric with its error over examples, its deviation over seeds, and `(correct / valid / N)`.
 
@@ -216,237 +216,136 @@ def _metric_cell(metric: Json | None, *, both: bool = True) -> str:
         return MISSING
     text, deviation = show_number(metric["value"]), metric.get("seed_standard_deviation")
     if metric["standard_error"] is not None and (both or deviation is None):
-        text += f" ± {show_number(metric['standard_error'])}"
+        text += f" ± {metric['standard_error']:.2g}"
     if deviation is not None:
-        text += f" ± {show_number(deviation)}" + (" (seeds)" if both else "")
-    counts = [MISSING if n is None else f"{n:.0f}" if n == int(n) else f"{n:.1f}"
-              for n in (metric.get(key) for key in ("correct", "valid", "total"))]  # fmt: skip
+        text += f" ± {deviation:.2g}" + (" (seeds)" if both else "")
+    numbers = (metric.get(key) for key in ("correct", "valid", "total"))
+    counts = [MISSING if n is None else f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in numbers]
     if metric.get("correct") is not None:
         return f"{text} ({' / '.join(counts)})"
     return text if metric.get("valid") == metric.get("total") else f"{text} (valid {counts[1]} of {counts[2]})"
 
 
+# fmt: off
 FIDELITY = (
-    Column(
-        "seeds",
-        "models behind the row: retrained ones, or runs of a method that differ in what it draws.",
-        None,
-        lambda row: show_number(row.entry.get("seeds", 1 if row.entry else None)),
-    ),
-    Column(
-        "loss on the forget set",
-        "how improbable the model finds the responses that it was trained on and is to forget (nats per token). "
-        "Far below the retrained value they are still remembered, far above it the model is damaged.",
-        "retrained",
-        _scalar("forget_loss"),
-    ),
-    Column(
-        "closure, forget set",
-        "1 - |model - retrained| / |before - retrained| of that loss: 1 is the retrained level, 0 no nearer than "
-        "before, negative further away; overshooting counts as much as undershooting. Empty where before and "
-        "retrained differ by no more than two standard deviations of the seeds.",
-        "higher",
-        _closure("forget_loss"),
-    ),
-    Column(
-        "loss on replacements",
-        "of edits, the loss on the edited examples: low once the edit was learned.",
-        "retrained",
-        _scalar("wanted_loss"),
-    ),
-    Column("closure, replacements", "the same closure for that loss.", "higher", _closure("wanted_loss")),
-    Column(
-        "loss on retained examples",
-        "loss on training examples that stay (nats per token); above the retrained value they were damaged.",
-        "retrained",
-        _scalar("retained_loss"),
-    ),
-    Column(
-        "held-out KL / floor",
-        "how far predictions on prompts that nobody trained on are from the mean of the retrained models' "
-        "(Kullback-Leibler divergence, one retrained model left out in turn), divided by the same distance for "
-        "the one left out (the seed floor). 1 is what a change of seed does; less is closer to that mean than one "
-        "of them is.",
-        "lower",
-        _scalar("heldout_kl_to_retrained", Row.over_floor),
-    ),
-    Column(
-        "closure, held-out KL",
-        "the same closure for the held-out KL. Empty where the model before is no further from the retrained "
-        "models than they are from each other.",
-        "higher",
-        _closure("heldout_kl"),
-    ),
-    Column(
-        "cost / retraining",
-        "gradient equivalents over those of one retraining; one is a forward and backward pass of one example.",
-        "lower",
-        lambda row: show_number(row.share("gradient_equivalents")),
-    ),
+    Column("seeds", None, lambda row: show_number(row.entry.get("seeds", 1 if row.entry else None)),
+           "models behind the row: retrained ones, or runs of a method that differ in what it draws."),
+    Column("loss on the forget set", "retrained", _scalar("forget_loss"),
+           "how improbable the model finds the responses that it was trained on and is to forget (nats per token). "
+           "Far below the retrained value they are still remembered, far above it the model is damaged."),
+    Column("closure, forget set", "higher", _closure("forget_loss"),
+           "1 - |model - retrained| / |before - retrained| of that loss: 1 is the retrained level, 0 no nearer "
+           "than before, negative further away; overshooting counts as much as undershooting. Empty where before "
+           "and retrained differ by no more than two standard deviations of the seeds."),
+    Column("loss on replacements", "retrained", _scalar("wanted_loss"),
+           "of edits, the loss on the edited examples: low once the edit was learned."),
+    Column("closure, replacements", "higher", _closure("wanted_loss"), "the same closure for that loss."),
+    Column("loss on retained examples", "retrained", _scalar("retained_loss"),
+           "loss on training examples that stay (nats per token); above the retrained value they were damaged."),
+    Column("held-out KL / floor", "lower", _scalar("heldout_kl_to_retrained", Row.over_floor),
+           "how far predictions on prompts that nobody trained on are from the mean of the retrained models' "
+           "(Kullback-Leibler divergence, one retrained model left out in turn), divided by the same distance "
+           "for the one left out (the seed floor). 1 is what a change of seed does."),
+    Column("closure, held-out KL", "higher", _closure("heldout_kl"),
+           "the same closure for the held-out KL. Empty where the model before is no further from the retrained "
+           "models than they are from each other."),
+    Column("cost / retraining", "lower", lambda row: show_number(row.share("gradient_equivalents")),
+           "gradient equivalents over those of one retraining; one is a forward and backward pass of one example."),
 )
 FORGETTING = (
-    Column(
-        "probability",
-        "mean over the forget set of exp(-loss), the typical probability of a token of its responses.",
-        "retrained",
-        _scalar("forget_probability"),
-    ),
-    Column(
-        "extraction",
-        "extraction strength: the share of a response that the model says by itself once the beginning was given "
-        "away. 1: the question suffices; 0: nothing.",
-        "retrained",
-        _scalar("extraction_strength"),
-    ),
-    Column(
-        "AUC, loss",
-        "membership inference: how well the forget set is told from examples that were never trained on, by the "
-        "loss (0.5 is chance, 1 perfectly, 0 the wrong way round). In this and the next columns the target is the "
-        "retrained row, not 0.5, since the forget set may be easier or harder than the other examples.",
-        "retrained",
-        _auc("loss"),
-    ),
-    Column("AUC, min-k%", "the same by the least probable 20 % of the tokens.", "retrained", _auc("min_k")),
-    Column(
-        "AUC, min-k%++",
-        "the same after standardising each token by the model's own prediction at its place.",
-        "retrained",
-        _auc("min_k_plus_plus"),
-    ),
-    Column(
-        "AUC, base",
-        "the same by how much better the model knows an example than the base without adapter does, which takes "
-        "out how hard the example is.",
-        "retrained",
-        _auc("reference_base"),
-    ),
-    Column(
-        "AUC, retrained",
-        "the same relative to the mean loss of the retrained models (each retrained model against the others).",
-        "retrained",
-        _auc("reference_retrained"),
-    ),
-    Column(
-        "loss on the forget set, 4 bits",
-        "that loss after the weights, adapter merged in, were rounded to 4 bits: what was only hidden comes back. "
-        "Every member of an ensemble is rounded for itself; one that never saw the forget set hides nothing. Of "
-        "one seed.",
-        "retrained",
-        _scalar("forget_loss_4_bit"),
-    ),
-    Column(
-        "loss on the forget set, relearned",
-        "that loss after a few steps of training on retained examples: what was only hidden comes back. Every "
-        "member of an ensemble is trained so; one that never saw the forget set hides nothing. Of one seed.",
-        "retrained",
-        _scalar("forget_loss_relearned"),
-    ),
+    Column("probability", "retrained", _scalar("forget_probability"),
+           "mean over the forget set of exp(-loss), the typical probability of a token of its responses."),
+    Column("extraction", "retrained", _scalar("extraction_strength"),
+           "extraction strength: the share of a response that the model says by itself once the beginning was "
+           "given away. 1: the question suffices; 0: nothing."),
+    Column("AUC, loss", "retrained", _auc("loss"),
+           "membership inference: how well the forget set is told from examples that were never trained on, by "
+           "the loss (0.5 is chance, 1 perfectly, 0 the wrong way round). The target is the retrained row, not "
+           "0.5, since the forget set may be easier or harder than the other examples."),
+    Column("AUC, min-k%", "retrained", _auc("min_k"), "the same by the least probable 20 % of the tokens."),
+    Column("AUC, min-k%++", "retrained", _auc("min_k_plus_plus"),
+           "the same after standardising each token by the model's own prediction at its place."),
+    Column("AUC, base", "retrained", _auc("reference_base"),
+           "the same by how much better the model knows an example than the base without adapter does."),
+    Column("AUC, retrained", "retrained", _auc("reference_retrained"),
+           "the same relative to the mean loss of the retrained models (each of them against the others)."),
+    Column("loss on the forget set, 4 bits", "retrained", _scalar("forget_loss_4_bit"),
+           "that loss after the weights, adapter merged in, were rounded to 4 bits: what was only hidden comes "
+           "back. Every member of an ensemble is rounded for itself. Of one seed."),
+    Column("loss on the forget set, relearned", "retrained", _scalar("forget_loss_relearned"),
+           "that loss after a few steps of training on retained examples: what was only hidden comes back. Every "
+           "member of an ensemble is trained so. Of one seed."),
 )
-
-
-def _klom(part: str) -> Callable[[Row], str]:
-    return lambda row: show_number(row.entry.get("klom", {}).get(part))
-
-
 DISTRIBUTION = (
-    Column(
-        "models",
-        "behind KLOM: each was trained with a seed of its own before anything was forgotten from it.",
-        None,
-        _klom("models"),
-    ),
-    Column(
-        "KLOM, forget set",
-        "on each of its examples, the Kullback-Leibler divergence between the distribution of the log-odds of the "
-        "response over these models and over retrained ones, by histograms; the mean over examples, in nats. The "
-        "retrained row is the floor, between halves of the retrained models, and every other row is of as many "
-        "models: no higher than the floor shows no difference.",
-        "lower",
-        _klom("named"),
-    ),
-    Column(
-        "KLOM, forget set, 95 %",
-        "the 95th percentile over the forget set in place of the mean: the few that a method fails on.",
-        "lower",
-        _klom("named_95"),
-    ),
-    Column("KLOM, replacements", "the same on the edited examples.", "lower", _klom("wanted")),
-    Column("KLOM, retained", "the same on training examples that stay.", "lower", _klom("retained")),
-    Column("KLOM, held-out", "the same on examples that no model was trained on.", "lower", _klom("heldout")),
+    Column("models", None, _klom("models"),
+           "behind KLOM: each was trained with a seed of its own before anything was forgotten from it."),
+    Column("KLOM, forget set", "lower", _klom("named"),
+           "on each of its examples, the Kullback-Leibler divergence between the distribution of the log-odds of "
+           "the response over these models and over retrained ones, by histograms; the mean over examples, in "
+           "nats. The retrained row is the floor, between halves of the retrained models, and every other row is "
+           "of as many models: no higher than the floor shows no difference."),
+    Column("KLOM, forget set, 95 %", "lower", _klom("named_95"),
+           "the 95th percentile in place of the mean: the few examples that a method fails on."),
+    Column("KLOM, replacements", "lower", _klom("wanted"), "the same on the edited examples."),
+    Column("KLOM, retained", "lower", _klom("retained"), "the same on training examples that stay."),
+    Column("KLOM, held-out", "lower", _klom("heldout"), "the same on examples that no model was trained on."),
 )
 COST = (
-    Column(
-        "gradient equivalents",
-        "1 is a forward and backward pass of one example; training costs epochs times examples.",
-        "lower",
-        _spent("gradient_equivalents"),
-    ),
-    Column("for diagnostics", "gradient equivalents spent on checks, besides.", "lower",
-           _spent("diagnostic_gradient_equivalents")),
-    Column(
-        "prepared / retraining",
-        "what a method had to train before any request came, in retrainings, besides the cost.",
-        "lower",
-        lambda row: show_number(row.share("preparation_gradient_equivalents")),
-    ),
-    Column("seconds", "wall-clock time, compilation included; it depends on the machine.", "lower",
-    _spent("seconds")), Column("seconds / retraining", "over those of one retraining.", "lower",
-           lambda row: show_number(row.share("seconds", "seconds"))),
-    Column(
-        "peak memory (MiB)",
-        "of the process, or of the first device where that keeps count; a process that had done other work before "
-        "shows its peak too.",
-        "lower",
-        _spent("peak_memory_bytes", 2**20),
-    ),
-    Column("distance moved", "Euclidean norm of the adapter's change.", None, _scalar("delta_norm")),
-)  # fmt: skip
-
+    Column("gradient equivalents", "lower", _spent("gradient_equivalents"),
+           "1 is a forward and backward pass of one example; training costs epochs times examples."),
+    Column("for diagnostics", "lower", _spent("diagnostic_gradient_equivalents"),
+           "gradient equivalents spent on checks, besides."),
+    Column("prepared / retraining", "lower", lambda row: show_number(row.share("preparation_gradient_equivalents")),
+           "what a method had to train before any request came, in retrainings, besides the cost."),
+    Column("seconds", "lower", _spent("seconds"),
+           "wall-clock time, compilation included; it depends on the machine."),
+    Column("seconds / retraining", "lower", lambda row: show_number(row.share("seconds", "seconds")),
+           "over those of one retraining."),
+    Column("peak memory (MiB)", "lower", _spent("peak_memory_bytes", 2**20),
+           "of the process, or of the first device where that keeps count; a process that had done other work "
+           "before shows its peak too."),
+    Column("distance moved", None, _scalar("delta_norm"), "Euclidean norm of the adapter's change."),
+)
 _TASK_MEANINGS = {
-    name: MetricMeaning(meaning=meaning, better="higher")
-    for name, meaning in {
-        "accuracy": "share of held-out questions for which the right answer is the more probable one.",
-        "auc": "how well the log-odds of yes rank held-out questions (an AUC).",
-        "exact_match": "share of held-out questions answered word for word.",
-        "hit_ratio@1": "share of held-out questions for which the right candidate was named.",
-    }.items()
+    "accuracy": "share of held-out questions for which the right answer is the more probable one.",
+    "auc": "how well the log-odds of yes rank held-out questions (an AUC).",
+    "exact_match": "share of held-out questions answered word for word.",
 }
-_UNKNOWN = MetricMeaning(meaning="a metric of this task; its meaning was not recorded.", better=None)
+# fmt: on
+_UNKNOWN = {"meaning": "a metric of this task; its meaning was not recorded.", "better": None}
 
 
 def _task_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     """One for each metric that a model has, and the loss on held-out examples beside them."""
     columns = []
-    told = {
-        name: MetricMeaning(**meaning) for row in rows for name, meaning in row.report.get("metrics", {}).items()
-    }
+    told = {name: {"meaning": meaning, "better": "higher"} for name, meaning in _TASK_MEANINGS.items()}
+    for row in rows:
+        told |= row.report.get("metrics", {})
     for name in dict.fromkeys(name for row in rows for name in row.entry.get("task_metrics", {})):
-        known = told.get(name) or _TASK_MEANINGS.get(name) or _UNKNOWN
+        known = MetricMeaning(**told.get(name, _UNKNOWN))
         found = [row.entry.get("task_metrics", {}).get(name) or {} for row in rows]
         counted = any(metric.get("correct") is not None for metric in found)
         meaning = known.meaning + (" In brackets: correct / valid / asked for." if counted else "")
         cell = lambda row, name=name: _metric_cell(row.entry.get("task_metrics", {}).get(name))  # noqa: E731
-        columns.append(Column(name.replace("_", " "), meaning, known.better, cell))
+        columns.append(Column(name.replace("_", " "), known.better, cell, meaning))
     held = "loss on examples of the same kind that no model was trained on (nats per token)."
-    return (*columns, Column("held-out loss", held, "lower", _scalar("heldout_loss")))
+    return (*columns, Column("held-out loss", "lower", _scalar("heldout_loss"), held))
 
 
 def _action_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """Losses and closures by kind of request, where there are several kinds."""
+    """Losses with their closures by kind of request, where there are several kinds."""
     actions = [action for action in ACTION_NAMES if any(row.report["named"].get(action) for row in rows)]
     columns = []
     for action in actions if len(actions) > 1 else ():
         for quantity, title in (("forget_loss", "loss"), ("wanted_loss", "replacement's loss")):
 
-            def loss(row: Row, quantity: str = quantity, action: str = action) -> str:
-                return show_number(row.entry.get(f"{quantity}_by_action", {}).get(action))
+            def cell(row: Row, quantity: str = quantity, action: str = action) -> str:
+                loss = show_number(row.entry.get(f"{quantity}_by_action", {}).get(action))
+                closed = _closure_cell((row.closure or {}).get("by_action", {}).get(action), quantity)
+                return loss if closed == MISSING else f"{loss} ({closed})"
 
-            def closed(row: Row, quantity: str = quantity, action: str = action) -> str:
-                return _closure_cell((row.closure or {}).get("by_action", {}).get(action), quantity)
-
-            name = f"{ACTION_NAMES[action]}: {title}"
-            columns.append(Column(name, "mean over these examples (nats per token).", "retrained", loss))
-            columns.append(Column(f"{name}, closure", "of that mean.", "higher", closed))
+            meaning = "mean over these examples (nats per token); in brackets the closure of that mean."
+            columns.append(Column(f"{ACTION_NAMES[action]}: {title}", "retrained", cell, meaning))
     return tuple(columns)
 
 
@@ -460,6 +359,13 @@ def _table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[B
     legend = Bullets(tuple(column.explained for column in shown))
     table = Table(("model", *(column.title for column in shown)), cells, emphasised)
     return [Text(f"**{title}**"), table, Details("What the columns mean", (legend,))]
+
+
+def terminal_blocks(report: Json) -> list[Block]:
+    """What a command prints of a comparison: the verdict and the first table."""
+    rows = rows_of(report)
+    table = [block for block in _table("", rows, FIDELITY) if isinstance(block, Table)] if rows else []
+    return [Bullets(tuple(report["verdict"])), *table]
 
 
 def comparison_blocks(reports: Sequence[Json], labels: Sequence[str], name: str) -> list[Block]:
@@ -478,7 +384,7 @@ def comparison_blocks(reports: Sequence[Json], labels: Sequence[str], name: str)
         blocks.append(Bullets(tuple(prefix + line for line in report.get("verdict", ()))))
     if first.get("question"):
         blocks.append(Text(f"**What was asked.** {first['question']}"))
-    blocks.append(Bullets(tuple(_facts(reports, labels, first))))
+    blocks += [Heading("What was compared", 3), Bullets(tuple(_facts(reports, labels, first)))]
     if first.get("missing"):
         gaps = "; ".join(first["missing"])
         told = "The command that made the comparison goes on where it stopped; below is what there is."
@@ -762,23 +668,17 @@ def receipt_blocks(receipts: Sequence[tuple[str, Json]]) -> list[Block]:
     blocks: list[Block] = [
         Heading("Receipts"),
         Text(
-            "Unlearning solves linear systems with a curvature matrix. Each erasure left a receipt that says how "
-            "well they were solved, and whether the change stayed where a linear prediction holds. It "
-            "is about the algebra: being close to the exact step is not yet being close to retraining."
+            "Each erasure solves linear systems with a curvature matrix. Its receipt says how well they were "
+            "solved and what the rows did. Being close to the exact step is not yet being close to retraining."
         ),
     ]
     for start in range(0, len(receipts), _ABREAST):
         chosen = receipts[start : start + _ABREAST]
-        rows = []
-        for title, cell, meaning in _LINES:
-            cells = [cell(receipt) for _, receipt in chosen]
-            if any(text != MISSING for text in cells):
-                rows.append((title, *cells, meaning))
-        blocks.append(Table(("", *(name for name, _ in chosen), "how to read it"), tuple(rows)))
+        lines = [(title, *(_line(cell, receipt) for _, receipt in chosen), help) for title, cell, help in _LINES]
+        rows = tuple(line for line in lines if set(line[1:-1]) != {MISSING})
+        blocks.append(Table(("", *(name for name, _ in chosen), "how to read it"), rows))
     for place, (name, receipt) in enumerate(receipts, start=1):
-        forget_rows = _forget_rows(receipt)
-        inside: list[Block] = [] if forget_rows is None else [forget_rows]
-        inside.append(_steps(receipt))
+        inside: list[Block] = [*_forget_rows(receipt), _steps(receipt)]
         drawn = plot_residuals([s for s in receipt["steps"] if "residual_history" in s])
         if drawn is not None:
             caption = (
@@ -790,52 +690,44 @@ def receipt_blocks(receipts: Sequence[tuple[str, Json]]) -> list[Block]:
     return blocks
 
 
-def _validity(receipt: Json) -> str:
-    check = receipt.get("validity")
-    return MISSING if check is None else "; ".join([str(check["verdict"]), *check["reasons"]])
-
-
-def _stayed(receipt: Json, group: str) -> str:
-    """Losses of rows that should have stayed."""
-    change = (receipt.get("validity") or {}).get(group)
-    if change is None:
+def _line(cell: Callable[[Json], str], receipt: Json) -> str:
+    """A receipt's cell; a dash for what a receipt of another format or program does not say."""
+    try:
+        return cell(receipt)
+    except (KeyError, TypeError):
         return MISSING
+
+
+def _shown(*keys: str) -> Callable[[Json], str]:
+    """The number, yes or no, or text that lies there."""
+
+    def cell(receipt: Json) -> str:
+        value: Any = receipt
+        for key in keys:
+            value = value[key]
+        if isinstance(value, bool):
+            return _yes(value)
+        return str(value or MISSING) if isinstance(value, str) else show_number(value)
+
+    return cell
+
+
+def _stayed(group: str) -> Callable[[Json], str]:
+    """Losses of rows that should have stayed."""
     words = {"mean": "mean", "percentile_95": "95 %", "worst": "worst"}
-    return ", ".join(
-        f"{word} {show_number(change['before'][name])} → {show_number(change['after'][name])}"
-        for name, word in words.items()
-    )
 
+    def cell(receipt: Json) -> str:
+        change = receipt["validity"][group]
+        pairs = ((word, change["before"][name], change["after"][name]) for name, word in words.items())
+        return ", ".join(f"{word} {show_number(old)} → {show_number(new)}" for word, old, new in pairs)
 
-def _forget_rows(receipt: Json) -> Table | None:
-    """Every forget row: where it was, should be and is."""
-    rows = (receipt.get("validity") or {}).get("rows") or ()
-    if not rows:
-        return None
-    words = {True: "arrived", False: "not arrived", None: "not judged"}
-    return Table(
-        ("row", "part", "before", "target", "after", "outcome", "whole response", "retain set says the same"),
-        tuple(
-            (
-                row["id"],
-                row["part"],
-                show_number(row["before"]),
-                show_number(row["target"]),
-                show_number(row["after"]),
-                words[row["arrived"]],
-                f"{show_number(row['whole_before'])} → {show_number(row['whole_after'])}",
-                ", ".join(row["copies"]) or MISSING,
-            )
-            for row in rows
-        ),
-    )
+    return cell
 
 
 def _ritz(receipt: Json) -> str:
     """Least and largest over all steps."""
-    pairs = [step.get("ritz_extremes") or (None, None) for step in receipt["steps"]]
-    low = [pair[0] for pair in pairs if pair[0] is not None]
-    high = [pair[1] for pair in pairs if pair[1] is not None]
+    pairs = [step.get("ritz_extremes") or () for step in receipt["steps"]]
+    low, high = ([pair[k] for pair in pairs if pair and pair[k] is not None] for k in (0, 1))
     return f"{show_number(min(low))} to {show_number(max(high))}" if low and high else MISSING
 
 
@@ -848,99 +740,111 @@ def _bound(receipt: Json) -> str:
     return f"{show_number(worst)} ({'certified' if worst < CERTIFIED_BELOW else 'certifies nothing'})"
 
 
-def _status(receipt: Json) -> str:
-    solver = receipt["solver"]
-    return f"{solver['status']} ({solver['iterations']} iterations in {len(receipt['steps'])} solves)"
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _config(receipt: Json) -> str:
-    config = receipt["config"]
-    return f"{config['curvature']} over {config['curvature_data']}, damping {show_number(config['damping'])}"
-
-
-def _ratio(receipt: Json) -> str:
-    return f"{show_number(receipt['delta_norm'])} of {show_number(receipt['adapter_norm_before'])}"
-
-
-def _gradient(receipt: Json) -> str:
-    return " → ".join(show_number(receipt[f"edited_gradient_norm_{when}"]) for when in ("before", "after"))
-
-
-def _survival(receipt: Json) -> str:
-    survival = receipt["bf16_survival"]
-    return MISSING if survival is None else f"{100 * survival:.0f} %"
-
-
-def _price(receipt: Json) -> str:
-    spent = show_number(receipt["gradient_equivalents"]["total"])
-    return f"{spent} gradient equivalents, {show_number(receipt['seconds'])} s"
-
-
+# fmt: off
 _LINES: tuple[tuple[str, Callable[[Json], str], str], ...] = (
-    ("outcome", lambda receipt: str(receipt.get("outcome") or MISSING), "what was reached, in words"),
-    ("method", lambda receipt: str(receipt.get("method") or MISSING), "matched, path or step; see the README"),
-    ("curvature", _config, "the matrix, the examples behind it, and the number added to its diagonal"),
-    ("solver status", _status, "the worst of all solves; reaching max_steps is not convergence"),
-    ("true residual", lambda receipt: show_number(receipt["solver"]["relative_residual"]),
+    ("outcome", _shown("outcome"), "what was reached, in words"),
+    ("method", _shown("method"), "what was done; METHOD.md in the package explains it"),
+    ("curvature", _shown("curvature_reason"), "the matrix that was solved with, and why that one"),
+    ("solver status", lambda r: f"{r['solver']['status']} ({r['solver']['iterations']} iterations in "
+     f"{len(r['steps'])} solves)", "the worst of all solves; reaching max_steps is not convergence"),
+    ("true residual", _shown("solver", "relative_residual"),
      "the largest ||b - A x|| / ||b||, recomputed after each solve: 0 is exact, 1 is nothing solved"),
     ("Ritz extremes", _ritz, "least and largest eigenvalue that the solver met; their ratio says how hard the "
-     "system is, a least one below 0 that the matrix is indefinite. Empty for methods that do not iterate"),
-    ("negative curvature", lambda receipt: _yes(receipt["solver"]["negative_curvature"]), "whether a direction was "
-     "met along which the matrix is not positive; the solver then stops with what it has"),
+     "system is, a least one below 0 that the matrix is indefinite"),
+    ("negative curvature", _shown("solver", "negative_curvature"), "whether a direction was met along which the "
+     "matrix is not positive; the solver then stops with what it has"),
     ("error bound", _bound, f"bound on the relative error of the worst step, for its own sampled matrix; below "
-     f"{CERTIFIED_BELOW:g} it certifies the solve. Empty where a step has none"),
-    ("validity check", _validity, "whether every forget row arrived and the others stayed; not judged where "
-     "nothing shows where removed rows should end"),
-    ("loss on retained examples", lambda receipt: _stayed(receipt, "retained"),
+     f"{CERTIFIED_BELOW:g} it certifies the solve"),
+    ("validity check", lambda r: "; ".join([str(r["validity"]["verdict"]), *r["validity"]["reasons"]]),
+     "whether every forget row arrived and the others stayed; not judged where nothing shows where removed rows "
+     "should end"),
+    ("loss on retained examples", _stayed("retained"),
      "before and after, on rows drawn apart from those that any step protected"),
-    ("loss on calibration rows", lambda receipt: _stayed(receipt, "calibration"), "the same for rows that were not "
-     "trained on"),
-    ("standard error", lambda receipt: show_number(receipt.get("step_standard_error")),
+    ("loss on calibration rows", _stayed("calibration"), "the same for rows that were not trained on"),
+    ("standard error", _shown("step_standard_error"),
      "of the first step over its norm: how much another sample would change it"),
-    ("size of the change", _ratio, "Euclidean norm of the change, of the adapter's"),
-    ("gradient norm", _gradient,
-     "of the edited objective, before and after, on a sample: smaller is nearer to a stationary point of it"),
-    ("bfloat16 survival", _survival, "share of the change that is left after rounding the adapter to bfloat16"),
-    ("cost", _price, "1 is a forward and backward pass of one example; diagnostics apart"),
-)  # fmt: skip
+    ("size of the change", lambda r: f"{show_number(r['delta_norm'])} of {show_number(r['adapter_norm_before'])}",
+     "Euclidean norm of the change, of the adapter's"),
+    ("gradient norm", lambda r: " → ".join(show_number(r[f"edited_gradient_norm_{when}"]) for when in
+     ("before", "after")), "of the edited objective on a sample: smaller is nearer to a stationary point of it"),
+    ("bfloat16 survival", lambda r: f"{100 * r['bf16_survival']:.0f} %",
+     "share of the change that is left after rounding the adapter to bfloat16"),
+    ("cost", lambda r: f"{show_number(r['gradient_equivalents']['total'])} gradient equivalents, "
+     f"{show_number(r['seconds'])} s", "1 is a forward and backward pass of one example; diagnostics apart"),
+)
+# fmt: on
+
+
+def _forget_rows(receipt: Json) -> list[Block]:
+    """Every forget row: where it was, should be and is."""
+    rows = (receipt.get("validity") or {}).get("rows") or ()
+    words = {True: "arrived", False: "not arrived", None: "not judged"}
+    header = ("row", "part", "before", "target", "after", "outcome", "whole response", "retain set says the same")
+    cells = tuple(
+        (
+            row["id"],
+            row["part"],
+            *(show_number(row[when]) for when in ("before", "target", "after")),
+            words[row["arrived"]],
+            f"{show_number(row['whole_before'])} → {show_number(row['whole_after'])}",
+            ", ".join(row["copies"]) or MISSING,
+        )
+        for row in rows
+    )
+    return [Table(header, cells)] if rows else []
 
 
 def _steps(receipt: Json) -> Table:
-    """One row per solve."""
+    """One row per step: of target matching how far the rows came, of the others how the solve ended."""
+    if receipt["steps"] and "status" not in receipt["steps"][0]:
+        return _matching_steps(receipt)
     header = (
         "step", "weight left", "length taken", "status", "iterations", "true residual", "least Ritz",
         "largest Ritz", "negative curvature", "error bound", "loss on the forget set", "replacements", "retained",
     )  # fmt: skip
     rows = []
-    for number, step in enumerate(receipt["steps"][:_STEPS_SHOWN], start=1):
-        least, largest = step.get("ritz_extremes") or (None, None)
+    solves = [step for step in receipt["steps"] if "status" in step]
+    for number, step in enumerate(solves[:_STEPS_SHOWN], start=1):
+        weights = " → ".join(show_number(step[f"weight_{when}"]) for when in ("before", "after"))
+        solve = (show_number(step["scale"]), step["status"], str(step["iterations"]))
+        ritz = step.get("ritz_extremes") or (None, None)
+        first = [show_number(x) for x in (step["relative_residual"], *ritz)]
+        last = [show_number(step.get(key)) for key in ("error_bound", "forget_loss", "wanted_loss", "probe_loss")]
+        rows.append((str(number), weights, *solve, *first, _yes(step["negative_curvature"]), *last))
+    return _shortened(header, rows, len(solves))
+
+
+def _matching_steps(receipt: Json) -> Table:
+    """Steps of target matching; Newton steps that follow them are left to the receipt."""
+    header = (
+        "step", "way left", "length taken", "predicted move", "actual move", "residual", "restoration",
+        "loss on the forget set", "replacements", "constrained retained rows",
+    )  # fmt: skip
+    rows = []
+    matching = [step for step in receipt["steps"] if "way_left_after" in step]
+    for number, step in enumerate(matching[:_STEPS_SHOWN], start=1):
+        way = " → ".join(show_number(step[f"way_left_{when}"]) for when in ("before", "after"))
+        keys = ("scale", "predicted_move", "actual_move", "relative_residual")
+        losses = ("forget_loss", "wanted_loss", "retained_loss")
         rows.append(
             (
                 str(number),
-                f"{show_number(step['weight_before'])} → {show_number(step['weight_after'])}",
-                show_number(step["scale"]),
-                step["status"],
-                str(step["iterations"]),
-                show_number(step["relative_residual"]),
-                show_number(least),
-                show_number(largest),
-                _yes(step["negative_curvature"]),
-                show_number(step.get("error_bound")),
-                *(show_number(step.get(key)) for key in ("forget_loss", "wanted_loss", "probe_loss")),
+                way,
+                *(show_number(step[key]) for key in keys),
+                _yes(step["restoration"]),
+                *(show_number(step[key]) for key in losses),
             )
         )
-    left = len(receipt["steps"]) - len(rows)
+    return _shortened(header, rows, len(matching))
+
+
+def _shortened(header: tuple[str, ...], rows: list[tuple[str, ...]], count: int) -> Table:
+    """The rows, and how many of `count` are left out."""
+    left = count - len(rows)
     if left:
         rows.append((f"{left} more", *[MISSING] * (len(header) - 1)))
     return Table(header, tuple(rows))
-
-
-def terminal_blocks(report: Json) -> list[Block]:
-    """What a command prints of a comparison: the verdict and the first table."""
-    rows = rows_of(report)
-    table = [block for block in _table("", rows, FIDELITY) if isinstance(block, Table)] if rows else []
-    return [Bullets(tuple(report["verdict"])), *table]

@@ -271,11 +271,11 @@ code { font: .92em ui-monospace, monospace; background: #f2f2f2; padding: 0 .25e
   overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: .8rem 0; }
 table { overflow-wrap: normal; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
+th, td { padding: .35rem .55rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; font-weight: 600; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 500; min-width: 8rem; }
+tbody th { font-weight: 500; white-space: nowrap; }
 th.words, td.words { text-align: left; }
 td.words { white-space: normal; min-width: 8rem; max-width: 26rem; }
 tr.reference { background: #eaf5f0; }

@@ -9,33 +9,31 @@ A model may hide what it still knows. Two cheap probes are known to uncover it:
 
 `evaluation.measures` takes the loss on the forget set after each. The number to compare with is the same probe on a
 retrained model: rounding harms it too, and relearning moves it too. Only what the unlearned model regains beyond
-the retrained one was hidden. Of an ensemble whose members never saw the named examples nothing can come back:
-what relearning changes is what rows of the other shards teach each member.
+the retrained one was hidden.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmeraser_jax.baselines.ensemble import ApplyEnsemble, Ensemble, EnsembleModel, ensemble_model, make_ensemble
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
-from llmeraser_jax.models.quantization import dequantized
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
 
-Adapter = TypeVar("Adapter", Lora, Ensemble)
+BITS, GROUP_SIZE = 4, 64
 
 
 def round_to_nearest(
-    kernel: Float[Array | np.ndarray, "*lead inputs outputs"], *, bits: int = 4, group_size: int = 64
+    kernel: Float[Array | np.ndarray, "*lead inputs outputs"], *, bits: int = BITS, group_size: int = GROUP_SIZE
 ) -> Float[Array, "*lead inputs outputs"]:
     """Round-to-nearest quantisation, as the values that the integers stand for.
 
@@ -91,56 +89,68 @@ class ApplyRounded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RoundedMembers(EnsembleModel):
-    """A base that reads ensembles, each member merged and rounded by itself; memory is one member's.
+class RoundingModel(Model):
+    """A model that merges and rounds each adapter whenever it is applied; for adapters that share a base.
 
     Attributes:
+        inner: the model of one adapter; all other fields are its own.
         bits, group_size: see `round_to_nearest`.
     """
 
+    inner: Model
     bits: int
     group_size: int
 
+    @classmethod
+    def of(
+        cls, model: Model, lora: Lora | None, *, bits: int = BITS, group_size: int = GROUP_SIZE
+    ) -> RoundingModel:
+        """The model of adapters that are like `lora`.
+
+        Raises:
+            ValueError: as `quantise_merged`.
+        """
+        _check_extras(model, lora)
+        fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
+        return cls(**fields, inner=model, bits=bits, group_size=group_size)
+
     @property
-    def apply(self) -> ApplyEnsemble:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes an ensemble. What weighs its members reads the base as it is."""
-        return ApplyEnsemble(ApplyRounded(self.member.apply, self.bits, self.group_size))
+    def apply(self) -> Any:
+        """An `ApplyRounded`."""
+        return ApplyRounded(self.inner.apply, self.bits, self.group_size)
 
 
 def quantise_merged(
-    model: Model, lora: Lora | Ensemble | None, *, bits: int = 4, group_size: int = 64
-) -> tuple[Model, Lora | Ensemble | None]:
+    model: Model, lora: Lora | None, *, bits: int = BITS, group_size: int = GROUP_SIZE
+) -> tuple[Model, Lora | None]:
     """The base with the adapter merged in and its linear layers rounded, and what of the adapter did not merge.
 
-    The seven linear layers are rounded; embedding, norms and the output head stay as they are, as is usual, and so
-    does what an adapter holds besides low-rank updates (`Model.adapter_extras`: a projector that makes input
-    embeddings, say). The merge is in the base's own dtype, as serving it would be. Of an ensemble every member is
-    merged with a base of its own and rounded, whenever it is applied.
+    Embedding, norms and the output head stay as they are, as is usual, and so does what an adapter holds besides
+    low-rank updates (`Model.adapter_extras`: a projector that makes input embeddings, say). The merge is in the
+    base's own dtype, as serving it would be.
 
     Args:
-        model: the base; an `EnsembleModel` of it for an ensemble.
-        lora: the adapter or ensemble; None rounds the base alone.
+        model: the base.
+        lora: the adapter; None rounds the base alone.
         bits, group_size: see `round_to_nearest`.
 
     Returns:
-        The rounded model, and what to use it with: the extras without any low-rank update, or None where there are
-        none; for an ensemble itself.
+        The rounded model, and the adapter's extras without any low-rank update, or None where there are none.
 
     Raises:
         ValueError: the adapter has parts that neither are updates of a layer nor the model's extras, which a merge
             would lose.
     """
-    adapter = lora.member(0) if isinstance(lora, Ensemble) else lora
-    stray = set() if adapter is None else set(adapter.params) - {"layers", *model.adapter_extras}
+    _check_extras(model, lora)
+    rounded = _merged_and_rounded(model.base, lora, bits=bits, group_size=group_size)
+    return dataclasses.replace(model, base=rounded), _unmerged(lora)
+
+
+def _check_extras(model: Model, lora: Lora | None) -> None:
+    stray = set() if lora is None else set(lora.params) - {"layers", *model.adapter_extras}
     if stray:
         msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
-    if isinstance(lora, Ensemble):
-        both = ensemble_model(model)
-        fields = {field.name: getattr(both, field.name) for field in dataclasses.fields(EnsembleModel)}
-        return RoundedMembers(**fields, bits=bits, group_size=group_size), lora
-    rounded = _merged_and_rounded(model.base, lora, bits=bits, group_size=group_size)
-    return dataclasses.replace(model, base=rounded), _unmerged(lora)
 
 
 def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group_size: int) -> BaseParams:
@@ -161,15 +171,11 @@ def _unmerged(lora: Lora | None) -> Lora | None:
     return dataclasses.replace(lora, params={**lora.params, "layers": {}})
 
 
-def relearn(
-    model: Model, lora: Adapter, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int
-) -> Adapter:
+def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:
     """The adapter after a short training on unrelated examples.
 
-    Of an ensemble every member is trained so, each on the same rows; what weighs them stays as it is.
-
     Args:
-        model: the base; an `EnsembleModel` of it for an ensemble.
+        model: the base.
         lora: where training starts.
         unrelated: retained examples that say nothing of what was forgotten; `num_steps` batches are drawn of them
             by the configuration's seed.
@@ -182,11 +188,6 @@ def relearn(
     if num_steps < 1 or not len(unrelated):
         msg = f"num_steps is {num_steps} and there are {len(unrelated)} unrelated examples; both must be 1 or more."
         raise ValueError(msg)
-    if isinstance(lora, Ensemble):
-        alone = ensemble_model(model).member
-        members = [cast(Lora, lora.member(k)) for k in range(lora.num_members)]
-        again = [relearn(alone, member, unrelated, config, num_steps=num_steps) for member in members]
-        return make_ensemble(again, gate=lora.gate, aggregation=lora.aggregation)
     rng = np.random.default_rng(config.seed)
     size = min(len(unrelated), num_steps * config.batch_size)
     chosen = rng.permutation(len(unrelated))[:size]

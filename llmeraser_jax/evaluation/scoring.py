@@ -27,14 +27,13 @@ _SPARE_TOKENS = 4  # a generated answer may run this much longer than the longes
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ExampleScores:
-    """One model's view of some examples, in the order they were asked for.
+    """One model's view of some examples' responses, in the order they were asked for.
 
     Attributes:
         losses: mean over the response's tokens, in nats, whatever the recipe averages the training loss over.
         log_probs: log-probability of all the response's tokens together, in nats.
-        min_k: min-k% score of the response, k = 20.
-        min_k_plus_plus: min-k%++ score of the response, k = 20.
-        extraction: extraction strength of the response, its end-of-sequence token left out.
+        min_k, min_k_plus_plus: see `membership`, k = 20.
+        extraction: extraction strength, the end-of-sequence token left out.
     """
 
     losses: Float[np.ndarray, " examples"]
@@ -105,8 +104,8 @@ def score_examples(
     """Losses and log-probabilities of the examples' responses.
 
     Args:
-        model: the base, or an `EnsembleModel` of it.
-        lora: the adapter, or an ensemble; None is the base alone.
+        model: the base, or what reads `lora` in its place.
+        lora: what `model.apply` reads; None is the base alone.
         dataset: encoded examples.
         indices: which; None is all, in order.
     """
@@ -146,9 +145,9 @@ def heldout_kl_of(
     """Held-out KL of every candidate to the retrained models, one micro-batch of vocabularies at a time.
 
     Args:
-        model: the base of all; an `EnsembleModel` where a candidate is an ensemble.
+        model: the base of all.
         heldout: held-out prompts with their responses.
-        candidates: adapters or ensembles to judge, by name.
+        candidates: what to judge, by name; `model.apply` reads each.
         retrained: adapters retrained with different seeds, at least two.
 
     Raises:
@@ -178,8 +177,8 @@ def answer(
     They end where training ended responses, or where the base model does.
 
     Args:
-        model: the base. One with a method `generate`, as ensembles' have, generates by that.
-        lora: the adapter, or an ensemble; None is the base alone.
+        model: the base; one with a method `generate` generates by that.
+        lora: what `model.apply` reads; None is the base alone.
         dataset: encoded examples; their responses only bound the length.
         indices: which; None is all, in order.
     """
@@ -225,10 +224,10 @@ def make_task_metrics(model: Model, heldout: TokenDataset) -> TaskMetrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TaskMetrics:
-    """Measures adapters on the held-out task; call it with one, or with an ensemble.
+    """Measures adapters on the held-out task; call it with one.
 
     Attributes:
-        model: the base, or an `EnsembleModel` of it.
+        model: the base, or what reads adapters in its place.
         heldout: the test set.
         alternatives: for a yes/no task, the test set with every response yes, and with every response no.
         labels: for a yes/no task, where yes is right.

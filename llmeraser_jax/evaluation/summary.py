@@ -7,6 +7,7 @@ same object under `reason`, a sentence that says why.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,13 +24,7 @@ from llmeraser_jax.evaluation.closure import (
     seed_standard_deviation,
 )
 from llmeraser_jax.evaluation.klom import Klom, klom, response_margins
-from llmeraser_jax.evaluation.membership import (
-    mean_of_others,
-    membership_auc,
-    membership_loss_auc,
-    membership_min_k_auc,
-    reference_scores,
-)
+from llmeraser_jax.evaluation.membership import attacks
 from llmeraser_jax.evaluation.records import (
     ACTIONS,
     BEFORE,
@@ -42,7 +37,6 @@ from llmeraser_jax.evaluation.records import (
     MetricMeaning,
     Record,
 )
-from llmeraser_jax.evaluation.tasks import Metric
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -60,6 +54,7 @@ QUALITY_MEANINGS = {
         better="lower",
     ),
 }
+_NOT_FINITE = "the value is"
 _NO_RETRAINED = "no retrained model was given"
 _ONE_SEED = "one retraining seed: no deviation between seeds is known"
 
@@ -74,13 +69,41 @@ class _Node:
     def number(self, key: str, value: Number | None, reason: str = "") -> None:
         """Files `value`, or null with `reason`; a number that JSON cannot hold becomes null by itself."""
         if value is not None and not math.isfinite(value):
-            value, reason = None, f"the value is {value}"
+            value, reason = None, f"{_NOT_FINITE} {value}"
         self.data[key] = value
         if value is None or reason:
             self.reasons[key] = reason or "not measured"
 
     def build(self) -> dict[str, Any]:
         return {**self.data, "reason": self.reasons} if self.reasons else self.data
+
+
+def _over_seeds(
+    nodes: Sequence[Json], keys: Sequence[str], missing: str = "not known", *, ignore_unknown: bool = False
+) -> tuple[_Node, _Node]:
+    """Means of entries over seeds, and their standard deviations.
+
+    Args:
+        nodes: of each seed.
+        keys: of numbers.
+        missing: why there is no number, where no seed says so.
+        ignore_unknown: average what is known; else a number that a seed lacks has no mean.
+    """
+    means, deviations = _Node(), _Node()
+    for key in keys:
+        known = [node[key] for node in nodes if node.get(key) is not None]
+        reasons = [node["reason"][key] for node in nodes if key in node.get("reason", {})]
+        diverged = any(reason.startswith(_NOT_FINITE) for reason in reasons)
+        if not known or diverged or (len(known) < len(nodes) and not ignore_unknown):
+            reason = next((r for r in reasons if r.startswith(_NOT_FINITE) or not diverged), missing)
+            means.number(key, None, reason)
+            deviations.number(key, None, "a seed has no value" if known else reason)
+            continue
+        means.number(key, seed_mean(known) if len(known) > 1 else known[0])
+        deviation = seed_standard_deviation(known)
+        unknown = _ONE_SEED if len(known) == 1 else "a seed's value is not finite"
+        deviations.number(key, deviation, unknown if deviation is None else "")
+    return means, deviations
 
 
 def _array(values: Sequence[Number | None]) -> np.ndarray:
@@ -166,7 +189,7 @@ class _Summary:
         return {**task.get("metrics", {}), **quality}
 
     def aucs(self, record: Record) -> dict[str, Json]:
-        found = membership(
+        found = attacks(
             record.scores,
             base=None if self.base is None else self.base.scores,
             retrained=[other.scores for other in self.retrained],
@@ -189,44 +212,33 @@ class _Summary:
             node.data[f"{quantity}_by_action"] = by_action.build()
         node.data["task_metrics"] = {name: _metric(metric) for name, metric in self.metrics(record).items()}
         node.data["membership_auc"] = {name: _metric(metric) for name, metric in self.aucs(record).items()}
-        node.data |= {
-            key: record.details[key] for key in ("delta_norm", "outcome", "oracle") if record.details.get(key)
-        }
-        return node.build()
+        told = ("delta_norm", "outcome", "oracle")
+        return node.build() | {key: record.details[key] for key in told if record.details.get(key)}
 
     def models(self, records: Sequence[Record], name: str) -> dict[str, Any]:
         """Means over seeds, their standard deviations, and each seed's own entry."""
         entries = [self.model(record) for record in records]
-        node, deviations, reasons = _Node(name=name, seeds=len(records)), _Node(), self.reasons()
-        rows = [self.numbers(record) for record in records]
+        missing = {key: self.reasons().get(key, "not measured") if records else _NO_RETRAINED for key in self.keys}
+        found: dict[str, Any] = {"name": name, "seeds": len(records)}
+        reasons, deviations, unknown = {}, {}, {}
         for key in self.keys:
-            known = [value for value in (row[key] for row in rows) if value is not None]
-            if known:
-                node.number(key, seed_mean(known))
-                deviation = seed_standard_deviation(known)
-                unknown = _ONE_SEED if len(known) == 1 else "a seed's value is not finite"
-                deviations.number(key, deviation, unknown if deviation is None else "")
-            else:
-                reason = reasons.get(key, "not measured") if records else _NO_RETRAINED
-                node.number(key, None, reason)
-                deviations.number(key, None, reason)
+            mean, deviation = _over_seeds(entries, [key], missing[key], ignore_unknown=True)
+            found |= mean.data
+            deviations |= deviation.data
+            reasons |= mean.reasons
+            unknown |= deviation.reasons
         for quantity in QUANTITIES:
-            means, by_action = [self.by_action(record, quantity) for record in records], _Node()
-            for action in ACTIONS:
-                if means and action in means[0]:
-                    by_action.number(action, seed_mean([losses[action] for losses in means]))
-            node.data[f"{quantity}_by_action"] = by_action.build()
-        node.data["seed_standard_deviation"] = deviations.build()
+            nodes = [entry[f"{quantity}_by_action"] for entry in entries]
+            actions = [action for action in ACTIONS if nodes and action in nodes[0]]
+            found[f"{quantity}_by_action"] = _over_seeds(nodes, actions)[0].build()
+        found["seed_standard_deviation"] = deviations | ({"reason": unknown} if unknown else {})
         for group in ("task_metrics", "membership_auc"):
-            node.data[group] = _mean_metrics([entry[group] for entry in entries])
-        norms = [record.details["delta_norm"] for record in records if record.details.get("delta_norm") is not None]
-        if norms:
-            node.data["delta_norm"] = seed_mean(norms)
-        outcomes = dict.fromkeys(r.details["outcome"] for r in records if r.details.get("outcome"))
-        if outcomes:
-            node.data["outcome"] = "; ".join(outcomes)
-        node.data["per_seed"] = entries
-        return node.build()
+            found[group] = _mean_metrics([entry[group] for entry in entries])
+        norms = [entry["delta_norm"] for entry in entries if "delta_norm" in entry]
+        outcomes = dict.fromkeys(entry["outcome"] for entry in entries if "outcome" in entry)
+        found |= {"delta_norm": seed_mean(norms)} if norms else {}
+        found |= {"outcome": "; ".join(outcomes)} if outcomes else {}
+        return {**found, "per_seed": entries, **({"reason": reasons} if reasons else {})}
 
     def entry(self, records: Sequence[Record], name: str) -> dict[str, Any]:
         """Of a method: its one model, or the means over its seeds."""
@@ -388,50 +400,6 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     return {**report, "verdict": _verdict(report)}
 
 
-def membership(
-    scores: Json,
-    *,
-    base: Json | None = None,
-    retrained: Sequence[Json] = (),
-    left_out: int | None = None,
-    nonmembers: Sequence[bool] | None = None,
-) -> tuple[Metric, ...]:
-    """Every attack on one model; none where no non-member was scored.
-
-    Args:
-        scores: of the model attacked.
-        base: of the base without adapter, a reference.
-        retrained: of the retrained models, whose mean loss is another; at least two.
-        left_out: which of them is the model attacked, where it is one.
-        nonmembers: which held-out examples are; None is all.
-    """
-
-    def outside(of: Json, name: str = "losses") -> np.ndarray:
-        values = _list(of, "heldout", name)
-        return values if nonmembers is None or not values.size else values[np.asarray(nonmembers, bool)]
-
-    if not outside(scores).size:
-        return ()
-    losses, others = _list(scores, "named"), outside(scores)
-    found = [
-        membership_loss_auc(losses, others),
-        membership_min_k_auc(_list(scores, "named", "min_k"), outside(scores, "min_k")),
-        membership_auc(
-            "min_k_plus_plus", _list(scores, "named", "min_k_plus_plus"), outside(scores, "min_k_plus_plus")
-        ),
-    ]
-    references = []
-    if base is not None:
-        references.append(("reference_base", _list(base, "named"), outside(base)))
-    if len(retrained) >= 2:
-        inside = mean_of_others([_list(of, "named") for of in retrained], left_out)
-        beside = mean_of_others([outside(of) for of in retrained], left_out)
-        references.append(("reference_retrained", inside, beside))
-    for name, inside, beside in references:
-        found.append(membership_auc(name, reference_scores(losses, inside), reference_scores(others, beside)))
-    return tuple(found)
-
-
 def forget_quality(task: Json, retrained: Sequence[Json]) -> dict[str, dict[str, Number | None]]:
     """TOFU's, medians over the retrained models of the KS test's p-value and statistic.
 
@@ -443,8 +411,8 @@ def forget_quality(task: Json, retrained: Sequence[Json]) -> dict[str, dict[str,
     values: dict[str, Number | None] = {QUALITY: None, STATISTIC: None}
     if others and all(len(ratios) and np.isfinite(ratios).all() for ratios in (ours, *others)):
         tests = [tofu.forget_quality(ours, other) for other in others]
-        values[QUALITY] = float(np.median([test.p_value for test in tests]))
-        values[STATISTIC] = float(np.median([test.statistic for test in tests]))
+        values[QUALITY] = float(np.median([p for p, _ in tests]))
+        values[STATISTIC] = float(np.median([statistic for _, statistic in tests]))
     return {name: {"value": value, "standard_error": None} for name, value in values.items()}
 
 
@@ -496,37 +464,20 @@ def _mean_metrics(per_seed: Sequence[Json]) -> dict[str, Any]:
     result = {}
     for name in dict.fromkeys(name for metrics in per_seed for name in metrics):
         found = [metrics[name] for metrics in per_seed if name in metrics]
-        method = found[0].get("standard_error_method")
-        node = _Node(**({"standard_error_method": f"mean over seeds of: {method}"} if method else {}))
-        for key in ("value", "correct", "valid", "total", "standard_error"):
-            values = [metric[key] for metric in found]
-            known = [value for value in values if value is not None]
-            complete = len(known) == len(values)
-            node.number(key, seed_mean(known) if complete else None, "" if complete else _first_reason(found, key))
-            if key == "value":
-                deviation = seed_standard_deviation(known) if complete else None
-                reason = "" if deviation is not None else (_ONE_SEED if complete else "a seed has no value")
-                node.number("seed_standard_deviation", deviation, reason)
+        node, deviations = _over_seeds(found, ("value", "correct", "valid", "total", "standard_error"))
+        node.number("seed_standard_deviation", deviations.data["value"], deviations.reasons.get("value", ""))
+        if method := found[0].get("standard_error_method"):
+            node.data["standard_error_method"] = f"mean over seeds of: {method}"
         result[name] = node.build()
     return result
 
 
-def _first_reason(metrics: Sequence[Json], key: str) -> str:
-    return next((m["reason"][key] for m in metrics if m[key] is None and key in m.get("reason", {})), "not known")
-
-
 def _mean_closures(each: Sequence[Json]) -> dict[str, Any]:
-    node, deviations = _Node(), _Node()
-    for key in (*QUANTITIES, "heldout_kl"):
-        if key not in each[0]:
-            continue
-        values = [closure[key] for closure in each]
-        known = [value for value in values if value is not None]
-        complete = len(known) == len(values)
+    keys = [key for key in (*QUANTITIES, "heldout_kl") if key in each[0]]
+    node, deviations = _over_seeds(each, keys)
+    for key in keys:  # a defined closure may come with a caveat
         reason = next((c["reason"][key] for c in each if key in c.get("reason", {})), "")
-        node.number(key, seed_mean(known) if complete else None, reason)
-        deviation = seed_standard_deviation(known) if complete else None
-        deviations.number(key, deviation, "" if deviation is not None else "a seed has no closure")
+        node.number(key, node.data[key], reason or node.reasons.get(key, ""))
     return {**node.build(), "seed_standard_deviation": deviations.build()}
 
 
@@ -541,18 +492,12 @@ def _seed_floor(the: _Summary) -> dict[str, Any]:
 
 def _mean_cost(costs: Sequence[Json | None], unknown: str) -> dict[str, Any]:
     """Mean over seeds of each part of the cost; null where a seed's is not known."""
-    node = _Node()
     known = [cost for cost in costs if cost is not None]
-    for key in COSTS:
-        values = [cost.get(key) for cost in known]
-        numbers = [value for value in values if value is not None]
-        complete = bool(costs) and len(numbers) == len(costs)
-        if key == "preparation_gradient_equivalents" and not any(numbers):
-            continue
-        missing = "not measured" if len(known) == len(costs) and costs else unknown or "the cost is not known"
-        mean = (seed_mean(numbers) if len(numbers) > 1 else numbers[0]) if complete else None
-        node.number(key, mean, "" if complete else missing)
-    return node.build()
+    prepared = "preparation_gradient_equivalents"
+    keys = [key for key in COSTS if key != prepared or any(cost.get(prepared) for cost in known)]
+    complete = bool(costs) and len(known) == len(costs)
+    missing = "not measured" if complete else unknown or "the cost is not known"
+    return _over_seeds(known if complete else [{}], keys, missing)[0].build()
 
 
 def _costs(the: _Summary, found: dict[str, Any]) -> dict[str, Any]:
@@ -572,37 +517,25 @@ def _costs(the: _Summary, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _solver(receipt: Json | None) -> dict[str, Any]:
-    """All solves as one, and each: iterations add up, the residual is the largest, the flag is any."""
-    solves = [] if receipt is None else receipt["steps"]
+    """All solves as one: iterations add up, the residual is the largest, the flag is any.
+
+    Steps of target matching are solved for directly, without iterations and without a status of their own.
+    """
+    direct = {"status": "solved directly", "iterations": 0, "negative_curvature": False}
+    solves = [] if receipt is None else [{**direct, **step} for step in receipt["steps"]]
     node = _Node(iterations=sum(solve["iterations"] for solve in solves))
     if not solves:
         missing = "no solve was recorded"
-        node.data |= {"status": None, "negative_curvature": None}
-        node.reasons |= {"status": missing, "negative_curvature": missing}
-        node.number("relative_residual", None, missing)
-        return {**node.build(), "steps": []}
-    counts = {status: sum(solve["status"] == status for solve in solves) for status in
-              dict.fromkeys(solve["status"] for solve in solves)}  # fmt: skip
-    node.data["status"] = next(iter(counts)) if len(counts) == 1 else "; ".join(
-        f"{status} ({count} of {len(solves)} steps)" for status, count in counts.items()
-    )  # fmt: skip
+        for key in ("status", "negative_curvature", "relative_residual"):
+            node.number(key, None, missing)
+        return node.build()
+    counts = collections.Counter(solve["status"] for solve in solves)
+    several = "; ".join(f"{status} ({count} of {len(solves)} steps)" for status, count in counts.items())
+    node.data["status"] = next(iter(counts)) if len(counts) == 1 else several
     node.data["negative_curvature"] = any(solve["negative_curvature"] for solve in solves)
     residuals = _array([solve["relative_residual"] for solve in solves])
     node.number("relative_residual", float(residuals.max()))  # nan where one is: a step must not be hidden
-    steps = []
-    for solve, residual in zip(solves, residuals.tolist(), strict=True):
-        history = _array(solve["residual_history"])
-        step = _Node(
-            status=solve["status"],
-            iterations=solve["iterations"],
-            negative_curvature=solve["negative_curvature"],
-            history=[value if math.isfinite(value) else None for value in history.tolist()],
-        )
-        step.number("relative_residual", residual)
-        if None in step.data["history"]:
-            step.reasons["history"] = "null where the solver's residual was not finite"
-        steps.append(step.build())
-    return {**node.build(), "steps": steps}
+    return node.build()
 
 
 def _verdict(report: Json) -> list[str]:

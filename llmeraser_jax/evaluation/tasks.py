@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -65,26 +64,16 @@ def count_metric(name: str, *, correct: int, valid: int, total: int) -> Metric:
     if not 0 <= correct <= valid <= total:
         msg = f"{name}: counts must satisfy 0 <= correct <= valid <= N, got {correct}, {valid}, {total}."
         raise ValueError(msg)
-    if total == 0:
-        return Metric(
-            name=name,
-            value=None,
-            correct=0,
-            valid=0,
-            total=0,
-            standard_error=None,
-            standard_error_method=BINOMIAL,
-            reason="there is no test example",
-        )
-    share = correct / total
+    share = correct / total if total else None
     return Metric(
         name=name,
         value=share,
         correct=correct,
         valid=valid,
         total=total,
-        standard_error=math.sqrt(share * (1 - share) / total),
+        standard_error=None if share is None else math.sqrt(share * (1 - share) / total),
         standard_error_method=BINOMIAL,
+        reason="there is no test example" if share is None else "",
     )
 
 
@@ -146,28 +135,22 @@ def yes_no_accuracy(
     yes_log_probs: Float[Array | np.ndarray, " examples"],
     no_log_probs: Float[Array | np.ndarray, " examples"],
     labels: Bool[Array | np.ndarray, " examples"],
-    *,
-    name: str = "accuracy",
 ) -> Metric:
-    """Accuracy of the more probable of two answers.
-
-    A row is valid when neither number is nan and they differ: a tie is no answer.
+    """Accuracy of the more probable of two answers; a tie or a nan is no answer.
 
     Args:
         yes_log_probs: log-probability of the whole answer that means yes, in nats.
         no_log_probs: the same for no.
         labels: True where yes is right.
-        name: the metric's name.
 
     Raises:
         ValueError: the lengths differ.
     """
     yes, no, truth = _yes_no_rows(yes_log_probs, no_log_probs, labels)
-    answered_yes, answered_no = yes > no, no > yes
     return count_metric(
-        name,
-        correct=int(np.sum(np.where(truth, answered_yes, answered_no))),
-        valid=int(np.sum(answered_yes | answered_no)),
+        "accuracy",
+        correct=int(np.sum(np.where(truth, yes > no, no > yes))),
+        valid=int(np.sum((yes > no) | (no > yes))),
         total=truth.size,
     )
 
@@ -176,17 +159,12 @@ def yes_no_auc(
     yes_log_probs: Float[Array | np.ndarray, " examples"],
     no_log_probs: Float[Array | np.ndarray, " examples"],
     labels: Bool[Array | np.ndarray, " examples"],
-    *,
-    name: str = "auc",
 ) -> Metric:
-    """AUC of `log p(yes) - log p(no)`, the log-odds between the two answers.
-
-    Args and Raises: as `yes_no_accuracy`. A row whose log-odds are nan is invalid; ties count one half.
-    """
+    """AUC of `log p(yes) - log p(no)`; arguments as `yes_no_accuracy`. A row whose log-odds are nan is invalid."""
     yes, no, truth = _yes_no_rows(yes_log_probs, no_log_probs, labels)
-    with np.errstate(invalid="ignore"):  # -inf minus -inf is nan: the row gives no ranking and is invalid
+    with np.errstate(invalid="ignore"):  # -inf minus -inf is nan
         log_odds = yes - no
-    return auc_metric(name, log_odds[truth], log_odds[~truth])
+    return auc_metric("auc", log_odds[truth], log_odds[~truth])
 
 
 def _yes_no_rows(yes_log_probs, no_log_probs, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,85 +179,31 @@ def _yes_no_rows(yes_log_probs, no_log_probs, labels) -> tuple[np.ndarray, np.nd
     return yes, no, truth
 
 
-def parse_text(text: str) -> str | None:
-    """The text with its white space collapsed, or None when nothing is left. Case is kept."""
-    return " ".join(text.split()) or None
-
-
-def make_choice_parser(choices: Sequence[str]) -> Callable[[str], str | None]:
-    """A parser that accepts only the given answers, up to case, white space, quotes and a closing period.
-
-    Args:
-        choices: the possible answers, e.g. ("Yes", "No") or the titles of the candidate items.
+def exact_match(generated: Sequence[str], expected: Sequence[str]) -> Metric:
+    """Share of generated answers that equal the expected one, white space aside; empty ones are not valid.
 
     Raises:
-        ValueError: two choices read the same once normalised, or one is empty.
-    """
-
-    def normalise(text: str) -> str:
-        return " ".join(text.split()).strip(" \"'.").casefold()
-
-    table = {normalise(choice): choice for choice in choices}
-    if len(table) != len(choices) or "" in table:
-        msg = f"The choices {list(choices)!r} are not distinct non-empty answers once normalised."
-        raise ValueError(msg)
-    return lambda text: table.get(normalise(text))
-
-
-def exact_match(
-    generated: Sequence[str],
-    expected: Sequence[str],
-    *,
-    parse: Callable[[str], str | None] = parse_text,
-    name: str = "exact_match",
-) -> Metric:
-    """Share of generated answers that equal the expected one after parsing.
-
-    With `make_choice_parser` of the candidate items this is HitRatio@1 over N, and `valid / total` the
-    ValidRatio.
-
-    Args:
-        generated: one answer of the model per example, special tokens removed.
-        expected: the right answers.
-        parse: text -> answer, or None when the text is no answer; applied to both sides.
-        name: the metric's name.
-
-    Raises:
-        ValueError: the lengths differ, or an expected answer does not parse.
+        ValueError: the lengths differ, or an expected answer is empty.
     """
     if len(generated) != len(expected):
         msg = f"Got {len(generated)} generated answers for {len(expected)} expected ones; they must pair up."
         raise ValueError(msg)
-    truths = [parse(text) for text in expected]
-    if None in truths:
-        row = truths.index(None)
-        msg = f"The expected answer of row {row}, {expected[row]!r}, does not parse; correct it or the parser."
+    answers, truths = ([" ".join(text.split()) for text in texts] for texts in (generated, expected))
+    if "" in truths:
+        msg = f"The expected answer of row {truths.index('')} is empty."
         raise ValueError(msg)
-    answers = [parse(text) for text in generated]
-    return count_metric(
-        name,
-        correct=sum(answer == truth for answer, truth in zip(answers, truths, strict=True)),
-        valid=sum(answer is not None for answer in answers),
-        total=len(answers),
-    )
+    correct = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
+    return count_metric("exact_match", correct=correct, valid=sum(map(bool, answers)), total=len(answers))
 
 
 def hit_ratio(
-    generated: Sequence[str],
-    expected: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    *,
-    matching: Literal["title", "contained"] = "title",
-    name: str = "hit_ratio@1",
+    generated: Sequence[str], expected: Sequence[str], candidates: Sequence[Sequence[str]], *, name: str
 ) -> Metric:
     """HitRatio@1 of a next-item task: the share of all N answers that name the right one of their candidates.
 
-    An answer is valid when it names exactly one candidate: `valid_ratio` is the ValidRatio of LLaRA (Liao et al.
-    2024, arXiv 2312.02445). Only its first line is read, case and outer white space aside. With `matching`
-
-    * "title": the line is a candidate's title (quotes around it and a closing period are allowed);
-    * "contained": exactly one candidate's title stands somewhere in the line, as in LLaRA's released code. Titles
-      that contain others ("Alien", "Aliens"), or stand there twice, then make an answer that is right invalid.
+    An answer is valid when exactly one candidate's title stands somewhere in its first line, case and outer white
+    space aside, as in LLaRA's released code (Liao et al. 2024, arXiv 2312.02445); `valid_ratio` is its ValidRatio.
+    Titles that contain others ("Alien", "Aliens"), or stand there twice, make an answer that is right invalid.
 
     LLaRA divides by the valid answers, not by N: see `hit_ratio_of_valid`. The product of its two numbers is this
     one.
@@ -288,40 +212,25 @@ def hit_ratio(
         generated: one answer of the model per example, special tokens removed.
         expected: the right titles.
         candidates: per example the titles offered, the right one among them; the same for every model.
-        matching: how an answer names a candidate.
         name: the metric's name.
 
     Raises:
         ValueError: the lengths differ, or a right title is not among its candidates.
     """
     if not len(generated) == len(expected) == len(candidates):
-        msg = (
-            f"Got {len(generated)} generated answers, {len(expected)} right ones and {len(candidates)} lists of "
-            "candidates; they must go together."
-        )
-        raise ValueError(msg)
-    if matching not in ("title", "contained"):
-        msg = f"matching is {matching!r}; it must be 'title' or 'contained'."
+        msg = f"Got {len(generated)} answers, {len(expected)} right ones and {len(candidates)} lists of candidates."
         raise ValueError(msg)
     correct = valid = 0
     for row, (text, truth, titles) in enumerate(zip(generated, expected, candidates, strict=True)):
-        offered = [_item_title(title) for title in titles]
-        if _item_title(truth) not in offered:
+        offered, right = [title.strip().lower() for title in titles], truth.strip().lower()
+        if right not in offered:
             msg = f"Row {row}: the right answer {truth!r} is not among its candidates, {list(titles)!r}."
             raise ValueError(msg)
         line = text.strip().split("\n")[0].strip().lower()
-        if matching == "title":
-            bare = line.strip(" \"'").removesuffix(".").strip(" \"'")
-            named = [title for title in dict.fromkeys(offered) if title in (line, bare)]
-        else:
-            named = [title for title in offered if title in line]
+        named = [title for title in offered if title in line]
         valid += len(named) == 1
-        correct += named == [_item_title(truth)]
+        correct += named == [right]
     return count_metric(name, correct=correct, valid=valid, total=len(generated))
-
-
-def _item_title(title: str) -> str:
-    return title.strip().lower()
 
 
 def hit_ratio_of_valid(metric: Metric) -> Metric:
@@ -330,7 +239,5 @@ def hit_ratio_of_valid(metric: Metric) -> Metric:
     Args:
         metric: from `hit_ratio`.
     """
-    if metric.correct is None:
-        msg = f"{metric.name} has no count of correct answers."
-        raise ValueError(msg)
+    assert metric.correct is not None
     return count_metric(f"{metric.name}_of_valid", correct=metric.correct, valid=metric.valid, total=metric.valid)

@@ -38,7 +38,6 @@ from llmeraser_jax.models import Model
 from llmeraser_jax.types import LoraParams
 
 _WORD_BREAK = re.compile(r"[^a-z0-9]+")
-_SHORT_WORD = 3  # rouge-score leaves words of up to this many letters unstemmed
 
 Mean = Literal["geometric", "arithmetic"]
 
@@ -71,15 +70,10 @@ def truth_ratio(
 
 
 def forget_truth_ratios(ratios: Float[Array | np.ndarray, " questions"]) -> np.ndarray:
-    """The forget side's number of each question, min(R, 1 / R): 1 where truth and untruth are equally probable."""
+    """The forget side's number of each question, min(R, 1 / R): 1 where truth and untruth are alike."""
     r = np.asarray(ratios, np.float64)
     with np.errstate(divide="ignore"):
         return np.minimum(r, 1 / r)
-
-
-def forget_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> float:
-    """The forget side's one number, the mean of `forget_truth_ratios`."""
-    return float(np.mean(forget_truth_ratios(ratios)))
 
 
 def utility_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> float:
@@ -87,26 +81,10 @@ def utility_truth_ratio(ratios: Float[Array | np.ndarray, " questions"]) -> floa
     return float(np.mean(np.maximum(0.0, 1 - np.asarray(ratios, np.float64))))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ForgetQuality:
-    """The Kolmogorov-Smirnov test behind forget quality.
-
-    Attributes:
-        p_value: forget quality.
-        statistic: largest difference of the two distribution functions.
-        num_unlearned, num_retrained: questions on either side.
-    """
-
-    p_value: float
-    statistic: float
-    num_unlearned: int
-    num_retrained: int
-
-
 def forget_quality(
     unlearned_ratios: Float[Array | np.ndarray, " unlearned"],
     retrained_ratios: Float[Array | np.ndarray, " retrained"],
-) -> ForgetQuality:
+) -> tuple[float, float]:
     """Two-sample test between the truth ratios of two models on the forget questions.
 
     It depends on the order of the ratios only, so that R and 1 / R (the released code's) give the same.
@@ -114,6 +92,9 @@ def forget_quality(
     Args:
         unlearned_ratios: R under the model after unlearning.
         retrained_ratios: R under the retrained model.
+
+    Returns:
+        The p-value, which is forget quality, and the statistic: the largest difference of distribution functions.
 
     Raises:
         ValueError: no question on a side, or a ratio that is nan.
@@ -123,12 +104,7 @@ def forget_quality(
         msg = f"Got {ours.size} and {theirs.size} truth ratios; both sides need some, and none may be nan."
         raise ValueError(msg)
     test: Any = ks_2samp(ours, theirs)
-    return ForgetQuality(
-        p_value=float(test.pvalue),
-        statistic=float(test.statistic),
-        num_unlearned=ours.size,
-        num_retrained=theirs.size,
-    )
+    return float(test.pvalue), float(test.statistic)
 
 
 def answer_probability(answer_losses: Float[Array | np.ndarray, " questions"]) -> float:
@@ -164,42 +140,20 @@ class UtilityPart:
     truth_ratio: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelUtility:
-    """The nine numbers of model utility.
+def model_utility(parts: Sequence[UtilityPart]) -> float:
+    """Harmonic mean of all numbers, 0 as soon as one is; TOFU's own is of retained and real authors and facts."""
+    return float(hmean([number for part in parts for number in dataclasses.astuple(part)]))
 
-    Attributes:
-        retained, real_authors, world_facts: three numbers each.
+
+def rouge_l_recall(generated: str, reference: str) -> float:
+    """ROUGE-L recall in [0, 1]: longest common subsequence of words over the words of the reference.
+
+    Words are runs of letters a-z and digits, lower-cased, as in Google's rouge-score. TOFU also stems words of more
+    than three letters with NLTK's Porter stemmer; without it, on TOFU's published logs the mean recall of Llama-2
+    full is 0.985 against 0.986 on retained authors, 0.875 against 0.883 on world facts, and that of retain90 on the
+    forget questions 0.402 against 0.408; the model utility of the former 0.6223 for 0.6227.
     """
-
-    retained: UtilityPart
-    real_authors: UtilityPart
-    world_facts: UtilityPart
-
-    @property
-    def value(self) -> float:
-        """Harmonic mean of the nine; 0 as soon as one is."""
-        parts = (self.retained, self.real_authors, self.world_facts)
-        return float(hmean([number for part in parts for number in dataclasses.astuple(part)]))
-
-
-def rouge_l_recall(generated: str, reference: str, *, stem: Callable[[str], str] | None = None) -> float:
-    """ROUGE-L recall: longest common subsequence of words over the words of the reference.
-
-    Words are runs of letters a-z and digits, lower-cased, as in Google's rouge-score. TOFU stems words of more than
-    three letters with NLTK's Porter stemmer; pass its `stem` for that. Without it, on TOFU's published logs the
-    mean recall of Llama-2 full is 0.985 against 0.986 on retained authors, 0.875 against 0.883 on world facts, and
-    that of retain90 on the forget questions 0.402 against 0.408; the model utility of the former 0.6223 for 0.6227.
-
-    Args:
-        generated: the model's answer.
-        reference: the right answer.
-        stem: word -> stem; None compares the words themselves.
-
-    Returns:
-        Recall in [0, 1]; 0 where either has no word.
-    """
-    said, wanted = (_words(text, stem) for text in (generated, reference))
+    said, wanted = ([word for word in _WORD_BREAK.split(text.lower()) if word] for text in (generated, reference))
     if not said or not wanted:
         return 0.0
     row = [0] * (len(said) + 1)  # row[j]: longest common subsequence of what of `wanted` was seen and said[:j]
@@ -210,13 +164,6 @@ def rouge_l_recall(generated: str, reference: str, *, stem: Callable[[str], str]
             row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
             diagonal = above
     return row[-1] / len(wanted)
-
-
-def _words(text: str, stem: Callable[[str], str] | None) -> list[str]:
-    words = [word for word in _WORD_BREAK.split(text.lower()) if word]
-    if stem is None:
-        return words
-    return [stem(word) if len(word) > _SHORT_WORD else word for word in words]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -288,15 +235,11 @@ class QuestionScores:
         """R of each question."""
         return truth_ratio(self.paraphrased_losses, self.perturbed_losses, mean=mean)
 
-    def utility(
-        self, *, choice: bool, mean: Mean = "geometric", stem: Callable[[str], str] | None = None
-    ) -> UtilityPart:
+    def utility(self, *, choice: bool) -> UtilityPart:
         """The three numbers that model utility takes of this set.
 
         Args:
             choice: whether the probability is relative to the wrong answers (real authors, world facts).
-            mean: of the truth ratio.
-            stem: of ROUGE.
 
         Raises:
             ValueError: the model was not asked for answers.
@@ -309,14 +252,11 @@ class QuestionScores:
             if choice
             else answer_probability(self.answer_losses)
         )
-        recalls = [
-            rouge_l_recall(said, right, stem=stem)
-            for said, right in zip(self.answers, self.references, strict=True)
-        ]
+        recalls = [rouge_l_recall(*pair) for pair in zip(self.answers, self.references, strict=True)]
         return UtilityPart(
             probability=probability,
             rouge=float(np.mean(recalls)),
-            truth_ratio=utility_truth_ratio(self.truth_ratio(mean=mean)),
+            truth_ratio=utility_truth_ratio(self.truth_ratio()),
         )
 
 
@@ -331,8 +271,8 @@ def score_questions(
     """Losses of every answer under one model, and what it answers by itself.
 
     Args:
-        model: the base, or an `EnsembleModel` of it.
-        lora: the adapter, or an ensemble; None is the base alone.
+        model: the base, or what reads `lora` in its place.
+        lora: what `model.apply` reads; None is the base alone.
         questions: from `questions_from_rows`.
         encode: examples as the adapter's training saw them (`Run.encode` with the tokenizer).
         with_answers: also generate.

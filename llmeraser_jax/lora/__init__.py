@@ -1,11 +1,11 @@
-"""Adapters: a float32 pytree of its own, its configuration, and PEFT's format."""
+"""Adapters: a float32 pytree, its configuration, and PEFT's format."""
 
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config, resolve_target_modules
 from llmeraser_jax.lora.params import (
     Lora,
     add_delta,
+    check_lora,
     init_lora,
-    linear_shape,
     merge_lora,
     product_norms,
 )
@@ -24,8 +24,8 @@ __all__ = [
     "adapter_config_from_peft",
     "adapter_config_to_peft",
     "add_delta",
+    "check_lora",
     "init_lora",
-    "linear_shape",
     "load_adapter",
     "merge_lora",
     "product_norms",

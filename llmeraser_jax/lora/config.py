@@ -1,4 +1,4 @@
-"""Owns the description of an adapter: rank, scale, and which linear layers carry it."""
+"""The description of an adapter: rank, scale, and the linear layers that have it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmeraser_jax.models.config import ModelConfig, hf_module_names
+from llmeraser_jax.types import AdaptableConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What an adapter looks like, in PEFT's terms.
+    """The shape and scale of an adapter, in PEFT's terms.
 
     An adapter stacks a module's matrices over all layers. A layer of lower rank than its module's highest, or one
     without an adapter, has rows of A and columns of B that nothing reads (`row_scales`): they are zero, and so are
@@ -101,7 +101,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What multiplies B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA; of modules without a pattern."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA; of modules without a pattern."""
         return self._scaling(self.alpha, self.rank)
 
     def _scaling(self, alpha: float, rank: int) -> float:
@@ -163,7 +163,7 @@ def _by_pattern(patterns: Mapping, name: str, default):
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def adapted_modules(config: LoraConfig, model_config: ModelConfig) -> tuple[str, ...]:
+def adapted_modules(config: LoraConfig, model_config: AdaptableConfig) -> tuple[str, ...]:
     """The modules that carry an adapter in some layer, in the order in which a decoder layer holds them.
 
     Args:
@@ -187,7 +187,9 @@ def adapted_modules(config: LoraConfig, model_config: ModelConfig) -> tuple[str,
     return modules
 
 
-def resolve_config(config: LoraConfig, model_config: ModelConfig, *, allow_unmatched: bool = False) -> LoraConfig:
+def resolve_config(
+    config: LoraConfig, model_config: AdaptableConfig, *, allow_unmatched: bool = False
+) -> LoraConfig:
     """`config` with its targets written out, so that equal adapters have equal tree structures.
 
     Args:
@@ -207,7 +209,7 @@ def resolve_config(config: LoraConfig, model_config: ModelConfig, *, allow_unmat
 
 
 def resolve_target_modules(
-    target_modules: Sequence[str] | str, model_config: ModelConfig, *, allow_unmatched: bool = False
+    target_modules: Sequence[str] | str, model_config: AdaptableConfig, *, allow_unmatched: bool = False
 ) -> tuple[str, ...]:
     """The linear layers that `target_modules` selects, in the order in which a decoder layer holds them.
 
@@ -227,7 +229,7 @@ def resolve_target_modules(
     linear = tuple(model_config.linear_shapes)
     if target_modules == "all-linear":
         return linear
-    names = hf_module_names(model_config)
+    names = model_config.module_names
     selected: dict[str, set[int]] = {}
     refused: list[str] = []
     unmatched: list[str] = []

@@ -1,4 +1,4 @@
-"""Owns the adapter: a float32 pytree of its own, apart from the base.
+"""The adapter: a float32 pytree, separate from the base.
 
 Every vector of adapter space (a gradient, a step, a conjugate direction) is a `Lora` too, so that tree maps
 and inner products need no conversion.
@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from llmeraser_jax import trees
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.quantization import dequantized
-from llmeraser_jax.types import BaseParams, Key
+from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
 @flax.struct.dataclass
@@ -34,7 +33,7 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
+def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -51,7 +50,7 @@ def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
     names, num_layers = adapted_modules(config, model_config), model_config.num_layers
     modules = {}
     for name, module_key in zip(names, jax.random.split(key, len(names)), strict=True):
-        width_in, width_out = linear_shape(model_config, name)
+        width_in, width_out = model_config.linear_shapes[name]
         bound, rank = 1 / math.sqrt(width_in), config.stack_rank(name, num_layers)
         a = jax.random.uniform(module_key, (num_layers, rank, width_in), jnp.float32, -bound, bound)
         scales = config.row_scales(name, num_layers)
@@ -62,9 +61,28 @@ def init_lora(key: Key, config: LoraConfig, model_config: ModelConfig) -> Lora:
     return Lora(params={"layers": modules}, config=config)
 
 
-def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    return config.linear_shapes[name]
+def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
+    """Refuses an adapter that does not fit: linen ignores module names that it does not know.
+
+    Raises:
+        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
+    """
+    stray = [name for name in lora.params if name != "layers"]
+    modules = lora.params.get("layers", {})
+    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
+    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
+    if stray:
+        msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
+        raise ValueError(msg)
+    for name, leaves in modules.items():
+        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
+        rank = lora.config.stack_rank(name, num_layers)
+        expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
+        for leaf, shape in expected.items():
+            if leaf not in leaves or leaves[leaf].shape != shape:
+                got = leaves[leaf].shape if leaf in leaves else "missing"
+                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
+                raise ValueError(msg)
 
 
 def add_delta(lora: Lora, delta: Lora) -> Lora:
@@ -105,8 +123,8 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
 def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
 
-    `(A, B) -> (A M, M^-1 B)` changes nothing but the numbers of the adapter; this is what the network sees. The
-    change is `dB (A + dA) + B dA`, so that nothing cancels, and each norm comes from r x r Gram matrices.
+    The network sees `B A` only, which `(A, B) -> (M A, B M^-1)` does not change. The change is computed as
+    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices.
 
     Returns:
         The norm of the change, and that of the product before.

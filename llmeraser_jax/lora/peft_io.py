@@ -1,4 +1,4 @@
-"""Owns adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
 
 Reading is strict in the same way as for models: every field of adapter_config.json is honoured, known to be
 inert, or refused by name.
@@ -19,14 +19,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
-from llmeraser_jax.lora.params import Lora, linear_shape
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.decoder import check_lora
-from llmeraser_jax.models.loading import Model
+from llmeraser_jax.lora.params import Lora, check_lora
+from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-EXTRAS_FILE = "extras.safetensors"  # what a model's `adapter_extras` names; PEFT does not read it
+EXTRAS_FILE = "extras.safetensors"  # the leaves that a model's `adapter_extras` names; PEFT does not read it
 
 _HONOURED = frozenset(
     {
@@ -72,7 +70,7 @@ _REMEDIES = {
 _OFF = (None, False, {}, [])
 
 
-def load_adapter(directory: str | os.PathLike[str], model: Model) -> Lora:
+def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lora:
     """Reads a PEFT adapter.
 
     Args:
@@ -98,7 +96,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> Lora:
         raise FileNotFoundError(msg)
     leaves, shapes = {}, {}
     for module in modules:
-        width_in, width_out = linear_shape(model.config, module)
+        width_in, width_out = model.config.linear_shapes[module]
         rank = config.stack_rank(module, num_layers)
         leaves[f"layers/{module}/a"] = np.zeros((num_layers, rank, width_in), np.float32)
         leaves[f"layers/{module}/b"] = np.zeros((num_layers, width_out, rank), np.float32)
@@ -160,7 +158,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def adapter_config_from_peft(peft: Mapping[str, Any], model_config: ModelConfig) -> LoraConfig:
+def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableConfig) -> LoraConfig:
     """Reads the content of an adapter_config.json.
 
     Args:
@@ -248,7 +246,7 @@ def _whole(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Model) -> None:
+def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: AdaptableModel) -> None:
     """Writes an adapter as PEFT does, in float32, whole or not at all.
 
     Args:

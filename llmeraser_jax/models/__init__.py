@@ -1,24 +1,28 @@
 """Language models: configuration, the decoder, reading and writing, generation."""
 
-from llmeraser_jax.models.config import FAMILIES, LINEAR_NAMES, ModelConfig, hf_module_names
-from llmeraser_jax.models.decoder import ApplyDecoder, Decoder, DecoderLayer, base_shapes, init_base
+from llmeraser_jax.models.config import FAMILIES, LINEAR_NAMES, ModelConfig
+from llmeraser_jax.models.decoder import ApplyDecoder, Decoder, DecoderLayer, Linear, base_shapes, bind, init_base
 from llmeraser_jax.models.generation import generate, greedy_decode
 from llmeraser_jax.models.loading import Model, load_model, load_tokenizer, read_config, save_model
+from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
 from llmeraser_jax.models.rope import RopeConfig
 
 __all__ = [
     "FAMILIES",
     "LINEAR_NAMES",
+    "MATMUL_PRECISIONS",
     "ApplyDecoder",
     "Decoder",
     "DecoderLayer",
+    "Linear",
+    "MatmulPrecision",
     "Model",
     "ModelConfig",
     "RopeConfig",
     "base_shapes",
+    "bind",
     "generate",
     "greedy_decode",
-    "hf_module_names",
     "init_base",
     "load_model",
     "load_tokenizer",

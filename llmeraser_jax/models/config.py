@@ -1,4 +1,4 @@
-"""Owns what a model is: `ModelConfig`, read from and written to Hugging Face's config.json, one `Family` each.
+"""`ModelConfig`: the description of a model, read from and written to Hugging Face's config.json by `Family`.
 
 Reading is strict. Every field of config.json is honoured, known to change nothing here, or refused by name:
 a field that is silently ignored means a model that silently differs.
@@ -23,7 +23,7 @@ _MOST_LAYERS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What sets the models of one `model_type` apart, as transformers has them.
+    """The features of one `model_type`, as transformers implements it.
 
     Attributes:
         architecture: transformers' class.
@@ -31,13 +31,13 @@ class Family:
         own_fields: fields of config.json that not every family has and this one honours; see `_OWN_FIELDS`.
         biases: (on q/k/v, on o): which attention biases a model can have.
         scaled_embeddings: embeddings are multiplied by the root of the width.
-        window: whether there is a sliding window: in no layer, in "all", or in those that "layer_types" names.
+        window: layers with a sliding window: none, "all", or those that the field "layer_types" names.
         switched_window: the window counts only where use_sliding_window is true.
         unrotated: no_rope_layers names layers without rotary positions.
         local_rope: layers with a window have rotary positions of their own.
         partial_rope: heads can be rotated in part.
         activation_name: the field of config.json that names the activation.
-        defaults: what transformers assumes where config.json is silent.
+        defaults: transformers' values of fields that config.json leaves out.
         theta: the same for rope_theta.
     """
 
@@ -281,7 +281,7 @@ _WINDOWED = {"full_attention": False, "sliding_attention": True}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: RMS norms, rotary positions, gated feed-forward, and what families add to that.
+    """A decoder-only transformer: RMS norms, rotary positions, gated feed-forward, and the features of families.
 
     Attributes:
         model_type: family, one of `FAMILIES`; decides the tensor names on disk.
@@ -307,15 +307,15 @@ class ModelConfig:
         activation: of the feed-forward gate: SiLU, or GELU in its tanh form.
         norm_offset: norms multiply by one plus their scale.
         input_norms: attention and feed-forward read the normalised residual stream.
-        output_norms: what they add to it is normalised.
+        output_norms: the outputs of attention and feed-forward are normalised.
         fused_projections: q, k and v are one linear layer, `qkv_proj`, and gate and up another, `gate_up_proj`.
-        attention_scale: what scores are multiplied by; None is `head_dim ** -0.5`.
+        attention_scale: factor of the attention scores; None is `head_dim ** -0.5`.
         attention_softcap: scores become `cap * tanh(score / cap)`; None leaves them.
         logit_softcap: the same for logits.
-        embedding_multiplier: what embeddings are multiplied by.
-        residual_multiplier: what attention and feed-forward outputs are multiplied by.
-        logit_divisor: what logits are divided by.
-        num_experts: feed-forward blocks that a router chooses from; 0 is one block without a router.
+        embedding_multiplier: factor of the embeddings.
+        residual_multiplier: factor of the outputs of attention and feed-forward.
+        logit_divisor: divisor of the logits.
+        num_experts: feed-forward blocks that a router chooses from; 0 is a single block without a router.
         experts_per_token: how many it chooses.
         normalised_routing: the weights of those chosen sum to one.
         max_position: the context length that the model was made for; recorded, not enforced.
@@ -323,8 +323,7 @@ class ModelConfig:
         bos_token_id: first token of a text, or None.
         eos_token_ids: any of these ends a generation.
         pad_token_id: padding token, or None.
-        matmul_precision: how products with the base's matrices are computed, see `models.precision`; a choice of
-            whoever computes, so that config.json has no field for it.
+        matmul_precision: of products with the base's matrices, see `models.precision`; not in config.json.
     """
 
     model_type: str = "llama"
@@ -442,7 +441,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """The family's."""
+        """The features of its `model_type`."""
         return _FAMILIES[self.model_type]
 
     @property
@@ -464,6 +463,31 @@ class ModelConfig:
         local = (window is not None and self.local_rope is not None for window in self.layer_windows)
         last = len(self.ropes) - 1
         return tuple(last if plain else int(own) for plain, own in zip(unrotated, local, strict=True))
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
+        attention = [
+            name for name in self.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+        ]
+        mlp = [name for name in self.linear_shapes if name not in attention]
+        inside = ["self_attn", *(f"self_attn.{name}" for name in attention)]
+        inside += [f"self_attn.{name}" for name in ("q_norm", "k_norm") if self.qk_norm]
+        inside += ["mlp", *(f"mlp.{name}" for name in mlp)]
+        if self.num_experts:
+            inside += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]
+        elif self.fused_projections:
+            inside += ["mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"]
+        else:
+            inside.append("mlp.act_fn")
+        norms = ["post_attention_layernorm"]
+        norms += ["input_layernorm"] if self.input_norms else []
+        norms += ["post_feedforward_layernorm"] if self.output_norms else []
+        norms += ["pre_feedforward_layernorm"] if self.input_norms and self.output_norms else []
+        names = ["model", "model.embed_tokens", "model.layers"]
+        for layer in range(self.num_layers):
+            names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
+        return (*names, "model.norm", "model.rotary_emb", "lm_head")
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -595,7 +619,7 @@ class ModelConfig:
         for own in family.own_fields:
             out[own] = getattr(self, _OWN_FIELDS[own][0])
         if "query_pre_attn_scalar" in out:
-            # transformers takes a whole number, which the root of its inverse leads back to.
+            # transformers reads a whole number; use it where it gives the same scale.
             scalar = out["query_pre_attn_scalar"] ** -2
             out["query_pre_attn_scalar"] = (
                 round(scalar) if round(scalar) ** -0.5 == self.attention_scale else scalar
@@ -620,7 +644,7 @@ class ModelConfig:
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-# What families differ in: a model has each as its family does, or where config.json can state it.
+# Fields that families differ in. Their values are the family's, or stated in config.json where it has the field.
 _FEATURES = (
     "mlp_bias", "qk_norm", "qk_norm_joint", "sliding_window", "windowed_layers", "local_rope", "unrotated_layers",
     "activation", "norm_offset", "input_norms", "output_norms", "fused_projections", "attention_scale",
@@ -766,28 +790,3 @@ def _unhonoured(hf: Mapping[str, Any], name: str) -> list[str]:
         elif not (key in honoured or key in _INERT or key.startswith("_") or value is None):
             problems.append(f"{show(key)[1:-1]} = {show(value)} is unknown")
     return problems
-
-
-def hf_module_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
-    attention = [
-        name for name in config.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-    ]
-    mlp = [name for name in config.linear_shapes if name not in attention]
-    inside = ["self_attn", *(f"self_attn.{name}" for name in attention)]
-    inside += [f"self_attn.{name}" for name in ("q_norm", "k_norm") if config.qk_norm]
-    inside += ["mlp", *(f"mlp.{name}" for name in mlp)]
-    if config.num_experts:
-        inside += ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]
-    elif config.fused_projections:
-        inside += ["mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"]
-    else:
-        inside.append("mlp.act_fn")
-    norms = ["post_attention_layernorm"]
-    norms += ["input_layernorm"] if config.input_norms else []
-    norms += ["post_feedforward_layernorm"] if config.output_norms else []
-    norms += ["pre_feedforward_layernorm"] if config.input_norms and config.output_norms else []
-    names = ["model", "model.embed_tokens", "model.layers"]
-    for layer in range(config.num_layers):
-        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
-    return (*names, "model.norm", "model.rotary_emb", "lm_head")

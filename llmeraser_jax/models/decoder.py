@@ -29,7 +29,7 @@ and of the adapter, for each targeted linear layer:
     layers/{name}/a                             [layers, rank, in], rows beyond a layer's own rank unread
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
-A kernel of the seven layers may be quantised, see `models.quantization`. The effective weight is
+A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
 `kernel + scaling * (B A)'`.
 """
 
@@ -47,16 +47,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from llmeraser_jax.convert import QuantizedKernel, dequantized
+from llmeraser_jax.lora import check_lora
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
-from llmeraser_jax.models.quantization import QuantizedKernel, dequantized
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
 @flax.struct.dataclass
 class Context:
-    """What every layer needs besides the activations: where tokens stand and which keys are real.
+    """Inputs of every layer besides the activations: positions, and which keys are real.
 
     Cosines and sines have a leading axis of rotations where layers differ in theirs.
     """
@@ -71,7 +72,7 @@ class Context:
 
 @flax.struct.dataclass
 class Variation:
-    """What sets one layer apart from the others, or all of them with a leading axis; None where they are alike."""
+    """Settings that differ between layers: one layer's, or all with a leading axis; None where they are equal."""
 
     window: Int[Array, "*layers"] | None = None
     rope: Int[Array, "*layers"] | None = None  # index into the rotations of the context
@@ -274,7 +275,7 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model.
-        lora_scaling: what multiplies B A.
+        lora_scaling: factor of B A.
         lora_dropout: drawn only where an rng "dropout" is given.
         dtype: dtype of activations and products; None is `promote_types(float32, dtype of the embedding)`.
     """
@@ -320,7 +321,7 @@ class Decoder(nn.Module):
         Args:
             tokens: [batch, time] new tokens.
             where: [batch, time] their positions in their texts.
-            key_positions: [batch, slots] positions of what the cache holds, the new tokens included.
+            key_positions: [batch, slots] positions of the tokens in the cache, the new ones included.
             key_valid: [batch, slots] which slots hold real tokens, the new ones included; or [batch, time, slots]
                 which of them each new token may see, itself included.
             cache: `KVCache`.
@@ -443,30 +444,6 @@ def adapter_variables(lora: LoraParams) -> LoraParams:
             for name, leaves in lora.params.get("layers", {}).items()
         }
     }
-
-
-def check_lora(config: ModelConfig, base: BaseParams, lora: LoraParams) -> None:
-    """Refuses an adapter that does not fit: linen would pass over a module name that it does not know.
-
-    Raises:
-        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
-    """
-    stray = [name for name in lora.params if name != "layers"]
-    modules = lora.params.get("layers", {})
-    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
-    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
-    if stray:
-        msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
-        raise ValueError(msg)
-    for name, leaves in modules.items():
-        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
-        rank = lora.config.stack_rank(name, num_layers)
-        expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
-        for leaf, shape in expected.items():
-            if leaf not in leaves or leaves[leaf].shape != shape:
-                got = leaves[leaf].shape if leaf in leaves else "missing"
-                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
-                raise ValueError(msg)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Owns the typed reading of a JSON object whose every problem is to be listed in one error."""
+"""Typed reading of a JSON object that collects all problems for one error message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Fields:
     """Fields of a JSON object, each read as one kind of value; problems are collected, not raised.
 
     A field that is absent or null has its default; without a default it is a problem. What is returned for a field
-    with a problem is of its kind, so that reading goes on.
+    with a problem is a valid value of its kind, so that reading continues.
     """
 
     def __init__(self, content: Mapping[str, Any], prefix: str = "") -> None:
@@ -29,7 +29,7 @@ class Fields:
         self.problems: list[str] = []
 
     def refuse(self, name: str, expected: str) -> None:
-        """Notes that the value of a field is not what is expected."""
+        """Records that a field has an unexpected value."""
         self.problems.append(f"{self.prefix}{name} = {show(self.content.get(name))} (expected {expected})")
 
     def _absent(self, name: str, default: Any, stand_in: Any) -> Any:

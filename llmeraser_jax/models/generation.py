@@ -33,7 +33,7 @@ def generate(
     batch_size: int = 16,
     stop_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The most probable next token, again and again, until a stop token or `max_new_tokens`.
+    """Greedy decoding until a stop token or `max_new_tokens`.
 
     Args:
         model: base and configuration.
@@ -65,7 +65,7 @@ def generate_batches(
     batch_size: int,
     stop_ids: Sequence[int] | None,
 ) -> list[list[int]]:
-    """`generate` for anything that continues a batch.
+    """`generate` for any decoding function.
 
     Args:
         decode: `(tokens, mask, stop_ids) -> (new, lengths)`, as `greedy_decode` with the rest given.
@@ -150,7 +150,7 @@ def greedy_decode(
 
 
 def make_stale(config: ModelConfig) -> Callable[[Array], Array] | None:
-    """`stale` of `greedy_search`: which texts of given lengths are rotated otherwise than one token earlier."""
+    """`stale` of `greedy_search`: whether rotary positions change at a text's length."""
     ropes = [rope for rope in config.ropes if rope is not None and rope.depends_on_length]
     if not ropes:
         return None
@@ -158,7 +158,7 @@ def make_stale(config: ModelConfig) -> Callable[[Array], Array] | None:
 
 
 def empty_cache(config: ModelConfig, dtype: Any, batch: int, slots: int) -> KVCache:
-    """A cache that nothing was written to."""
+    """An empty cache."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
@@ -172,7 +172,7 @@ def append(
         config: the model.
         base: frozen parameters.
         lora: adapter or None.
-        cache: what was read before.
+        cache: keys and values of the tokens read before.
         call: tokens, where, key_positions, key_valid, write_at and positions of `Decoder.decode`.
 
     Returns:
@@ -195,14 +195,14 @@ def greedy_search(
     max_new_tokens: int,
     stale: Callable[[Array], Array] | None = None,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """What `greedy_decode` does, for whatever reads tokens into a cache; a pure function, to be jitted.
+    """`greedy_decode` for any function that reads tokens into a cache; pure, to be jitted by the caller.
 
     Args:
         append: `(cache, *call) -> (scores [batch, 1, vocab], cache)`, see `append`; the highest score is next.
-        make_cache: `(batch, slots)` -> an empty one.
+        make_cache: `(batch, slots) -> empty cache`.
         tokens, attention_mask, stop_ids, max_new_tokens: see `greedy_decode`.
-        stale: `lengths [batch] -> [batch]`, for which texts of that many tokens what was read of the shorter text
-            does not hold, so that they are read again from the beginning; None is never.
+        stale: `lengths [batch] -> [batch]`: whether a text that reaches this length invalidates the cache, so that
+            it is read again from the beginning; None is never.
 
     Returns:
         See `greedy_decode`.
@@ -250,7 +250,7 @@ def greedy_search(
             return best_next(cache, token[:, None], place, time + step - 1, first)
 
         def read_all(cache):
-            # Slots not written yet count as the last token, so that the text is as long as it is.
+            # Unwritten slots take the last token's position, so that they do not lengthen the text.
             texts = jnp.concatenate([tokens, out], axis=1).astype(jnp.int32)
             return best_next(cache, texts, jnp.minimum(key_positions, place), jnp.int32(0), first + time + step - 1)
 

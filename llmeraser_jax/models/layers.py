@@ -1,4 +1,4 @@
-"""Owns the pure mathematics of a decoder layer: norms, rotary positions, attention, low-rank products.
+"""The mathematics of a decoder layer as pure functions: norms, rotary positions, attention, low-rank products.
 
 No parameters and no modules here. Everything runs in the dtype of the activations, which is float32 or wider;
 products ask for full precision, because the default of accelerators (bfloat16 or TF32 passes) makes a
@@ -21,7 +21,7 @@ PRECISION = jax.lax.Precision.HIGHEST
 QUERY_CHUNK = 512
 CHUNK_QUERIES_ABOVE = 1024
 CAUSAL_BLOCK = 88  # least queries of a block that sees only the keys up to its end
-MAX_CAUSAL_BLOCKS = 4  # each is code of its own to compile
+MAX_CAUSAL_BLOCKS = 4  # each is compiled separately
 _MASKED = -1e30
 
 
@@ -35,7 +35,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, long: bool = False) -> np.
 
     llama3 scaling divides the frequencies of long wavelengths by `factor`, keeps those of short ones and blends
     linearly in (original context / wavelength) between; yarn blends linearly in the index of the frequency.
-    longrope divides each by a number of its own, from the list that `long` says. dynamic: those of short texts.
+    longrope divides each frequency by its entry of the list that `long` selects. dynamic: those of short texts.
     """
     rotated = int(head_dim * rope.rotated_share)
     frequencies = rope.theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
@@ -114,9 +114,8 @@ def low_rank(
 ) -> Float[Array, "*lead m"]:
     """`scaling * B A x`, without forming B A.
 
-    Tokens are one axis and B is transposed, so that the derivative with respect to it is `inner' g`: of a product
-    over two axes, or for B as it is, XLA would transpose `g`, which is as wide as `m` and made of everything that
-    a backward pass fuses into it.
+    Tokens form one axis and B is transposed, so that the derivative by B is `inner' g`. With two token axes, or
+    with B as stored, XLA would transpose `g`, which is wide, and recompute everything fused into it.
     """
     tokens = x.reshape(-1, x.shape[-1])
     inner = jnp.einsum("tn,rn->tr", tokens, a.astype(x.dtype), precision=PRECISION)
@@ -177,7 +176,7 @@ def attention(
     (`chunk * keys` scores at a time instead of `queries * keys`) and nothing else.
 
     Where queries and keys are the same tokens, blocks of queries leave out the keys behind their end, which they do
-    not see: up to three eighths of all pairs, in every derivative. What padding attends to may change by that.
+    not see: up to three eighths of all pairs, in every derivative. This may change what padding attends to.
 
     Args:
         q: rotated queries.
@@ -185,11 +184,11 @@ def attention(
         v: values.
         query_positions: place of each query in its text, padding not counted.
         key_positions: the same for keys.
-        key_valid: False for padding, or, with a row for each query, for what that query must not see.
+        key_valid: False for padding or, with a row for each query, for keys that this query must not see.
         window: sliding window in tokens, which may differ from layer to layer of a scan; None for all.
         chunk: queries computed at a time; None for all.
         aligned: queries and keys are the same tokens in the same order.
-        scale: what scores are multiplied by; None is `head_dim ** -0.5`.
+        scale: factor of the scores; None is `head_dim ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)`; None leaves them.
     """
     batch, queries = query_positions.shape
@@ -211,7 +210,7 @@ def attention(
     if key_valid.ndim == 3:
         parts.append(jnp.pad(key_valid, ((0, 0), (0, fill), (0, 0))).reshape(batch, -1, chunk, k.shape[1]))
 
-    # Recomputed in the backward pass: otherwise the scores of all chunks would be kept after all.
+    # Recomputed in the backward pass; otherwise the scores of all chunks would be stored.
     @jax.checkpoint
     def one_chunk(parts):
         q_part, positions, *valid = parts
@@ -231,9 +230,9 @@ def causal_blocks(time: int) -> list[tuple[int, int]]:
 def _attend(q, k, v, mask, scale, softcap):
     """Attention of all queries, for second derivatives on a CPU: few passes over numbers of every pair of tokens.
 
-    Weights are not normalised, their products with the values are: every derivative of the division is then one
-    of [queries, head_dim] numbers, and what is left for pairs is the exponential. The peak that is subtracted
-    cancels, so that it needs no derivative. Products have the order of axes that they are computed in.
+    The division by the sum follows the product with the values, so its derivatives have [queries, head_dim]
+    numbers, and only the exponential has one for each pair. The subtracted peak cancels and needs no derivative.
+    Axes have the order that XLA multiplies them in.
     """
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -246,7 +245,7 @@ def _attend(q, k, v, mask, scale, softcap):
     if softcap is not None:
         scores = soft_cap(scores, softcap)
     scores = scores.reshape(batch, kv_heads, groups, queries, -1)
-    # A finite number: a row of padding that sees nothing stays free of nan, also in derivatives.
+    # A finite number, so that a row of padding that sees nothing has no nan, in derivatives too.
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak).reshape(*rows, -1)

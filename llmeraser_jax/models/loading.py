@@ -17,16 +17,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.models.config import ModelConfig
-from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
-from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.models.quantization import (
+from llmeraser_jax.convert import (
     QuantizedKernel,
     base_quantization,
     check_quantization,
     dequantize_base,
     quantize,
 )
+from llmeraser_jax.lora import Lora, LoraConfig, init_lora
+from llmeraser_jax.models.config import ModelConfig
+from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
+from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
 from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.types import BaseParams, Key
@@ -42,7 +43,7 @@ class Model:
     """A base model with its tokenizer.
 
     Attributes:
-        config: what the model is.
+        config: its description.
         base: frozen parameters, a nested dict; paths and shapes in `models.decoder`.
         tokenizer: a transformers tokenizer, or None where the checkpoint has none.
         path: the directory it was read from, or its hub id; adapters record it.
@@ -62,7 +63,7 @@ class Model:
 
     @property
     def quantization(self) -> str | None:
-        """How the base is quantised: one of `quantization.QUANTIZATIONS`, or None."""
+        """How the base is quantised: one of `convert.QUANTIZATIONS`, or None."""
         return base_quantization(self.base)
 
     @property
@@ -70,19 +71,8 @@ class Model:
         """Names in an adapter's `params` besides "layers": none, unless a subclass's `apply` reads more."""
         return ()
 
-    def init_lora(self, key: Key, config: Any) -> Any:
-        """A fresh adapter for this model; see `lora.init_lora`.
-
-        Args:
-            key: random key.
-            config: a `lora.LoraConfig`.
-
-        Returns:
-            A `lora.Lora`.
-        """
-        # `lora` builds on `models`, so it is not there yet when this module is imported.
-        from llmeraser_jax.lora import init_lora
-
+    def init_lora(self, key: Key, config: LoraConfig) -> Lora:
+        """A fresh adapter for this model; see `lora.init_lora`."""
         return init_lora(key, config, self.config)
 
 
@@ -101,10 +91,10 @@ def load_model(
 
     Args:
         path_or_hub_id: a directory with config.json and safetensors, or a hub id such as "org/name".
-        dtype: storage dtype of the base: float32, bfloat16, float16, or float64 (with 64-bit JAX). What is added up
-            is float32 or wider whatever it is.
+        dtype: storage dtype of the base: float32, bfloat16, float16, or float64 (with 64-bit JAX). Sums are float32
+            or wider in any case.
         mesh: shares the base out over its devices.
-        quantization: how the kernels of the layers are stored, one of `quantization.QUANTIZATIONS`; they are
+        quantization: how the kernels of the layers are stored, one of `convert.QUANTIZATIONS`; they are
             dequantised to `dtype`. None: as they are on disk, where bitsandbytes may have quantised them already.
         matmul_precision: how products with the base's matrices are computed, see `precision.frozen_product`.
 
@@ -188,7 +178,7 @@ def _read_base(
         return math.prod(shapes[path]) // len(tensors[path])
 
     leaves: dict[str, Any] = {}
-    # What is mapped of a tensor comes on top of what is there already: the largest first.
+    # The largest first, because a mapped tensor adds to the memory of the leaves read before it.
     for path in sorted(shapes, key=size_of_a_tensor, reverse=True):
         shape = shapes[path]
         try:
@@ -212,7 +202,7 @@ def _table(config: ModelConfig, source: convert.QuantizedSource, what: str) -> c
         return table.renamed("embed_tokens/embedding", head)  # the one matrix under its other name
     if not (config.tied_embeddings and head in source.shapes()):
         return table
-    # Passing over a head that is there as well is right only where it is the embedding.
+    # A separate head may be ignored only if it equals the embedding.
     left, right = source.read(head), source.read(embedding)
     if left.shape != right.shape or not all(
         np.array_equal(left[row : row + 1024], right[row : row + 1024]) for row in range(0, len(left), 1024)

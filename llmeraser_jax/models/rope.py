@@ -1,4 +1,4 @@
-"""Owns what rotary positions are: `RopeConfig`, read from and written to the fields of config.json."""
+"""`RopeConfig`: rotary positions, read from and written to the fields of config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llmeraser_jax.models.fields import Fields
 
-# What each kind of scaling reads besides rope_type and rope_theta.
+# Fields that each kind of scaling reads besides rope_type and rope_theta.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -35,9 +35,9 @@ class RopeConfig:
         low_freq_factor: llama3: wavelengths above `original_max_position / low_freq_factor` are stretched.
         high_freq_factor: llama3: wavelengths below `original_max_position / high_freq_factor` are kept.
         original_max_position: dynamic, yarn, longrope, llama3: context length of the first pretraining.
-        attention_factor: yarn, longrope: what cosines and sines are multiplied by.
-        beta_fast: yarn: what turns more often than this in the original context is kept.
-        beta_slow: yarn: what turns less often is stretched.
+        attention_factor: yarn, longrope: factor of cosines and sines.
+        beta_fast: yarn: frequencies with more turns than this in the original context are kept.
+        beta_slow: yarn: those with fewer turns are stretched.
         truncate: yarn: the ends of the ramp are rounded to whole indices.
         short_factor: longrope: divisors for short texts, one a frequency.
         long_factor: longrope: divisors for long texts.
@@ -197,7 +197,7 @@ class RopeConfig:
 
 
 def _attention_factor(kind: str, fields: Fields, factor: float, original_max_position: int) -> float:
-    """What is stated, or what the authors of the scaling recommend for `factor`."""
+    """The stated value, or the one that the authors of the scaling recommend for `factor`."""
     stated = fields.optional_number("attention_factor")
     if stated is not None:
         return stated

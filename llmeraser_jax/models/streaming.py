@@ -1,4 +1,4 @@
-"""Owns how a base's tensors get from their files to the devices: each process reads what its devices hold.
+"""Reads a base's tensors from their files onto the devices; each process reads its own devices' parts.
 
 A leaf stacks tensors of all layers, and a device holds a part of it. That part is allocated once, filled tensor by
 tensor in pieces, and handed over; on a CPU the device takes the memory itself. Nothing else is kept on the host.
@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
-from llmeraser_jax.convert.table import Index, Shape, Target, TensorSource
+from llmeraser_jax.convert import Index, Shape, Target, TensorSource
 
 _PIECE_BYTES = 256 * 1024  # fits in a core's cache, where it is checked, converted and transposed
-_ALIGNMENT = 64  # what a CPU device asks for to take memory as it is
+_ALIGNMENT = 64  # lets a CPU device take memory without a copy
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _EXPONENTS = {_BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}  # all set: not finite
 

@@ -1,25 +1,24 @@
 """Devices and processes: the base sharded by rules, batches over the data axis, the adapter replicated."""
 
 from llmeraser_jax.parallel.mesh import make_mesh, parse_mesh
-from llmeraser_jax.parallel.processes import leads, on_leader, start_processes, to_host
+from llmeraser_jax.parallel.processes import is_primary, on_primary, start_processes, to_host
 from llmeraser_jax.parallel.sharding import (
-    DEFAULT_RULES,
     place_batch,
     place_stack,
     replicate,
     shard_base,
     sharding_for,
     spec_for,
+    spread,
 )
 from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
 
 __all__ = [
-    "DEFAULT_RULES",
     "Kept",
+    "is_primary",
     "keep_on_devices",
-    "leads",
     "make_mesh",
-    "on_leader",
+    "on_primary",
     "parse_mesh",
     "place_batch",
     "place_stack",
@@ -27,6 +26,7 @@ __all__ = [
     "shard_base",
     "sharding_for",
     "spec_for",
+    "spread",
     "start_processes",
     "sum_over_devices",
     "to_host",

@@ -1,8 +1,8 @@
-"""Several processes that work as one, as on the hosts of a pod: how they start, who writes, what each gets to see.
+"""Several processes that run one program, as on the hosts of a pod: start-up, the primary process, host copies.
 
-Every process runs the same program over the same files and takes the same decisions, because all that it decides by
-is either read from those files or replicated. Only the leader writes; what it writes the others read, so the
-directories have to be on a file system that all of them see.
+Every process runs the same program on the same files and takes the same decisions: it decides by replicated values
+and file contents only. The primary process alone writes files, and the others read them, so all processes need a
+shared file system.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ AUTOMATIC = "auto"
 
 
 def start_processes(text: str) -> None:
-    """Connects this process with the others; before anything is computed with JAX.
+    """Connects this process with the others. Call it before any JAX computation.
 
     Args:
-        text: empty for a single process; `auto` where the cluster says who they are (Cloud TPU, Slurm, Kubernetes,
-            Open MPI: see `jax.distributed.initialize`); else `ADDRESS:PORT,COUNT,INDEX`, where the leader listens,
-            how many there are and which of them this is.
+        text: empty for a single process; `auto` where the cluster environment describes the processes (Cloud TPU,
+            Slurm, Kubernetes, Open MPI: see `jax.distributed.initialize`); else `ADDRESS:PORT,COUNT,INDEX`: the
+            address that the primary process listens on, the number of processes, and this one's index.
 
     Raises:
-        ValueError: the text is none of these.
-        RuntimeError: the others cannot be reached.
+        ValueError: the text has another form.
+        RuntimeError: the other processes cannot be reached.
     """
     if not text:
         return
@@ -46,26 +46,26 @@ def start_processes(text: str) -> None:
     jax.distributed.initialize(parts[1], int(parts[2]), int(parts[3]))
 
 
-def leads() -> bool:
-    """Whether this is the process that writes and speaks: the first one, or the only one."""
+def is_primary() -> bool:
+    """Whether this process writes files and prints: the first one, or the only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def on_leader(fn: Callable[[], object]) -> None:
-    """Calls `fn` in the leader, while the others wait until it is done; all of them have to come here.
+def on_primary(fn: Callable[[], object]) -> None:
+    """Calls `fn` in the primary process while the others wait. Every process has to call this.
 
     Args:
-        fn: not to compute with arrays that are spread over processes, where the others would be missed.
+        fn: must not compute with arrays that are sharded over processes; that would wait for the others for ever.
 
     Raises:
-        Exception: in the leader what `fn` raised.
-        RuntimeError: in the others, where it raised.
+        Exception: what `fn` raised, in the primary process.
+        RuntimeError: `fn` raised, in the other processes.
     """
     if not jax.distributed.is_initialized():
         fn()
         return
     failure: Exception | None = None
-    if leads():
+    if is_primary():
         try:
             fn()
         except Exception as error:  # raised below, once the others know
@@ -74,12 +74,12 @@ def on_leader(fn: Callable[[], object]) -> None:
     if failure is not None:
         raise failure
     if failed:
-        msg = "The first process has failed; it says why."
+        msg = "The primary process failed; its output has the reason."
         raise RuntimeError(msg)
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """The arrays of a tree as NumPy's, whole in every process; where parts are elsewhere, all have to come here."""
+    """The arrays as whole NumPy arrays; every process has to call this where they are sharded over processes."""
 
     def whole(leaf):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

@@ -17,9 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llmeraser_jax.parallel.processes import to_host
 from llmeraser_jax.types import BaseParams, Batch, ExampleStack, PyTree
 
-Rules = Sequence[tuple[str, P]]
-
-DEFAULT_RULES: Rules = (
+_RULES: Sequence[tuple[str, P]] = (
     # Kernels are [layers, in, out]. Column-parallel shares out the outputs, row-parallel the inputs.
     (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
     (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
@@ -39,16 +37,16 @@ DEFAULT_RULES: Rules = (
 )
 
 
-def spec_for(path: str, rules: Rules = DEFAULT_RULES) -> P:
+def spec_for(path: str) -> P:
     """The partition spec of the first rule whose expression matches the whole of `path`.
 
     Raises:
         ValueError: no rule matches.
     """
-    for pattern, spec in rules:
+    for pattern, spec in _RULES:
         if re.fullmatch(pattern, path):
             return spec
-    msg = f"No sharding rule matches the parameter {path!r}; add one to the rules."
+    msg = f"No sharding rule matches the parameter {path!r}; add one to parallel/sharding.py."
     raise ValueError(msg)
 
 
@@ -64,18 +62,18 @@ def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> 
             raise ValueError(msg)
 
 
-def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where the leaf at `path` lives on the mesh.
 
     Raises:
         ValueError: no rule matches, or a dimension that its mesh axis does not divide.
     """
-    spec = spec_for(path, rules)
+    spec = spec_for(path)
     _check_divisible(f"Parameter {path!r}", shape, spec, mesh)
     return NamedSharding(mesh, spec)
 
 
-def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> BaseParams:
+def shard_base(base: BaseParams, mesh: Mesh) -> BaseParams:
     """Places the base on the mesh, each leaf as its rule says.
 
     Raises:
@@ -83,7 +81,7 @@ def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Ba
     """
 
     def place(path, leaf):
-        return _put(leaf, sharding_for(_path_name(path), leaf.shape, mesh, rules))
+        return _put(leaf, sharding_for(_path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, base)
 
@@ -91,6 +89,26 @@ def shard_base(base: BaseParams, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Ba
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """A copy of the tree on every device of the mesh; unchanged where `mesh` is None."""
     return tree if mesh is None else _put_tree(tree, NamedSharding(mesh, P()))
+
+
+def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Shares each leaf out over all devices along its longest axis that they divide, the first axis left whole.
+
+    For traced values, such as rows of gradients [rows, ...]: of many rows each device holds a share of the numbers.
+    A leaf without such an axis is left to the compiler; so is all where `mesh` is None.
+    """
+    if mesh is None:
+        return tree
+
+    def constrained(leaf: jax.Array) -> jax.Array:
+        fitting = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
+        if not fitting:
+            return leaf
+        longest = max(fitting, key=leaf.shape.__getitem__)
+        spec = P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(leaf.ndim)))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(constrained, tree)
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
@@ -129,6 +147,6 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
-    # `device_put` would compare what the processes have, number by number.
+    # `device_put` would compare the arrays of all processes number by number.
     whole = to_host(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -1,7 +1,7 @@
-"""Sums over examples that devices share: each device sums its own, and one reduction adds the sums up.
+"""Sums over examples that are sharded over devices: each device sums its own, and one reduction adds the sums.
 
-Left to the compiler, a derivative by the replicated adapter is reduced where it is computed, in every layer of
-every micro-batch: as many small reductions as there are layers times micro-batches, and all devices wait for each.
+Left to the compiler, a derivative by the replicated adapter is reduced in every layer of every micro-batch, and all
+devices wait for each of these small reductions.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llmeraser_jax.types import ExampleStack, PyTree
 
 @flax.struct.dataclass
 class Kept:
-    """A tree of every device's own, each leaf's first axis holding those of all devices, one after the other.
+    """One tree per device; the first axis of each leaf holds the devices' parts one after the other.
 
-    An axis of devices before the others would do, but products of a cached linearisation took 8 % longer with it
-    on a CPU (`experiments/benchmarks`).
+    With a separate axis of devices, products of a cached linearisation took 8 % longer on a CPU
+    (`experiments/benchmarks`).
     """
 
     leaves: Any  # tuple of arrays
@@ -49,8 +49,8 @@ def sum_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTr
 
     Args:
         fn: a pure function, additive over examples: its value on a stack is the sum of those on parts of it.
-        stack: the examples. One without a mesh, or whose mesh has one device for data, is handed over as it is.
-        args: whatever is the same for all examples; a base may be shared out over the axis "model".
+        stack: the examples. Without a mesh, or with one device on its axis "data", `fn` gets it as it is.
+        args: arguments that are the same for all examples; a base may be sharded over the axis "model".
         kept: what `keep_on_devices` returned for this stack. Where given, `fn` is called as
             `fn(stack, kept, *args)`.
     """
@@ -65,12 +65,12 @@ def sum_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTr
 
 
 def keep_on_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> PyTree:
-    """`fn(stack, *args)` of each device's examples, left where it was computed, for `sum_over_devices` to take.
+    """`fn(stack, *args)` of each device's examples, kept on that device for `sum_over_devices`.
 
     Args:
         fn: a pure function that treats its examples alone.
         stack: the examples.
-        args: whatever is the same for all examples.
+        args: arguments that are the same for all examples.
 
     Returns:
         What `fn` returns; where devices share the examples, `Kept` of it.
@@ -90,8 +90,8 @@ def _shared(stack: ExampleStack) -> bool:
 
 
 def _on_devices(local: Callable[..., PyTree], stack: ExampleStack, kept: Any, *args: PyTree, out: P) -> PyTree:
-    # The compiler shares out what is on the axis "model". Types that vary over devices are not checked: checking
-    # would reduce every derivative by what does not vary where it is taken.
+    # The axis "model" stays the compiler's. `check_vma` would reduce every derivative by a replicated argument in
+    # every layer.
     mapped = jax.shard_map(
         local,
         mesh=stack.mesh,

@@ -1,7 +1,4 @@
-"""Linear solvers: operator and right-hand side in, `Solution` out. They never see data."""
-
-from collections.abc import Mapping
-from types import MappingProxyType
+"""Linear solvers: `solver.solve(operator, rhs) -> Solution`. A solver is hyper-parameters and never sees data."""
 
 from llmeraser_jax.solvers.block_cg import BlockConjugateGradients, BlockSolution
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
@@ -10,26 +7,13 @@ from llmeraser_jax.solvers.lissa import Lissa
 from llmeraser_jax.solvers.minres import Minres
 from llmeraser_jax.solvers.quadratic import QuadraticDescent
 from llmeraser_jax.solvers.reference_compat import ReferenceCompat
-from llmeraser_jax.solvers.refinement import MAX_CORRECTIONS, inner_tolerance, solve_refined
+from llmeraser_jax.solvers.refinement import MAX_CORRECTIONS, Refined, RefinedSolution, inner_tolerance
+from llmeraser_jax.solvers.resumable import Resumable
 from llmeraser_jax.solvers.spectral import SpectralPreconditioner, factored_preconditioner, nystroem_preconditioner
-from llmeraser_jax.solvers.status import SolverError, Status, describe, is_failure, require_success
-from llmeraser_jax.solvers.streamed import StreamedOperator, solve_streamed
-
-# `block-cg` takes right-hand sides with a leading axis; the last three need a `types.FiniteSum`.
-SOLVERS: Mapping[str, type] = MappingProxyType(
-    {
-        "cg": ConjugateGradients,
-        "block-cg": BlockConjugateGradients,
-        "minres": Minres,
-        "quadratic": QuadraticDescent,
-        "reference-compat": ReferenceCompat,
-        "lissa": Lissa,
-    }
-)
+from llmeraser_jax.solvers.status import Status, describe, is_failure
 
 __all__ = [
     "MAX_CORRECTIONS",
-    "SOLVERS",
     "BlockConjugateGradients",
     "BlockSolution",
     "CGState",
@@ -39,17 +23,15 @@ __all__ = [
     "Minres",
     "QuadraticDescent",
     "ReferenceCompat",
-    "SolverError",
+    "Refined",
+    "RefinedSolution",
+    "Resumable",
     "SpectralPreconditioner",
     "Status",
-    "StreamedOperator",
     "describe",
     "factored_preconditioner",
     "inner_tolerance",
     "is_failure",
     "nystroem_preconditioner",
     "python_while_loop",
-    "require_success",
-    "solve_refined",
-    "solve_streamed",
 ]

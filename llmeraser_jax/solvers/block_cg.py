@@ -1,22 +1,19 @@
 """Block conjugate gradients (O'Leary 1980): several right-hand sides that share one Krylov space.
 
-Each step costs one product per right-hand side, with one primal pass for all of them, and minimises every
-quadratic over the directions that all residuals found, so that fewer steps are needed than one by one.
+Each step costs one product per right-hand side, with one primal pass for all, and minimises every quadratic over
+the directions of all residuals. So it takes fewer steps than separate solves.
 
-Differs from O'Leary's recurrence as Dubrulle's does (ETNA 12, 2001, "Retooling the method of block conjugate
-gradients"): the residuals are kept as `R = Q S` with an orthonormal block `Q` and a small matrix `S`, so that
-right-hand sides that become dependent, or converge at different times, make `S` singular and nothing else.
-Differs from his in that columns that depend on earlier ones to rounding are left out (equal and zero right-hand
-sides need no other treatment), in a preconditioner, whose inner product then orthonormalises `Q`, and in
-Gram-Schmidt done twice on pytrees, never a factorisation of one gathered matrix.
+Uses Dubrulle's recurrence (ETNA 12, 2001, "Retooling the method of block conjugate gradients"): residuals are
+stored as `R = Q S` with an orthonormal block `Q` and a small matrix `S`, so dependent right-hand sides, and those
+that converge early, only make `S` singular. Differs from it in two ways. Columns that depend on earlier ones
+to rounding are dropped, which covers equal and zero right-hand sides; and `Q` comes from Gram-Schmidt, twice, on
+pytrees, never from one gathered matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial, reduce
-from typing import NamedTuple
+from functools import partial
 
 import flax.struct
 import jax
@@ -24,13 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.operators import mv_many
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.status import Status
-from llmeraser_jax.types import LoraParams, Operator, Preconditioner, Solution
+from llmeraser_jax.types import LoraParams, Operator, Solution, mv_many
 
 _EXACT = jax.lax.Precision.HIGHEST
-_Precondition = Callable[[LoraParams], LoraParams] | None
 
 
 @flax.struct.dataclass
@@ -38,15 +33,15 @@ class BlockCGState:
     """What the loop carries; `k` right-hand sides, leaves of vectors begin with that axis."""
 
     x: LoraParams  # [k, ...], in units of ||b||
-    basis: LoraParams  # [k, ...] Q: orthonormal under P^-1; zero where the residuals have lower rank
+    basis: LoraParams  # [k, ...] Q: orthonormal; zero where the residuals have lower rank
     coefficients: Float[Array, "k k"]  # S: residual j is sum_i Q_i S_ij
     directions: LoraParams  # [k, ...], A-conjugate to the earlier ones
     relative: Float[Array, " k"]  # ||residual|| / ||b||; 0 for columns without a system
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # block products: num_steps and that of a step that could not be taken
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
-    indefinite_preconditioner: Bool[Array, ""]
     history: Float[Array, "k max_steps"]
 
 
@@ -55,7 +50,8 @@ class BlockSolution(Solution):
     """A `Solution` per right-hand side: every field, and every leaf of `value`, has the leading axis `k`."""
 
     status: Int[Array, " k"]
-    num_steps: Int[Array, " k"]  # block products; 0 for a zero or non-finite right-hand side
+    num_steps: Int[Array, " k"]  # block steps; 0 for a zero or non-finite right-hand side
+    num_products: Int[Array, " k"]  # products with single vectors; equal for all, since a block holds every column
     relative_residual: Float[Array, " k"]
     negative_curvature: Bool[Array, " k"]
     history: Float[Array, "k max_steps"]
@@ -77,16 +73,18 @@ class BlockConjugateGradients:
     def __post_init__(self) -> None:
         common.check_hyper_parameters(self, at_least_one=("max_steps",))
 
-    def solve(
-        self, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner | None = None
-    ) -> BlockSolution:
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes with each right-hand side, the true residual's among them."""
+        return self.max_steps + 1
+
+    def solve(self, operator: Operator, rhs: LoraParams) -> BlockSolution:
         """Solves `A x_i = rhs_i` for all i from x = 0.
 
         Args:
             operator: symmetric; a combination of directions with non-positive curvature stops the whole block,
                 with the iterates reached.
             rhs: right-hand sides; every leaf begins with the axis `k`.
-            preconditioner: symmetric positive definite, applied to each residual.
 
         Returns:
             One solution per right-hand side. A zero or non-finite one does not disturb the others.
@@ -113,25 +111,23 @@ class BlockConjugateGradients:
         )
         tolerance = common.effective_tolerance(self.rtol, norms.dtype)
         products = partial(mv_many, operator)
-        precondition = None if preconditioner is None else jax.vmap(preconditioner.solve)
 
         def body(state: BlockCGState) -> BlockCGState:
-            return self._step(state, products(state.directions), precondition, tolerance)
+            return self._step(state, products(state.directions), tolerance)
 
-        factors = _orthonormalise(unit_columns, jnp.ones_like(norms), precondition)
-        sound = trees.tree_all_finite(factors.dual)
-        indefinite = sound & factors.indefinite
+        basis, coefficients = _orthonormalise(unit_columns, jnp.ones_like(norms))
+        sound = trees.tree_all_finite(basis)
         start = BlockCGState(
             x=trees.tree_zeros_like(unit_columns),
-            basis=factors.basis,
-            coefficients=factors.coefficients,
-            directions=factors.dual,
+            basis=basis,
+            coefficients=coefficients,
+            directions=basis,
             relative=active.astype(norms.dtype),
             num_steps=jnp.zeros((), jnp.int32),
-            running=jnp.any(active) & sound & ~indefinite,
+            num_products=jnp.zeros((), jnp.int32),
+            running=jnp.any(active) & sound,
             negative_curvature=jnp.zeros((), bool),
             non_finite=~sound,
-            indefinite_preconditioner=indefinite,
             history=jnp.full((len(norms), self.max_steps), jnp.nan, norms.dtype),
         )
         state = jax.lax.while_loop(lambda s: s.running, body, start)
@@ -145,24 +141,23 @@ class BlockConjugateGradients:
             value=value,
             status=status,
             num_steps=jnp.where(active, state.num_steps, 0),
+            num_products=jnp.full((len(norms),), state.num_products + 1),
             relative_residual=relative,
             negative_curvature=state.negative_curvature & active,
             history=jnp.where(active[:, None], state.history, jnp.nan),
             ritz_extremes=jnp.full((len(norms), 2), jnp.nan, norms.dtype),
         )
 
-    def _step(
-        self, state: BlockCGState, products: LoraParams, precondition: _Precondition, tolerance: float
-    ) -> BlockCGState:
-        curvature = _gram(state.directions, products)  # P'AP
+    def _step(self, state: BlockCGState, products: LoraParams, tolerance: float) -> BlockCGState:
+        curvature = trees.rows_gram(state.directions, products)  # P'AP
         inverse, negative = _positive_inverse((curvature + curvature.T) / 2, _present(state.directions))
-        x = trees.tree_add(state.x, _combine(_matmul(inverse, state.coefficients), state.directions))
-        reduction = _combine(inverse, products)
+        x = trees.tree_add(state.x, trees.combine_rows(_matmul(inverse, state.coefficients), state.directions))
+        reduction = trees.combine_rows(inverse, products)
         size = 1 + jax.vmap(trees.tree_norm)(reduction)
-        factors = _orthonormalise(trees.tree_sub(state.basis, reduction), size, precondition)
-        coefficients = _matmul(factors.coefficients, state.coefficients)
-        directions = trees.tree_add(factors.dual, _combine(factors.coefficients.T, state.directions))
-        relative = jax.vmap(trees.tree_norm)(_combine(coefficients, factors.basis))
+        basis, factor = _orthonormalise(trees.tree_sub(state.basis, reduction), size)
+        coefficients = _matmul(factor, state.coefficients)
+        directions = trees.tree_add(basis, trees.combine_rows(factor.T, state.directions))
+        relative = jax.vmap(trees.tree_norm)(trees.combine_rows(coefficients, basis))
 
         finite = (
             jnp.all(jnp.isfinite(curvature))
@@ -173,18 +168,17 @@ class BlockConjugateGradients:
         taken = finite & ~negative
         num_steps = state.num_steps + taken.astype(state.num_steps.dtype)
         unfinished = taken & jnp.any(relative > tolerance) & (num_steps < self.max_steps)
-        indefinite = unfinished & factors.indefinite
         return BlockCGState(
             x=trees.tree_where(taken, x, state.x),
-            basis=trees.tree_where(taken, factors.basis, state.basis),
+            basis=trees.tree_where(taken, basis, state.basis),
             coefficients=jnp.where(taken, coefficients, state.coefficients),
             directions=trees.tree_where(taken, directions, state.directions),
             relative=jnp.where(taken, relative, state.relative),
             num_steps=num_steps,
-            running=unfinished & ~indefinite & jnp.any(_present(directions)),
+            num_products=state.num_products + 1,
+            running=unfinished & jnp.any(_present(directions)),
             negative_curvature=state.negative_curvature | (finite & negative),
             non_finite=state.non_finite | ~finite,
-            indefinite_preconditioner=indefinite,
             history=jnp.where(taken, state.history.at[:, state.num_steps].set(relative), state.history),
         )
 
@@ -193,88 +187,43 @@ def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=_EXACT)
 
 
-def _gram(a: LoraParams, b: LoraParams) -> Float[Array, "k k"]:
-    """Inner products `a_i' b_j`, accumulated in at least float32."""
-
-    def leaf_gram(x, y):
-        dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-        axes = tuple(range(1, x.ndim))
-        return jnp.tensordot(x.astype(dtype), y.astype(dtype), axes=(axes, axes), precision=_EXACT)
-
-    return reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_gram, a, b)))
-
-
-def _combine(coefficients: Float[Array, "k j"], vectors: LoraParams) -> LoraParams:
-    """Column `j` of the result is `sum_i coefficients_ij vectors_i`."""
-    return jax.tree.map(
-        lambda x: jnp.tensordot(coefficients.T, x, axes=(1, 0), precision=_EXACT).astype(x.dtype), vectors
-    )
-
-
 def _present(vectors: LoraParams) -> Bool[Array, " k"]:
     """True for columns that are not zero."""
     return jax.vmap(trees.tree_max_abs)(vectors) > 0
 
 
-class _Factors(NamedTuple):
-    basis: LoraParams  # Q
-    dual: LoraParams  # P^-1 Q
-    coefficients: Float[Array, "k k"]  # upper triangular C with Q C = the vectors, up to what was left out
-    indefinite: Bool[Array, ""]  # some v'P^-1 v was negative
-
-
-def _orthonormalise(vectors: LoraParams, size: Float[Array, " k"], precondition: _Precondition) -> _Factors:
-    """`vectors = Q C` with `Q'P^-1 Q = I`; a column of `Q` is zero where a vector depends on earlier ones.
+def _orthonormalise(vectors: LoraParams, size: Float[Array, " k"]) -> tuple[LoraParams, Float[Array, "k k"]]:
+    """`vectors = Q C` with orthonormal `Q`, up to dropped columns: zero where a vector depends on earlier ones.
 
     Args:
         vectors: [k, ...].
-        size: [k], the size of what each vector was computed from: what is left of it at that level's rounding is
-            left out, because as a direction it would be noise.
-        precondition: `P^-1` on [k, ...]; None for the identity.
-    """
-    duals = vectors if precondition is None else precondition(vectors)
-    lengths_sq = jax.vmap(trees.tree_vdot)(vectors, duals)
-    # The same level in the norm of P^-1.
-    euclidean = jax.vmap(trees.tree_norm)(vectors)
-    ratio = jnp.sqrt(jnp.maximum(lengths_sq, 0)) / jnp.where(euclidean > 0, euclidean, 1)
-    threshold = 100 * float(jnp.finfo(size.dtype).eps) * size * ratio
+        size: [k], the size of what each vector was computed from. A remainder at that level's rounding is dropped,
+            because as a direction it would be noise.
 
-    def project(basis, dual_basis, v, dual):
-        overlaps = jax.vmap(trees.tree_vdot, in_axes=(0, None))(dual_basis, v)
-        v = _subtract(v, overlaps, basis)
-        dual = v if precondition is None else _subtract(dual, overlaps, dual_basis)
-        return v, dual, overlaps, jnp.sqrt(jnp.maximum(trees.tree_vdot(v, dual), 0))
+    Returns:
+        `Q`, and the upper triangular `C`.
+    """
+    threshold = 100 * float(jnp.finfo(size.dtype).eps) * size
+
+    def project(basis, v):
+        overlaps = jax.vmap(trees.tree_vdot, in_axes=(0, None))(basis, v)
+        v = trees.tree_sub(v, trees.combine_rows(overlaps, basis))
+        return v, overlaps, trees.tree_norm(v)
 
     def add_column(j, carry):
-        basis, dual_basis, coefficients = carry
-        v, dual = jax.tree.map(lambda x: x[j], (vectors, duals))
-        v, dual, first, remaining = project(basis, dual_basis, v, dual)
+        basis, coefficients = carry
+        v, first, remaining = project(basis, jax.tree.map(lambda x: x[j], vectors))
         scale = jnp.where(remaining <= threshold[j], 0, 1 / jnp.where(remaining > 0, remaining, 1))
-        v, dual = trees.tree_scale(scale, v), trees.tree_scale(scale, dual)
-        v, dual, second, length = project(basis, dual_basis, v, dual)
+        v, second, length = project(basis, trees.tree_scale(scale, v))
         again = 1 / jnp.where(length > 0, length, 1)
         kept = jnp.where(scale == 0, 0, remaining)
         column = (first + kept * second).at[j].set(kept * length)
-
-        def put(target, value):
-            return jax.tree.map(lambda t, x: t.at[j].set((again * x).astype(t.dtype)), target, value)
-
-        basis = put(basis, v)
-        dual_basis = basis if precondition is None else put(dual_basis, dual)
-        return basis, dual_basis, coefficients.at[:, j].set(column)
+        basis = jax.tree.map(lambda t, x: t.at[j].set((again * x).astype(t.dtype)), basis, v)
+        return basis, coefficients.at[:, j].set(column)
 
     k = len(size)
-    empty = trees.tree_zeros_like(vectors)
-    start = (empty, empty, jnp.zeros((k, k), size.dtype))
-    basis, dual_basis, coefficients = jax.lax.fori_loop(0, k, add_column, start)
-    return _Factors(basis, dual_basis, coefficients, jnp.any(lengths_sq < 0))
-
-
-def _subtract(v: LoraParams, overlaps: Float[Array, " k"], basis: LoraParams) -> LoraParams:
-    """`v - sum_i overlaps_i basis_i`."""
-    return jax.tree.map(
-        lambda x, p: (x - jnp.tensordot(overlaps, p, axes=(0, 0), precision=_EXACT)).astype(x.dtype), v, basis
-    )
+    start = (trees.tree_zeros_like(vectors), jnp.zeros((k, k), size.dtype))
+    return jax.lax.fori_loop(0, k, add_column, start)
 
 
 def _positive_inverse(
@@ -304,7 +253,6 @@ def _status(
     reached = jnp.where(relative_residual <= 2 * tolerance, Status.CONVERGED, Status.RESIDUAL_DRIFT)
     at_start = jnp.where(state.num_steps == 0, Status.NEGATIVE_CURVATURE_AT_START, Status.NEGATIVE_CURVATURE)
     stopped = jnp.where(state.negative_curvature, at_start, Status.MAX_STEPS)
-    stopped = jnp.where(state.indefinite_preconditioner, Status.INDEFINITE_PRECONDITIONER, stopped)
     stopped = jnp.where(state.non_finite, Status.NON_FINITE, stopped)
     ended = jnp.where(state.relative <= tolerance, reached, stopped)
     ended = jnp.where(active, ended, Status.ZERO_RHS)

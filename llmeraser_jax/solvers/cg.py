@@ -1,16 +1,14 @@
 """Preconditioned conjugate gradients (Hestenes and Stiefel 1952) for operators that may turn out indefinite.
 
-Differs from `jax.scipy.sparse.linalg.cg` in that non-positive curvature stops it with a flag and the iterate
-reached, or on the boundary of a trust region (Steihaug 1983), that the true residual is recomputed at the end,
-that the recurrence's coefficients give the extreme Ritz values of the operator, and that the loop is a
-parameter: `jax.lax.while_loop` inside jit, `python_while_loop` over an operator whose products run on streamed
-data (`solvers.streamed`).
+Differs from `jax.scipy.sparse.linalg.cg` in four ways. Non-positive curvature stops it with a flag and the iterate
+reached; the true residual is recomputed at the end; the recurrence's coefficients give the operator's extreme Ritz
+values; and the loop is a parameter: `jax.lax.while_loop` inside jit, `python_while_loop` for an operator that
+cannot be traced.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +33,11 @@ class CGState:
     residual_sq: Float[Array, ""]  # ||residual||^2
     residual_dot: Float[Array, ""]  # residual' P^-1 residual; residual_sq without a preconditioner
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # num_steps and those of steps that could not be taken
     running: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
     non_finite: Bool[Array, ""]
     indefinite_preconditioner: Bool[Array, ""]
-    on_boundary: Bool[Array, ""]  # the last step ended at the trust radius
     # Coefficients of the recurrence, nan where there was no such step. The inverse of alpha, because that stays
     # finite at zero curvature, and it is kept for a direction of negative curvature too.
     inverse_alphas: Float[Array, " max_steps"]  # p'Ap / r'P^-1 r
@@ -54,10 +52,6 @@ def python_while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], st
     return state
 
 
-def _unbounded(radius: float | Array) -> bool:
-    return isinstance(radius, (int, float)) and math.isinf(radius)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConjugateGradients:
     """The solver: hyper-parameters only.
@@ -66,21 +60,23 @@ class ConjugateGradients:
         rtol: stop when `||b - A x|| <= rtol * ||b||`, by the recurrence; at least the dtype's epsilon. The norm is
             Euclidean with and without a preconditioner.
         max_steps: stop after so many products; this is not convergence, and the status says so.
-        radius: stop on the sphere `||x|| = radius` where the next step would leave it, or where the curvature
-            along a direction is not positive (Steihaug 1983).
+        preconditioner: states the preconditioner of an influence step (`unlearning.inverse`), which is made where
+            the operator is; `solve` takes the one made.
         while_loop: `(cond, body, state) -> state`.
     """
 
     rtol: float = 1e-2
     max_steps: int = 20
-    radius: float = math.inf
+    preconditioner: Any = None
     while_loop: Callable[..., Any] = jax.lax.while_loop
 
     def __post_init__(self) -> None:
         common.check_hyper_parameters(self, at_least_one=("max_steps",))
-        if not self.radius > 0:
-            msg = f"radius is {self.radius}; it must be above 0 (infinity for no trust region)."
-            raise ValueError(msg)
+
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes, the true residual's among them."""
+        return self.max_steps + 1
 
     def _tolerance(self, dtype) -> float:
         return common.effective_tolerance(self.rtol, dtype)
@@ -101,26 +97,15 @@ class ConjugateGradients:
             residual_sq=rhs_sq,
             residual_dot=rhs_dot,
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=finite & positive & (rhs_dot > 0),
             negative_curvature=never,
             non_finite=~finite,
             indefinite_preconditioner=finite & positive & (rhs_dot <= 0),
-            on_boundary=never,
             inverse_alphas=nothing,
             betas=nothing,
             history=nothing,
         )
-
-    def step(
-        self,
-        operator: Operator,
-        state: CGState,
-        rhs_sq: Float[Array, ""],
-        preconditioner: Preconditioner | None = None,
-        radius: float | Array = math.inf,
-    ) -> CGState:
-        """One product and what follows from it. A step that cannot be taken leaves the iterate as it was."""
-        return self.advance(state, operator.mv(state.direction), rhs_sq, preconditioner, radius)
 
     def advance(
         self,
@@ -128,36 +113,27 @@ class ConjugateGradients:
         product: LoraParams,
         rhs_sq: Float[Array, ""],
         preconditioner: Preconditioner | None = None,
-        radius: float | Array = math.inf,
     ) -> CGState:
-        """The recurrence after the product `A direction`.
+        """The recurrence after the product `A direction`. A step that cannot be taken leaves the iterate as it was.
 
         Args:
             state: where the recurrence stands.
             product: `A state.direction`.
             rhs_sq: `||b||^2`, in the units of the state.
             preconditioner: the one that `init` had.
-            radius: the trust radius in the units of the state; `self.radius` is not read here.
         """
         direction = state.direction
         curvature = trees.tree_vdot(direction, product)
         negative = curvature <= 0
         alpha = state.residual_dot / jnp.where(negative, 1, curvature)
         x = trees.tree_axpy(alpha, direction, state.x)
-        leaves = jnp.zeros((), bool)
-        if not _unbounded(radius):
-            leaves = (negative | (trees.tree_norm(x) >= radius)) & jnp.isfinite(radius)
-            alpha = jnp.where(leaves, _step_to_sphere(state.x, direction, radius), alpha)
-            x = trees.tree_where(leaves, trees.tree_axpy(alpha, direction, state.x), x)
         residual = trees.tree_axpy(-alpha, product, state.residual)
         residual_sq = trees.tree_vdot(residual, residual)
-        # In the units of a tiny right-hand side a radius may be so large that only the residual's square overflows.
-        finite = jnp.isfinite(curvature) & (jnp.isfinite(residual_sq) | leaves) & trees.tree_all_finite(x)
-        taken = finite & (leaves | ~negative)
+        finite = jnp.isfinite(curvature) & jnp.isfinite(residual_sq) & trees.tree_all_finite(x)
+        taken = finite & ~negative
         relative = jnp.sqrt(residual_sq / rhs_sq)
         num_steps = state.num_steps + taken.astype(state.num_steps.dtype)
-        unfinished = (relative > self._tolerance(relative.dtype)) & (num_steps < self.max_steps)
-        running = taken & ~leaves & unfinished
+        running = taken & (relative > self._tolerance(relative.dtype)) & (num_steps < self.max_steps)
 
         preconditioned = residual if preconditioner is None else preconditioner.solve(residual)
         residual_dot = residual_sq if preconditioner is None else trees.tree_vdot(residual, preconditioned)
@@ -168,59 +144,50 @@ class ConjugateGradients:
 
         at = state.num_steps
         inverse_alpha = jnp.where(finite, curvature / state.residual_dot, jnp.nan)
-        moved = taken & ~leaves
         return CGState(
             x=trees.tree_where(taken, x, state.x),
             residual=trees.tree_where(taken, residual, state.residual),
-            direction=trees.tree_where(moved, new_direction, direction),
+            direction=trees.tree_where(taken, new_direction, direction),
             residual_sq=jnp.where(taken, residual_sq, state.residual_sq),
-            residual_dot=jnp.where(moved, residual_dot, state.residual_dot),
+            residual_dot=jnp.where(taken, residual_dot, state.residual_dot),
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=running & ~useless & ~non_finite_dot,
             negative_curvature=state.negative_curvature | (finite & negative),
             non_finite=state.non_finite | ~finite | non_finite_dot,
             indefinite_preconditioner=state.indefinite_preconditioner | (useless & ~non_finite_dot),
-            on_boundary=state.on_boundary | (taken & leaves),
             inverse_alphas=state.inverse_alphas.at[at].set(inverse_alpha),
-            betas=state.betas.at[at].set(jnp.where(moved, beta, jnp.nan)),
+            betas=state.betas.at[at].set(jnp.where(taken, beta, jnp.nan)),
             history=jnp.where(taken, state.history.at[at].set(relative), state.history),
         )
 
-    def solve(
-        self,
-        operator: Operator,
-        rhs: LoraParams,
-        preconditioner: Preconditioner | None = None,
-        radius: float | Array | None = None,
-    ) -> Solution:
+    def solve(self, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner | None = None) -> Solution:
         """Solves `A x = rhs` from x = 0.
 
         Args:
             operator: symmetric; where it is not positive definite the solution says so.
             rhs: a vector of adapter space, float32 or wider.
             preconditioner: symmetric positive definite; where a residual shows that it is not, the status says so.
-            radius: the trust radius, where it changes from solve to solve under one jit; `self.radius` if None.
-                The ball is Euclidean. With a preconditioner the norm of the iterates need not grow
-                (that of `P` does), and the first step that leaves the ball ends the solve.
 
         Returns:
             The solution; `relative_residual` is recomputed from the definition, at one more product.
             `ritz_extremes` are those of `A`, and with a preconditioner those of `P^-1 A` (equally of
             `P^-1/2 A P^-1/2`); a direction of non-positive curvature that stopped the solve is in them.
+
+        Raises:
+            ValueError: a preconditioner is stated and none is given.
         """
+        if self.preconditioner is not None and preconditioner is None:
+            msg = f"{type(self.preconditioner).__name__} is stated; make it and pass it to solve, or state none."
+            raise ValueError(msg)
         unit_rhs, unit = common.to_units(rhs)
-        unit_radius = self.unit_radius(radius, unit)
         start = self.init(unit_rhs, preconditioner)
         rhs_sq = start.residual_sq
-        state = self.while_loop(
-            lambda s: s.running, lambda s: self.step(operator, s, rhs_sq, preconditioner, unit_radius), start
-        )
-        return self.finish(operator, unit_rhs, unit, rhs_sq, state)
 
-    def unit_radius(self, radius: float | Array | None, unit: Float[Array, ""]) -> float | Array:
-        """The trust radius in the units of the state; a plain infinity, which costs nothing, stays one."""
-        radius = self.radius if radius is None else radius
-        return math.inf if _unbounded(radius) else jnp.asarray(radius) / unit
+        def body(state: CGState) -> CGState:
+            return self.advance(state, operator.mv(state.direction), rhs_sq, preconditioner)
+
+        return self.finish(operator, unit_rhs, unit, rhs_sq, self.while_loop(lambda s: s.running, body, start))
 
     def finish(
         self,
@@ -238,24 +205,12 @@ class ConjugateGradients:
             value=value,
             status=status,
             num_steps=state.num_steps,
+            num_products=state.num_products + 1,
             relative_residual=relative,
             negative_curvature=state.negative_curvature,
             history=state.history,
             ritz_extremes=_ritz_extremes(state.inverse_alphas, state.betas),
         )
-
-
-def _step_to_sphere(x: LoraParams, direction: LoraParams, radius: float | Array) -> Float[Array, ""]:
-    """The positive `t` with `||x + t direction|| = radius`, for `||x|| < radius`."""
-    # In units of the radius and of the direction's length, so that no square leaves the range.
-    length = trees.tree_norm(direction)
-    inside = trees.tree_scale(1 / radius, x)
-    along = trees.tree_vdot(inside, direction) / length
-    room = jnp.maximum((1 - trees.tree_norm(inside)) * (1 + trees.tree_norm(inside)), 0)
-    root = jnp.sqrt(along**2 + room)
-    # The form without cancellation, whichever way the direction points.
-    t = jnp.where(along > 0, room / jnp.where(along > 0, root + along, 1), root - along)
-    return t * radius / length
 
 
 def _ritz_extremes(inverse_alphas: Float[Array, " n"], betas: Float[Array, " n"]) -> Float[Array, 2]:
@@ -277,7 +232,6 @@ def _status(
     ended = jnp.where(converged, reached, Status.MAX_STEPS)
     at_start = jnp.where(state.num_steps == 0, Status.NEGATIVE_CURVATURE_AT_START, Status.NEGATIVE_CURVATURE)
     ended = jnp.where(state.negative_curvature, at_start, ended)
-    ended = jnp.where(state.on_boundary, Status.TRUST_RADIUS, ended)
     ended = jnp.where(state.indefinite_preconditioner, Status.INDEFINITE_PRECONDITIONER, ended)
     ended = jnp.where(rhs_sq == 0, Status.ZERO_RHS, ended)
     return jnp.where(state.non_finite, Status.NON_FINITE, ended).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What several solvers need: units, the residual by its definition, extremes of a tridiagonal matrix."""
+"""Shared by solvers: units, the true residual, extreme eigenvalues of a tridiagonal matrix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from llmeraser_jax.types import LoraParams, Operator
 def check_hyper_parameters(
     solver: Any, *, at_least_one: tuple[str, ...] = (), positive: tuple[str, ...] = ()
 ) -> None:
-    """Refuses a solver's hyper-parameters by name; `rtol` is checked of every solver.
+    """Checks a solver's `rtol` and the hyper-parameters named.
 
     Raises:
-        ValueError: which, what it is, and what it must be.
+        ValueError: one is out of its range.
     """
     for name in positive:
-        if not getattr(solver, name) > 0:
+        value = getattr(solver, name)
+        if value is not None and not value > 0:
             msg = f"{name} is {getattr(solver, name)}; it must be above 0."
             raise ValueError(msg)
     for name in at_least_one:
@@ -34,13 +35,13 @@ def check_hyper_parameters(
 
 
 def to_units(rhs: LoraParams) -> tuple[LoraParams, Float[Array, ""]]:
-    """The right-hand side in units of its largest entry, and that unit.
+    """The right-hand side divided by its largest entry, and that entry, the unit.
 
-    Squares of a huge or a tiny right-hand side leave the range of float32; those of one in its own units do not.
-    An entry near the end of the range counts as a smaller unit; the unit of a zero or non-finite side is 1.
+    Squares of a huge or tiny right-hand side leave the range of float32; after scaling they do not. The unit is
+    bounded, so that its reciprocal is a normal number; it is 1 for a zero or non-finite right-hand side.
     """
     unit = trees.tree_max_abs(rhs)
-    # The reciprocal of a larger unit is subnormal, and devices flush it to zero.
+    # Devices flush the subnormal reciprocal of a larger unit to zero.
     bound = 0.5 / float(jnp.finfo(unit.dtype).tiny)
     unit = jnp.where(jnp.isfinite(unit) & (unit > 0), jnp.minimum(unit, bound), 1)
     return trees.tree_scale(1 / unit, rhs), unit
@@ -83,8 +84,7 @@ def tridiagonal_extremes(
     Returns:
         [least, largest]; nan where no row is used.
     """
-    # An unused row holds the first diagonal entry alone: a Rayleigh quotient of the used block, which lies
-    # between its extremes and so adds none.
+    # Unused rows hold the first diagonal entry: a Rayleigh quotient of the used block lies between its extremes.
     diagonal = jnp.where(used, diagonal, diagonal[0])
     coupled = used[:-1] & used[1:]
     off = jnp.where(coupled, off_diagonal[:-1], 0)
@@ -92,8 +92,3 @@ def tridiagonal_extremes(
     matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
     eigenvalues = jnp.linalg.eigvalsh(jnp.where(sound, matrix, jnp.eye(len(diagonal), dtype=matrix.dtype)))
     return jnp.where(sound, eigenvalues[jnp.array([0, -1])], jnp.nan)
-
-
-def leading(count: Int[Array, ""], length: int) -> Bool[Array, " length"]:
-    """True at the first `count` of `length` places."""
-    return jnp.arange(length) < count

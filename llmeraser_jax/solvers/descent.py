@@ -49,9 +49,9 @@ class DescentState:
     """What the loop carries."""
 
     x: LoraParams  # the last finite iterate
-    mean: LoraParams  # of the iterates after each step
     optimiser: optax.OptState
     num_steps: Int[Array, ""]
+    num_gradients: Int[Array, ""]  # num_steps and that of a step that could not be taken
     running: Bool[Array, ""]
     non_finite: Bool[Array, ""]
     diverged: Bool[Array, ""]
@@ -65,7 +65,7 @@ def descend(
     rhs: LoraParams,
     num_steps: int,
 ) -> DescentState:
-    """A fixed number of optimiser steps; stops early, with the last finite iterate, where one is not finite.
+    """A fixed number of optimiser steps; a step that is not finite ends them, with the last finite iterate.
 
     Args:
         optimiser: the update rule.
@@ -84,16 +84,13 @@ def descend(
         x = trees.tree_add(state.x, updates)
         finite = jnp.isfinite(relative) & trees.tree_all_finite(x)
         num = state.num_steps + finite.astype(jnp.int32)
-        mean = trees.tree_axpy(
-            1 / jnp.maximum(num, 1).astype(norm.dtype), trees.tree_sub(x, state.mean), state.mean
-        )
         before = state.history[jnp.maximum(state.num_steps - 1, 0)]
         grown = (before > GROWN) | (jnp.isfinite(relative) & (relative > GROWN))
         return DescentState(
             x=trees.tree_where(finite, x, state.x),
-            mean=trees.tree_where(finite, mean, state.mean),
             optimiser=trees.tree_where(finite, optimiser_state, state.optimiser),
             num_steps=num,
+            num_gradients=state.num_gradients + 1,
             running=finite & (num < num_steps),
             non_finite=~finite & ~grown,
             diverged=~finite & grown,
@@ -103,9 +100,9 @@ def descend(
     never = jnp.zeros((), bool)
     state = DescentState(
         x=start,
-        mean=trees.tree_zeros_like(start),
         optimiser=optimiser.init(start),
         num_steps=jnp.zeros((), jnp.int32),
+        num_gradients=jnp.zeros((), jnp.int32),
         running=jnp.isfinite(norm) & (norm > 0),
         non_finite=~jnp.isfinite(norm),
         diverged=never,
@@ -121,12 +118,13 @@ def conclude(
     rtol: float,
     *,
     num_steps: Int[Array, ""],
+    num_products: Int[Array, ""],
     non_finite: Bool[Array, ""],
     diverged: Bool[Array, ""],
     history: Float[Array, " max_steps"],
     worse_than_nothing_diverged: bool,
 ) -> Solution:
-    """The solution that an iterate of a stochastic solver stands for, at one full product.
+    """The `Solution` of a stochastic solver's last iterate, at one full product.
 
     Args:
         operator: the whole operator.
@@ -134,11 +132,12 @@ def conclude(
         value: the iterate; zero is returned in its place for a zero or non-finite right-hand side.
         rtol: the true relative residual up to which the solution is called converged.
         num_steps: steps taken.
+        num_products: products so far, in the unit of the solver, and that of the residual computed here.
         non_finite: a product was not finite.
         diverged: the iteration was seen to diverge.
         history: mini-batch estimates of the relative residual.
-        worse_than_nothing_diverged: call it divergence where both the quadratic and the residual are above those
-            of no step at all, or the residual is far above.
+        worse_than_nothing_diverged: report divergence where both the quadratic and the residual are above those of
+            a zero step, or the residual is far above.
     """
     unit_rhs, unit = common.to_units(rhs)
     norm = trees.tree_norm(unit_rhs)
@@ -160,6 +159,7 @@ def conclude(
         value=value,
         status=jnp.where(non_finite, Status.NON_FINITE, status).astype(jnp.int32),
         num_steps=num_steps,
+        num_products=num_products,
         relative_residual=relative,
         negative_curvature=(trees.tree_max_abs(x) > 0) & (curvature <= 0),
         history=history,

@@ -1,4 +1,4 @@
-"""An approximate inverse as a solver: one multiplication, and one product to say what it was worth."""
+"""An approximate inverse as a solver, with one product to measure the residual."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ class DirectInverse:
     """The solver: a pytree, since its inverse holds arrays.
 
     Attributes:
-        inverse: what approximates the operator's inverse, a `SpectralPreconditioner` or a `curvature.kfac.EkFac`.
+        inverse: approximates the operator's inverse: a `SpectralPreconditioner` or a `curvature.EkFac`.
         rtol: call the solution converged where the true relative residual is at most this.
     """
 
     inverse: Preconditioner
     rtol: float = flax.struct.field(pytree_node=False, default=1e-2)
 
+    @property
+    def max_products(self) -> int:
+        """The true residual's."""
+        return 1
+
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """`inverse.solve(rhs)`.
 
         Args:
-            operator: enters into the residual alone, at one product.
+            operator: for the residual only, at one product.
             rhs: a vector of adapter space, float32 or wider.
 
         Returns:
@@ -42,6 +47,7 @@ class DirectInverse:
             value,
             common.effective_tolerance(self.rtol, trees.tree_vdot(rhs, rhs).dtype),
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.ones((), jnp.int32),
             non_finite=~(trees.tree_all_finite(value) & trees.tree_all_finite(rhs)),
             diverged=jnp.zeros((), bool),
             history=jnp.zeros((0,), trees.tree_vdot(rhs, rhs).dtype),

@@ -1,12 +1,11 @@
 """MINRES (Paige and Saunders 1975) for symmetric operators of any definiteness.
 
-The Lanczos recurrence with Givens rotations: every step minimises `||b - A x||` over the Krylov space, so that
-negative eigenvalues do not break it. A solution of an indefinite system is a stationary point of the quadratic and
-not its minimum; the negative Ritz values that say so are reported.
+The Lanczos recurrence with Givens rotations: every step minimises `||b - A x||` over the Krylov space, so negative
+eigenvalues do not break it. The solution of an indefinite system is a stationary point of the quadratic and not its
+minimum; negative Ritz values show that.
 
-Differs from `scipy.sparse.linalg.minres` in stopping on the residual relative to `||b||` alone, in telling a
-least-squares end from convergence by the operator's image of the residual at rounding level, and in returning
-Ritz values.
+Differs from `scipy.sparse.linalg.minres` in three ways. It stops on the residual relative to `||b||` alone; it
+detects a least-squares end by the operator's image of the residual, at rounding level; it returns Ritz values.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ class MinresState:
     phi_bar: Float[Array, ""]  # norm of the residual
     norm_sq: Float[Array, ""]  # squared Frobenius norm of the Lanczos matrix
     num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]  # num_steps and those of steps that could not be taken
     running: Bool[Array, ""]
     least_squares: Bool[Array, ""]
     non_finite: Bool[Array, ""]
@@ -63,6 +63,11 @@ class Minres:
 
     def __post_init__(self) -> None:
         common.check_hyper_parameters(self, at_least_one=("max_steps",))
+
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes, the true residual's among them."""
+        return self.max_steps + 1
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Solves `A x = rhs` from x = 0.
@@ -100,6 +105,7 @@ class Minres:
             phi_bar=one,
             norm_sq=zero,
             num_steps=jnp.zeros((), jnp.int32),
+            num_products=jnp.zeros((), jnp.int32),
             running=positive,
             least_squares=jnp.zeros((), bool),
             non_finite=~finite,
@@ -117,6 +123,7 @@ class Minres:
             value=value,
             status=status,
             num_steps=state.num_steps,
+            num_products=state.num_products + 1,
             relative_residual=relative,
             negative_curvature=ritz[0] < -rounding,
             history=state.history,
@@ -165,6 +172,7 @@ class Minres:
             phi_bar=jnp.where(taken, phi_bar, state.phi_bar),
             norm_sq=norm_sq,
             num_steps=num_steps,
+            num_products=state.num_products + 1,
             running=taken & ~exhausted & (phi_bar > tolerance) & (num_steps < self.max_steps),
             least_squares=state.least_squares | (finite & least_squares),
             non_finite=state.non_finite | ~finite,

@@ -28,6 +28,7 @@ class ReferenceCompat:
         num_steps: mini-batch products; all are taken.
         batch_terms: terms of the sum in a mini-batch. The script's batch is one example, so the terms have to be
             single examples for the same numbers.
+        batch_size: examples in a term, for whoever makes the operator.
         start: every number of the first iterate.
         weight_decay: times the iterate, added to the gradient before Adam (L2, not decoupled).
         seed: of uniform independent draws of terms; None takes the terms in order, again and again.
@@ -37,6 +38,7 @@ class ReferenceCompat:
     learning_rate: float = 1e-5
     num_steps: int = 20
     batch_terms: int = 1
+    batch_size: int = 1
     start: float = 1e-5
     weight_decay: float = 1e-5
     seed: int | None = None
@@ -46,7 +48,14 @@ class ReferenceCompat:
         if self.weight_decay < 0:
             msg = f"weight_decay is {self.weight_decay}; it must be at least 0."
             raise ValueError(msg)
-        common.check_hyper_parameters(self, at_least_one=("num_steps", "batch_terms"), positive=("learning_rate",))
+        common.check_hyper_parameters(
+            self, at_least_one=("num_steps", "batch_terms", "batch_size"), positive=("learning_rate",)
+        )
+
+    @property
+    def max_products(self) -> int:
+        """Products with one term each; the true residual's, with all, is not among them."""
+        return self.num_steps * self.batch_terms
 
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Runs the script's loop.
@@ -58,7 +67,8 @@ class ReferenceCompat:
         Returns:
             The solution. `history` holds `||1/2 H_batch d - b|| / ||b||` before each step; `relative_residual` is
             that of the system `H d = b`, which the loop does not solve. A zero or non-finite right-hand side
-            gives a zero value in place of the constant start.
+            gives a zero value in place of the constant start. `num_products` counts products of single terms; the
+            whole operator's, for the residual, is `num_terms` of them.
 
         Raises:
             TypeError: the operator is no finite sum.
@@ -86,6 +96,7 @@ class ReferenceCompat:
             state.x,
             self.rtol,
             num_steps=state.num_steps,
+            num_products=state.num_gradients * self.batch_terms + terms.num_terms,
             non_finite=state.non_finite,
             diverged=state.diverged,
             history=state.history,

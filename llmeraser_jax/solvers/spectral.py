@@ -1,14 +1,14 @@
-"""Preconditioners that know a few eigendirections of the operator and treat the rest as a multiple of the identity.
+"""Preconditioners with a few eigendirections of the operator, and a multiple of the identity for the rest.
 
 For `A = B + mu I` with `B` positive semidefinite and `B ~ U'U` with few rows, let `Q` hold the orthonormal right
 singular vectors of `U` and `s` their squared singular values. Then
 
     P^-1 = Q' (diag(s) + mu)^-1 Q + (I - Q'Q) / (floor + mu),
 
-where `floor` stands for what `B` is outside of the rows. The rows come from products with random vectors
+where `floor` estimates `B` outside of the rows. The rows come from products with random vectors
 (`nystroem_preconditioner`: Frangella, Tropp and Udell, "Randomized Nystroem preconditioning", arXiv 2110.02820) or
-from a curvature that was factored into rows of examples (`factored_preconditioner`), at one backward pass each.
-Both constructors and the product are traceable; vectors stay pytrees, only Gram matrices are small and dense.
+from a factored curvature (`factored_preconditioner`), at one backward pass each. Both constructors and the product
+are traceable; vectors stay pytrees, and only Gram matrices are dense.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.factor import FactoredCurvature, combine, rows_gram, rows_vdot
-from llmeraser_jax.curvature.operators import mv_many
-from llmeraser_jax.types import Key, LoraParams, Operator
-
-_EXACT = jax.lax.Precision.HIGHEST
+from llmeraser_jax.types import Key, LoraParams, Operator, WeightedRows, mv_many
 
 
 @flax.struct.dataclass
@@ -33,10 +29,10 @@ class SpectralPreconditioner:
     """An approximate inverse of `B + mu I`: symmetric, and positive definite wherever `floor + mu` is above 0.
 
     Attributes:
-        basis: `Q`, orthonormal rows, leaves [m, ...]; a row that is zero stands for nothing.
+        basis: `Q`, orthonormal rows, leaves [m, ...]; zero rows have no effect.
         eigenvalues: `s` [m], at least 0; 0 where the row is zero.
-        floor: what `B` is outside of the rows; 0 treats it as `mu I`.
-        mu: damping and the share of the L2 term. `with_mu` changes it at no cost.
+        floor: estimate of `B` outside of the rows; 0 leaves `mu I` there.
+        mu: damping and the share of the L2 term.
     """
 
     basis: LoraParams
@@ -47,8 +43,8 @@ class SpectralPreconditioner:
     def solve(self, v: LoraParams) -> LoraParams:
         """`P^-1 v`."""
         rest = self.floor + self.mu
-        coefficients = (rest / (self.eigenvalues + self.mu) - 1) * rows_vdot(self.basis, v)
-        known = combine(coefficients, self.basis)
+        coefficients = (rest / (self.eigenvalues + self.mu) - 1) * trees.rows_vdot(self.basis, v)
+        known = trees.combine_rows(coefficients, self.basis)
         return jax.tree.map(lambda x, k: ((x + k) / rest).astype(x.dtype), v, known)
 
     def with_mu(self, mu: Float[Array, ""] | float) -> SpectralPreconditioner:
@@ -95,25 +91,25 @@ def sketch_probes(key: Key, like: LoraParams, *, rank: int) -> LoraParams:
 def nystroem_from_products(
     probes: LoraParams, products: LoraParams, *, mu: Float[Array, ""] | float
 ) -> SpectralPreconditioner:
-    """The same from products made elsewhere, one at a time or streamed.
+    """The same from given products, made one at a time or streamed.
 
     Args:
         probes: from `sketch_probes`.
         products: `(B + mu I)` times each.
-        mu: what the products contain besides `B`.
+        mu: the multiple of the identity that the products contain besides `B`.
     """
     products = trees.tree_axpy(-mu, probes, products)
-    core = rows_gram(probes, products)
+    core = trees.rows_gram(probes, products)
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
-    basis, eigenvalues = principal_rows(_mix(vectors * _inverse_root(values), products))
+    basis, eigenvalues = principal_rows(trees.combine_rows(vectors * _inverse_root(values), products))
     return SpectralPreconditioner(basis, eigenvalues, jnp.min(eigenvalues), mu)
 
 
-def factored_preconditioner(curvature: FactoredCurvature) -> SpectralPreconditioner:
+def factored_preconditioner(curvature: WeightedRows) -> SpectralPreconditioner:
     """The inverse of a factored curvature, as a preconditioner for the curvature that it estimates.
 
-    Equal to `curvature.dual.factorise(curvature).solve` up to rounding, but traceable; directions whose eigenvalue
-    is below the largest one's rounding are left at `mu`.
+    Equal to `curvature.factorise(curvature).solve` up to rounding, but traceable. Directions whose eigenvalue is
+    below rounding of the largest one keep `mu`.
 
     Args:
         curvature: rows, their weights (at least 0), and `mu`.
@@ -129,13 +125,13 @@ def principal_rows(rows: LoraParams) -> tuple[LoraParams, Float[Array, " m"]]:
 
     Where `U` has lower rank, to rounding, rows of `Q` are zero and so is their `s`.
     """
-    gram = rows_gram(rows, rows)
+    gram = trees.rows_gram(rows, rows)
     values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
     root = _inverse_root(values)
-    basis = _mix(vectors * root, rows)
+    basis = trees.combine_rows(vectors * root, rows)
     # A Gram matrix squares the condition number; one step of Newton and Schulz squares what is left of the error.
-    again = rows_gram(basis, basis)
-    basis = _mix(1.5 * jnp.eye(len(values), dtype=again.dtype) - 0.5 * again, basis)
+    again = trees.rows_gram(basis, basis)
+    basis = trees.combine_rows(1.5 * jnp.eye(len(values), dtype=again.dtype) - 0.5 * again, basis)
     return basis, jnp.where(root > 0, values, 0)
 
 
@@ -144,10 +140,3 @@ def _inverse_root(values: Float[Array, " m"]) -> Float[Array, " m"]:
     threshold = len(values) * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
     used = values > threshold
     return jnp.where(used, 1 / jnp.sqrt(jnp.where(used, values, 1)), 0)
-
-
-def _mix(coefficients: Float[Array, "m k"], rows: LoraParams) -> LoraParams:
-    """Row `j` of the result is `sum_i coefficients_ij rows_i`."""
-    return jax.tree.map(
-        lambda r: jnp.tensordot(coefficients.T.astype(r.dtype), r, axes=(1, 0), precision=_EXACT), rows
-    )

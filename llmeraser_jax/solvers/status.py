@@ -5,8 +5,6 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import SupportsInt
 
-from llmeraser_jax.types import Solution
-
 
 class Status(IntEnum):
     """Why the loop of a solver stopped."""
@@ -18,10 +16,9 @@ class Status(IntEnum):
     ZERO_RHS = 4
     NON_FINITE = 5
     RESIDUAL_DRIFT = 6
-    TRUST_RADIUS = 7
-    DIVERGED = 8
-    INDEFINITE_PRECONDITIONER = 9
-    LEAST_SQUARES = 10
+    DIVERGED = 7
+    INDEFINITE_PRECONDITIONER = 8
+    LEAST_SQUARES = 9
 
 
 _WORDS = {
@@ -40,7 +37,6 @@ _WORDS = {
     ),
     Status.ZERO_RHS: "failed: the right-hand side is zero, so there is nothing to solve",
     Status.NON_FINITE: "failed: a product, the right-hand side or the solution was not finite",
-    Status.TRUST_RADIUS: "stopped on the boundary of the trust region: the solution is longer than the radius",
     Status.DIVERGED: (
         "failed: the iteration diverged; lower the learning rate, raise the scale or the damping, "
         "or use conjugate gradients"
@@ -65,10 +61,6 @@ _FAILURES = frozenset(
 )
 
 
-class SolverError(RuntimeError):
-    """A solve that gave no usable step."""
-
-
 def describe(status: SupportsInt) -> str:
     """The status in words."""
     return _WORDS[Status(int(status))]
@@ -77,15 +69,3 @@ def describe(status: SupportsInt) -> str:
 def is_failure(status: SupportsInt) -> bool:
     """True where the solution must not be used: no step, or one that is not to be trusted."""
     return Status(int(status)) in _FAILURES
-
-
-def require_success(solution: Solution) -> Solution:
-    """The solution itself.
-
-    Raises:
-        SolverError: where `is_failure` holds, in words.
-    """
-    if is_failure(solution.status):
-        msg = f"Solver {describe(solution.status)} (after {int(solution.num_steps)} steps)."
-        raise SolverError(msg)
-    return solution

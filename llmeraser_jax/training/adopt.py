@@ -56,9 +56,8 @@ from llmeraser_jax import data, files, losses, parallel, trees
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import load_adapter, read_adapter_base
 from llmeraser_jax.models import Model, load_tokenizer
-from llmeraser_jax.runs import Run, load_run, write_run
+from llmeraser_jax.runs import Run, TrainConfig, load_run, write_run
 from llmeraser_jax.training.alternatives import compare_recipes
-from llmeraser_jax.training.config import TrainConfig
 from llmeraser_jax.training.measure import mean_loss, measure
 from llmeraser_jax.training.trainers import final_loss_of
 
@@ -393,5 +392,5 @@ def adopt(
                 dataset=dataset,
             )
 
-    parallel.on_leader(write)
+    parallel.on_primary(write)
     return load_run(workdir)

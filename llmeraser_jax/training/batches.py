@@ -1,4 +1,4 @@
-"""Owns which examples form a training step, and their layout in one shape.
+"""The examples of each training step, and their layout in one shape.
 
 The order of an epoch is a pure function of seed and epoch number, so that a training restarted at any step
 needs no random state to go on as it would have.
@@ -47,7 +47,7 @@ def lay_out_mean(
         dataset: where the examples are.
         indices: [at most batch_size], at least one.
         weight: coefficient of each; `1 / len(indices)` for their mean.
-        batch_size: how many examples there is room for.
+        batch_size: examples that the layout has room for.
         microbatch_size: examples per forward and backward pass.
 
     Returns:

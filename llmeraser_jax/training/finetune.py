@@ -1,4 +1,4 @@
-"""Owns the training loop of an adapter: Adam on the batch mean of `l(z)`, restartable at any moment."""
+"""The training loop of an adapter: Adam on the batch mean of `l(z)`, restartable at any moment."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llmeraser_jax.checkpoint import StepCheckpoints
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.environment import peak_memory_bytes
 from llmeraser_jax.losses import Objective
+from llmeraser_jax.runs import TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_indices
-from llmeraser_jax.training.config import TrainConfig
 from llmeraser_jax.training.dropout import dropout_objective, step_key, with_places
 from llmeraser_jax.training.measure import measure
 from llmeraser_jax.types import LoraParams
@@ -39,7 +39,7 @@ IDENTITY_FILE = "training.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A trained adapter and what it took.
+    """A trained adapter, with its losses and cost.
 
     Attributes:
         lora: the adapter after the last step.
@@ -67,7 +67,7 @@ class TrainResult:
 
 
 class Adam(NamedTuple):
-    """What the compiled update depends on; learning rates are arguments, so that they trace nothing anew."""
+    """The static settings of the compiled update; learning rates are arguments, so they cause no retracing."""
 
     b1: float
     b2: float
@@ -137,7 +137,7 @@ def adam_step(
 
 
 def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> dict[str, Any]:
-    """What a checkpoint has to have in common with the training that goes on from it."""
+    """Identifies a training: only the same one may resume from its checkpoints."""
     dropout = _dropout_of(lora)
     everything = dataset.stack_uniform(np.arange(len(dataset)), np.ones(len(dataset)), chunk_size=config.batch_size)
     numerical = {k: v for k, v in config.to_mapping().items() if k != "checkpoint_every_steps"}
@@ -155,7 +155,7 @@ def _dropout_of(lora: LoraParams) -> float:
 
 
 def _claim(workdir: Path, identity: dict[str, Any]) -> None:
-    """Refuses to go on in a directory where something else was being trained, or that holds something else.
+    """Refuses a directory that holds another training, or other files.
 
     Raises:
         ValueError: names what differs.
@@ -242,7 +242,7 @@ def finetune_held(
         checkpoints = metrics = None
         if workdir is not None:
             workdir, identity = Path(workdir), _identity(dataset, config, lora)
-            parallel.on_leader(partial(_claim, workdir, identity))
+            parallel.on_primary(partial(_claim, workdir, identity))
             checkpoints = stack.enter_context(StepCheckpoints(workdir / CHECKPOINT_DIRECTORY))
             metrics = stack.enter_context(
                 MetricsLogger(
@@ -332,7 +332,7 @@ def _train(
             unreported = (step + 1, loss, norm)
             done = step + 1 == num_steps
             if checkpoints is not None and (done or (step + 1) % config.checkpoint_every_steps == 0):
-                report()  # a checkpoint never lies beyond what was found finite and logged
+                report()  # no checkpoint before its step was found finite and logged
                 seconds = seconds_before + time.perf_counter() - start
                 checkpoints.save(step + 1, (params, opt_state), {"seconds": seconds})
         report()

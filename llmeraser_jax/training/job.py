@@ -1,4 +1,4 @@
-"""Owns fine-tuning from files to a run directory: what `llmeraser finetune` and every retraining do."""
+"""Fine-tuning from files to a run directory, for `llmeraser finetune` and every retraining."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import Example, Recipe, TokenDataset
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_leader
+from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import (
     RUN_FILE,
     Run,
     RunError,
+    TrainConfig,
     base_dtype,
     differing_settings,
     load_run,
@@ -27,7 +28,6 @@ from llmeraser_jax.runs import (
     run_settings,
     write_run,
 )
-from llmeraser_jax.training.config import TrainConfig
 from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, IDENTITY_FILE, finetune_held
 
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def finetune_run(
         data_path: the training examples, see `data.load_examples`.
         workdir: new, empty, or left by an interrupted call with the same settings.
         recipe: how examples become tokens; None is the defaults.
-        lora: what the adapter looks like; None is the defaults.
+        lora: the adapter's shape and scale; None is the defaults.
         config: how it is trained; None is the defaults.
         tensorboard: also write TensorBoard events.
 
@@ -95,7 +95,7 @@ def train_run(
     parent: Mapping[str, str] | None = None,
     tensorboard: bool = False,
 ) -> Run:
-    """Trains in `workdir` and makes a run directory of it, or goes on, or finds it done.
+    """Trains in `workdir` and makes it a run directory; resumes, or does nothing if it is finished.
 
     Args:
         model: the base model.
@@ -139,7 +139,7 @@ def train_run(
             result = finetune_held(
                 model, dataset, config, lora=initial_lora, workdir=workdir, tensorboard=tensorboard
             )
-            on_leader(
+            on_primary(
                 lambda: write_run(
                     workdir,
                     kind=kind,
@@ -162,12 +162,12 @@ def train_run(
                 )
             )
             run = load_run(workdir)
-        on_leader(lambda: _tidy(workdir))
+        on_primary(lambda: _tidy(workdir))
     return run
 
 
 def _date_of(workdir: Path) -> str | None:
-    """What the chat template told as today's date when the training in `workdir` began; None where it told none."""
+    """The current date that the chat template wrote when the training in `workdir` began; None without one."""
     if (workdir / RUN_FILE).exists():
         return load_run(workdir).recipe.date
     if (workdir / IDENTITY_FILE).exists():
@@ -176,6 +176,6 @@ def _date_of(workdir: Path) -> str | None:
 
 
 def _tidy(workdir: Path) -> None:
-    """Removes what only a restart needs; until run.json is there, one does."""
+    """Removes the files that only an unfinished training needs."""
     shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
     (workdir / IDENTITY_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Owns loss and gradient over a data set, measured with the compiled pass that training uses."""
+"""Loss and gradient over a data set, measured with the compiled pass that training uses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measure(
     """Loss and gradient norms over a data set or part of it.
 
     With training's batch sizes it runs the executable that training compiled. The model is evaluated batch by
-    batch from the host, so memory is one batch's whatever the size of the data.
+    batch from the host, so that memory is one batch's.
 
     Args:
         objective: gives the loss of an example and the L2 term.

@@ -13,16 +13,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, choose_linearisation
-from llmeraser_jax.losses import Objective
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
 from llmeraser_jax.solvers import BlockConjugateGradients, BlockSolution, describe
 from llmeraser_jax.types import LoraParams, Operator
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem, Weighted
+from llmeraser_jax.unlearning.inverse import DEFAULT_SAMPLE, CurvatureSpec
+from llmeraser_jax.unlearning.problem import Weighted
+from llmeraser_jax.unlearning.task import UnlearningTask
+from llmeraser_jax.unlearning.workspace import Workspace
+
+_SPEC = CurvatureSpec()
+_SOLVER = BlockConjugateGradients(rtol=0.05, max_steps=15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,51 +56,59 @@ def _solve(solver: BlockConjugateGradients, operator: Operator, rhs: LoraParams)
 
 
 def attribute(
-    objective: Objective,
-    params: LoraParams,
-    problem: EditProblem,
+    task: UnlearningTask,
     groups: Mapping[str, Sequence[int]],
-    config: EraseConfig,
     *,
-    mesh: Mesh | None = None,
+    curvature: CurvatureSpec = _SPEC,
+    solver: BlockConjugateGradients = _SOLVER,
+    workspace: Workspace | None = None,
 ) -> tuple[GroupStep, ...]:
     """The single influence step of every group, from one block solve.
 
     Args:
-        objective: the loss that was trained.
-        params: the adapter trained on the data as they stood.
-        problem: the request.
+        task: the request.
         groups: by name, indices of training examples; together all that the request names, each once.
-        config: curvature (one of `CURVATURES`), its data, constant damping, and the solve's steps and tolerance.
-        mesh: devices; None is one.
+        curvature: one kind with a constant damping, matmul precision float32 and no stream.
+        solver: of the block system.
+        workspace: where to compute.
 
     Raises:
-        ValueError: the groups do not share out the named rows, or the configuration is not one of a single step.
+        ValueError: the groups do not share out the named rows, or the curvature is not one of a block solve.
     """
-    if config.curvature not in CURVATURES or config.damping_kind != "constant":
+    problem, objective, params = task.problem, task.objective, task.adapter
+    workspace = Workspace(mesh=task.mesh) if workspace is None else workspace
+    if (
+        curvature.kind == "auto"
+        or curvature.damping_kind != "constant"
+        or curvature.matmul_precision != "float32"
+        or curvature.stream
+    ):
         msg = (
-            f"curvature is {config.curvature!r} and damping_kind {config.damping_kind!r}; attribution takes one of "
-            f"{', '.join(CURVATURES)} and a constant damping."
+            f"kind is {curvature.kind!r}, damping_kind {curvature.damping_kind!r}, matmul_precision "
+            f"{curvature.matmul_precision!r}, stream {curvature.stream}; attribution takes one of "
+            f"{', '.join(CURVATURES)}, a constant damping, 'float32' and no stream."
         )
         raise ValueError(msg)
     listed = np.sort(np.concatenate([np.asarray(rows, np.int64) for rows in groups.values()] or [np.zeros(0)]))
     if not np.array_equal(listed, problem.named):
         msg = f"The groups hold rows {listed.tolist()}, the request names {problem.named.tolist()}, each once."
         raise ValueError(msg)
-    evaluator = Evaluator(objective, problem, dataclasses.replace(config, method="step"), mesh)
     replacement_of = dict(zip(problem.named.tolist(), problem.replacements.tolist(), strict=True))
     parts = []
     for rows in groups.values():
         wanted = [replacement_of[int(i)] for i in rows if replacement_of[int(i)] >= 0]
         indices = np.concatenate([np.asarray(rows, np.int64), np.asarray(wanted, np.int64)])
         signs = np.concatenate([np.ones(len(rows)), -np.ones(len(wanted))])
-        parts.append(evaluator.gradient(params, Weighted(indices, signs / problem.num_trained)))
+        weighted = Weighted(indices, signs / problem.num_trained)
+        parts.append(workspace.gradient(objective, params, problem.examples, weighted))
     rhs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    rng = np.random.default_rng([config.seed, 1])
-    weighted = problem.trained_mean(evaluator.curvature_sample, rng, without_named=evaluator.without_named)
-    plain = DatasetCurvature(objective, params, evaluator.stack(weighted), CURVATURES[config.curvature])
-    operator = Damped(choose_linearisation(plain, config.memory_budget_bytes), config.damping)
-    solver = BlockConjugateGradients(rtol=config.cg_rtol, max_steps=config.cg_max_steps)
+    size = None
+    if curvature.data == "sample":
+        size = DEFAULT_SAMPLE if curvature.sample_size is None else curvature.sample_size
+    weighted = problem.trained_mean(size, workspace.rng(1), without_named=curvature.without_forget_rows)
+    stack = workspace.stack(problem.examples, weighted)
+    plain = DatasetCurvature(objective, params, stack, CURVATURES[curvature.kind])
+    operator = Damped(linearise(plain, curvature.memory_budget_bytes), curvature.damping)
     solution = _solve(solver, operator, rhs)
     total = jax.tree.map(lambda x: x.sum(0), solution.value)
     total_sq = float(trees.tree_vdot(total, total))

@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from llmeraser_jax.curvature.sampling import importance_probabilities, importance_sample
 from llmeraser_jax.types import ExampleSet
 
 Examples = TypeVar("Examples", bound=ExampleSet)
@@ -34,8 +33,6 @@ class EditProblem(Generic[Examples]):
         num_trained: n.
         named: indices of S [s], increasing.
         replacements: for each of `named` the index of its replacement in `examples`, or -1 for a removal.
-        similarities: [n], at least 0: how alike each trained example is to the named ones; samples with a
-            `similar_share` favour the larger ones. None where nothing is known.
         look_alikes: for each of `named` the retained examples that may say the same, verbatim or nearly; None where
             nobody looked. Their gradients decide.
     """
@@ -44,7 +41,6 @@ class EditProblem(Generic[Examples]):
     num_trained: int
     named: np.ndarray
     replacements: np.ndarray
-    similarities: np.ndarray | None = None
     look_alikes: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -107,11 +103,10 @@ class EditProblem(Generic[Examples]):
         rng: np.random.Generator,
         *,
         without_named: bool = False,
-        similar_share: float = 0.0,
     ) -> Weighted:
         """Coefficients of `(1/n) sum` over the data as trained (or its retained part), or their estimate."""
         which = self.retained if without_named else np.arange(self.num_trained)
-        return self._trained_estimate(which, sample_size, rng, similar_share)
+        return _estimate(self.examples, which, 1 / self.num_trained, sample_size, rng)
 
     def path_mean(
         self,
@@ -120,14 +115,13 @@ class EditProblem(Generic[Examples]):
         rng: np.random.Generator,
         *,
         without_named: bool = False,
-        similar_share: float = 0.0,
     ) -> Weighted:
         """Coefficients of `(1/n) [sum_R + w sum_S + (1 - w) sum_edited']`, R exact or a sample's estimate.
 
         The named examples keep their place at weight 0, so that every step of a path has the same shapes.
         """
         n = self.num_trained
-        retained = self._trained_estimate(self.retained, sample_size, rng, similar_share)
+        retained = _estimate(self.examples, self.retained, 1 / n, sample_size, rng)
         if without_named:
             return retained
         return _join(
@@ -135,18 +129,6 @@ class EditProblem(Generic[Examples]):
             (self.named, np.full(len(self.named), weight / n)),
             (self.wanted, np.full(len(self.wanted), (1 - weight) / n)),
         )
-
-    def _trained_estimate(
-        self, which: np.ndarray, sample_size: int | None, rng: np.random.Generator, similar_share: float
-    ) -> Weighted:
-        """`(1/n) sum` over `which`, exact or estimated; a share of the sample favours rows similar to the named."""
-        probabilities = None
-        if similar_share > 0:
-            if self.similarities is None or len(self.similarities) != self.num_trained:
-                msg = "similar_share is above 0, but the problem has no similarities, one per trained example."
-                raise ValueError(msg)
-            probabilities = importance_probabilities(self.similarities[which], mix=1 - similar_share)
-        return _estimate(self.examples, which, 1 / self.num_trained, sample_size, rng, probabilities)
 
 
 def _join(*parts: tuple[np.ndarray, np.ndarray]) -> Weighted:
@@ -160,13 +142,10 @@ def _estimate(
     weight: float,
     sample_size: int | None,
     rng: np.random.Generator,
-    probabilities: np.ndarray | None = None,
 ) -> Weighted:
     """`weight * sum` over `which`, exact or estimated without bias from a sample stratified by length bucket.
 
-    Strata in proportion keep the shapes of every redraw equal, and never raise the variance. With probabilities
-    (aligned with `which`) a stratum is sampled with replacement in proportion to them; an example drawn again
-    leaves a place with weight 0 behind, for the same reason.
+    Strata in proportion keep the shapes of every redraw equal, and never raise the variance.
     """
     if sample_size is None or sample_size >= len(which):
         return Weighted(which, np.full(len(which), weight))
@@ -175,17 +154,6 @@ def _estimate(
     for bucket in np.unique(buckets):
         stratum = which[buckets == bucket]
         size = max(1, round(sample_size * len(stratum) / len(which)))
-        if probabilities is not None:
-            p = probabilities[buckets == bucket]
-            indices, coefficients = importance_sample(stratum, p / p.sum(), size, rng)
-            empty = size - len(indices)
-            drawn.append(
-                (
-                    np.append(indices, np.repeat(indices[:1], empty)),
-                    np.append(weight * coefficients, np.zeros(empty)),
-                )
-            )
-            continue
         chosen = np.sort(rng.choice(stratum, size=min(size, len(stratum)), replace=False))
         drawn.append((chosen, np.full(len(chosen), weight * len(stratum) / len(chosen))))
     return _join(*drawn)

@@ -5,15 +5,36 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from llmeraser_jax.solvers import Status, describe
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.steps import CERTIFIED_BELOW, StepRecord
-from llmeraser_jax.unlearning.targets import TargetLosses
-from llmeraser_jax.unlearning.validity import ValidityCheck
+import jax
+import jax.numpy as jnp
 
-RECEIPT_FORMAT = 3
+from llmeraser_jax import trees
+from llmeraser_jax.data import content_hash, edited_example
+from llmeraser_jax.environment import library_versions, peak_memory_bytes
+from llmeraser_jax.lora import Lora, product_norms
+from llmeraser_jax.solvers import Status, describe
+from llmeraser_jax.types import LoraParams
+from llmeraser_jax.unlearning.budget import GRADIENT, Cost
+from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning.records import (
+    CERTIFIED_BELOW,
+    MatchingRecord,
+    Moved,
+    SolveRecord,
+    StepRecord,
+    UnlearningError,
+    record_to_mapping,
+)
+from llmeraser_jax.unlearning.targets import RowTargets, TargetLosses, row_id
+from llmeraser_jax.unlearning.task import UnlearningTask
+from llmeraser_jax.unlearning.validity import ValidityCheck
+from llmeraser_jax.unlearning.workspace import Workspace
+
+RECEIPT_FORMAT = 4
+_DIAGNOSTIC_SAMPLE = 64  # examples behind the reported gradient norms
 
 # Worst first: the status that stands for a path is the worst of its steps'.
 _SEVERITY = (
@@ -21,7 +42,6 @@ _SEVERITY = (
     Status.RESIDUAL_DRIFT,
     Status.MAX_STEPS,
     Status.LEAST_SQUARES,
-    Status.TRUST_RADIUS,
     Status.CONVERGED,
 )
 
@@ -33,13 +53,13 @@ class NamedExample:
     Attributes:
         id: of the training example.
         action: `remove`, `modify_query` or `correct_response`.
-        hash_before: content hash of the example as trained on.
+        hash_before: content hash of the example as trained on; None where examples are no texts.
         hash_after: of its replacement; None for a removal.
     """
 
     id: str
     action: str
-    hash_before: str
+    hash_before: str | None
     hash_after: str | None
 
 
@@ -50,11 +70,11 @@ class SolverSummary:
     Attributes:
         status: in words, of the solve that ended worst.
         converged: whether every solve met its tolerance.
-        iterations: over all solves.
+        iterations: over all solves; 0 where steps were solved for directly.
         relative_residual: the largest true one.
         negative_curvature: whether any solve met it.
         error_bound: the largest of the solves' bounds on their relative error; None where some has none.
-        certified: whether it is below `steps.CERTIFIED_BELOW`: every solve is within so much of the exact step of
+        certified: whether it is below `records.CERTIFIED_BELOW`: every solve is within so much of the exact step of
             its own sampled operator. Says nothing about the sample or the linearisation.
     """
 
@@ -68,61 +88,40 @@ class SolverSummary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientEquivalents:
-    """Cost; 1 is one forward and backward pass of one example.
-
-    Attributes:
-        rhs, curvature, trust_region: what was spent on gradients of the forget rows, on curvature, and on looking
-            at steps.
-        total: the three together.
-        diagnostics: what only reports; not in `total`.
-        retraining: what a retraining costs; None where that is not known.
-        share_of_retraining: `total / retraining`.
-    """
-
-    rhs: float
-    curvature: float
-    trust_region: float
-    total: float
-    diagnostics: float
-    retraining: float | None
-    share_of_retraining: float | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What `erase` did.
 
     Attributes:
-        config: every choice, resolved.
-        counts: named examples per action.
+        config: what was asked for: the method with every choice, seed, micro-batch size and budget.
+        counts: forget rows per action.
         named: the requests with content hashes.
         num_examples_before, num_examples_after: n and n'.
-        method: what was done: matched, path or step; `config` has what was asked for.
+        method: what was done; `config` has what was asked for.
         validity: what the change did, row by row; None where the adapter is unchanged.
         targets: what the rows' targets come from.
         complete: whether the validity check says so, or nothing had to change.
         outcome: in words.
-        final_weight: weight of the named examples at the end, 1 as trained, 0 gone; for the matched way the
-            share of the named rows' way to their targets that is left.
+        left: weight of the forget rows at the end, 1 as trained, 0 gone; of target matching the share of the forget
+            rows' way to their targets that is left.
         rhs_norm: Euclidean norm of the first step's right-hand side, scaled to the whole request; 0 without steps.
         solver: all solves together.
-        steps: one record per solve; none where every named pair was at its target, and the adapter is unchanged.
+        steps: one record per step; none where every row was at its target, and the adapter is unchanged.
         num_correctors: how many of `steps`, the last ones, are Newton steps on the edited objective.
         corrected: why they ended; empty where none were asked for.
-        attempts: ways that were tried and given up, with the reason; their cost is counted.
+        attempts: methods that were tried and given up, with the reason; their cost is counted.
         curvature_reason: which curvature was solved with, and why.
         step_standard_error: of the first step over its norm, from the curvature sample's two halves: how much
             another seed would change it; None where it was not measured.
         product_asymmetry: `|u'Av - v'Au| / (||u|| ||Av||)` of the first operator for random u and v; conjugate
-            gradients need it well below their tolerance.
+            gradients need it well below their tolerance. None where it was not measured.
         delta_norm, adapter_norm_before, adapter_norm_after: Euclidean norms.
         product_change_norm, product_norm_before: Frobenius norms of the change of `scaling * B A` over all modules
-            and of that product before: what the network sees, whatever basis the adapter is written in.
+            and of that product before: what the network sees, whatever basis the adapter is written in. None where
+            the parameters are no LoRA adapter.
         bf16_survival: share of the delta that is left after rounding both adapters to bfloat16:
             `<round(new) - round(old), delta> / ||delta||^2`.
         edited_gradient_norm_before, edited_gradient_norm_after: `||grad L'||`, on `gradient_norm_examples`
-            examples of the edited data (all of them in an audit).
+            examples of the edited data.
         seconds: wall-clock time, compilation included.
         peak_memory_bytes: of the process (CPU) or of the first device.
         gradient_equivalents: cost.
@@ -130,7 +129,7 @@ class Receipt:
     """
 
     format: int = RECEIPT_FORMAT
-    config: EraseConfig
+    config: Mapping[str, Any]
     counts: Mapping[str, int]
     named: tuple[NamedExample, ...]
     num_examples_before: int
@@ -140,7 +139,7 @@ class Receipt:
     validity: ValidityCheck | None
     targets: TargetLosses | None
     outcome: str
-    final_weight: float
+    left: float
     rhs_norm: float
     solver: SolverSummary
     steps: tuple[StepRecord, ...]
@@ -149,34 +148,26 @@ class Receipt:
     attempts: tuple[str, ...]
     curvature_reason: str
     step_standard_error: float | None
-    product_asymmetry: float
+    product_asymmetry: float | None
     delta_norm: float
     adapter_norm_before: float
     adapter_norm_after: float
-    product_change_norm: float
-    product_norm_before: float
+    product_change_norm: float | None
+    product_norm_before: float | None
     bf16_survival: float
     edited_gradient_norm_before: float
     edited_gradient_norm_after: float
     gradient_norm_examples: int
     seconds: float
     peak_memory_bytes: int | None
-    gradient_equivalents: GradientEquivalents
+    gradient_equivalents: Cost
     versions: Mapping[str, str | None]
 
     def to_mapping(self) -> dict[str, Any]:
         """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""
         mapping = dataclasses.asdict(self)
-        if mapping["config"]["budget"] == math.inf:
-            mapping["config"]["budget"] = "inf"  # JSON has no infinity
-        if math.isnan(self.product_asymmetry):
-            mapping["product_asymmetry"] = None
-        for step in mapping["steps"]:
-            step["status"] = describe(step["status"])
-            for name, value in step.items():
-                if isinstance(value, float) and math.isnan(value):
-                    step[name] = None
-            step["ritz_extremes"] = [None if math.isnan(value) else value for value in step["ritz_extremes"]]
+        mapping["gradient_equivalents"] = self.gradient_equivalents.to_mapping()
+        mapping["steps"] = [record_to_mapping(step) for step in self.steps]
         for group in ("retained", "calibration"):
             change = (mapping["validity"] or {}).get(group)
             if change and math.isnan(change["predicted"]):
@@ -184,27 +175,194 @@ class Receipt:
         return mapping
 
 
+def method_to_mapping(method: Any) -> dict[str, Any]:
+    """A method with every choice, nested, each with the name of its class; JSON-ready."""
+
+    def value_of(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return method_to_mapping(value)
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, float) and math.isinf(value):
+            return "inf"  # JSON has no infinity
+        return value
+
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    # A loop that a solver runs in is no choice that changes results.
+    fields = {name: value_of(value) for name, value in values.items() if name != "while_loop"}
+    return {"type": type(method).__name__, **fields}
+
+
+def make_receipt(
+    method: object,
+    task: UnlearningTask,
+    workspace: Workspace,
+    moved: Moved,
+    targets: RowTargets,
+    check: ValidityCheck | None,
+    *,
+    seconds: float,
+    attempts: tuple[str, ...],
+    complete: bool,
+) -> Receipt:
+    """The receipt of a judged move.
+
+    Args:
+        method: what was asked for.
+        task: the task.
+        workspace: its budget has the cost; the gradient norms measured here are added as diagnostics.
+        moved: the move.
+        targets: where rows were to end.
+        check: what the change did; None of an adapter that did not change.
+        seconds: wall-clock time.
+        attempts: methods that were tried and given up.
+        complete: whether to call it that.
+
+    Raises:
+        UnlearningError: the change is zero or not finite.
+    """
+    delta = trees.tree_sub(moved.params, task.adapter)
+    delta_norm = float(trees.tree_norm(delta))
+    if not math.isfinite(delta_norm) or (moved.steps and not delta_norm > 0):
+        msg = f"The whole change has norm {delta_norm}; nothing was forgotten, and no adapter is written."
+        raise UnlearningError(msg)
+    norms, num_sampled = _edited_gradient_norms(task, workspace, moved.params)
+    named = _named(task)
+    actions = [example.action for example in named]
+    products = product_norms(task.adapter, delta) if isinstance(delta, Lora) else None
+    error = moved.steps[0].standard_error if moved.steps else math.nan
+    limit, cost = workspace.budget.limit, workspace.budget.cost
+    return Receipt(
+        config={
+            "method": method_to_mapping(method),
+            "seed": workspace.seed,
+            "chunk_size": workspace.chunk_size,
+            "budget_gradient_equivalents": "inf" if math.isinf(limit) else limit,
+            "target_loss": task.target_loss,
+        },
+        counts={action: actions.count(action) for action in ("remove", "modify_query", "correct_response")},
+        named=named,
+        num_examples_before=task.problem.num_trained,
+        num_examples_after=task.problem.num_edited_total,
+        method=moved.method,
+        complete=complete,
+        validity=check,
+        targets=targets.losses,
+        outcome=_outcome(moved, check, attempts),
+        left=moved.left,
+        rhs_norm=moved.steps[0].rhs_norm_of_request if moved.steps else 0.0,
+        solver=summarise_solves(moved.steps),
+        steps=moved.steps,
+        num_correctors=moved.num_correctors,
+        corrected=moved.corrected,
+        attempts=attempts,
+        curvature_reason=moved.curvature_reason,
+        step_standard_error=None if math.isnan(error) else error,
+        product_asymmetry=None if math.isnan(moved.asymmetry) else moved.asymmetry,
+        delta_norm=delta_norm,
+        adapter_norm_before=float(trees.tree_norm(task.adapter)),
+        adapter_norm_after=float(trees.tree_norm(moved.params)),
+        product_change_norm=None if products is None else float(products[0]),
+        product_norm_before=None if products is None else float(products[1]),
+        bf16_survival=float(bf16_survival(task.adapter, delta)),
+        edited_gradient_norm_before=norms[0],
+        edited_gradient_norm_after=norms[1],
+        gradient_norm_examples=num_sampled,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        gradient_equivalents=cost,
+        versions=library_versions(),
+    )
+
+
+def _named(task: UnlearningTask) -> tuple[NamedExample, ...]:
+    if isinstance(task.requests, EditProblem):
+        rows = zip(task.problem.named.tolist(), task.problem.replacements, task.query_changes, strict=True)
+        return tuple(
+            NamedExample(
+                id=row_id(task.problem.examples, row),
+                action="remove" if new < 0 else "modify_query" if modified else "correct_response",
+                hash_before=None,
+                hash_after=None,
+            )
+            for row, new, modified in rows
+        )
+    by_id = {example.id: example for example in task.dataset.examples}
+    named = []
+    for request in task.requests:
+        after = edited_example(by_id[request.id], request)
+        named.append(
+            NamedExample(
+                id=request.id,
+                action=str(request.action),
+                hash_before=content_hash(by_id[request.id]),
+                hash_after=None if after is None else content_hash(after),
+            )
+        )
+    return tuple(named)
+
+
+def _edited_gradient_norms(
+    task: UnlearningTask, workspace: Workspace, params: LoraParams
+) -> tuple[list[float], int]:
+    """`||grad L'||` before and after on the same sample; counted as diagnostics."""
+    problem = task.problem
+    weighted = problem.edited_mean(None if workspace.audit else _DIAGNOSTIC_SAMPLE, workspace.rng(2**31))
+    norms = [
+        float(trees.tree_norm(workspace.gradient(task.objective, adapter, problem.examples, weighted)))
+        for adapter in (task.adapter, params)
+    ]
+    workspace.budget.spend("diagnostics", 2 * GRADIENT * len(weighted.indices))
+    return norms, len(weighted.indices)
+
+
+@jax.jit
+def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
+    """`<round(old + delta) - round(old), delta> / ||delta||^2`, rounding to bfloat16: 1 where nothing is lost."""
+
+    def rounded(tree):
+        return jax.tree.map(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7), tree)
+
+    survived = trees.tree_sub(rounded(trees.tree_add(old, delta)), rounded(old))
+    size = trees.tree_vdot(delta, delta)
+    return jnp.where(size > 0, trees.tree_vdot(survived, delta) / size, 1.0)
+
+
+def _outcome(moved: Moved, check: ValidityCheck | None, attempts: tuple[str, ...]) -> str:
+    if check is None:
+        return (
+            "complete: the adapter is unchanged; the forget rows are already where retraining would be expected to "
+            "leave them"
+        )
+    notes = []
+    shortened = sum(step.scale < 1 for step in moved.steps)
+    if moved.left > 0:
+        what = "way to their targets" if isinstance(moved.steps[0], MatchingRecord) else "weight"
+        notes.append(f"{moved.left:.2g} of the forget rows' {what} is left")
+    if shortened:
+        notes.append(f"{shortened} of {len(moved.steps)} steps shortened by the trust region")
+    if moved.stopped:
+        notes.append(f"stopped early: {moved.stopped}")
+    if attempts:
+        notes.append(f"tried and not kept: {'; '.join(attempts)}")
+    return f"{check.words} ({'; '.join(notes)})" if notes else check.words
+
+
 def summarise_solves(steps: tuple[StepRecord, ...]) -> SolverSummary:
     """One summary of several solves: worst status, largest residual, sum of iterations."""
-    if not steps:
-        return SolverSummary(
-            status="nothing to solve",
-            converged=True,
-            iterations=0,
-            relative_residual=0.0,
-            negative_curvature=False,
-            error_bound=0.0,
-            certified=True,
-        )
     bounds = [step.error_bound for step in steps]
-    bound = math.nan if any(map(math.isnan, bounds)) else max(bounds)
-    worst = min((step.status for step in steps), key=_SEVERITY.index)
+    bound = math.nan if any(map(math.isnan, bounds)) else max(bounds, default=0.0)
+    solves = [step for step in steps if isinstance(step, SolveRecord)]
+    worst = min((step.status for step in solves), key=_SEVERITY.index, default=Status.CONVERGED)
+    status = describe(worst)
+    if not solves:
+        status = "solved directly, by the factored curvature" if steps else "nothing to solve"
     return SolverSummary(
-        status=describe(worst),
+        status=status,
         converged=worst is Status.CONVERGED,
-        iterations=sum(step.iterations for step in steps),
-        relative_residual=max(step.relative_residual for step in steps),
-        negative_curvature=any(step.negative_curvature for step in steps),
+        iterations=sum(step.iterations for step in solves),
+        relative_residual=max((step.relative_residual for step in steps), default=0.0),
+        negative_curvature=any(step.negative_curvature for step in solves),
         error_bound=None if math.isnan(bound) else bound,
         certified=bound < CERTIFIED_BELOW,
     )

@@ -24,18 +24,21 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import Literal
 
 import jax
 import numpy as np
 
-from llmeraser_jax.curvature.factor import ExampleRows, example_rows, rows_gram
+from llmeraser_jax import trees
+from llmeraser_jax.curvature.factor import ExampleRows, example_rows
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
-from llmeraser_jax.losses import real_rows, stacking_order
+from llmeraser_jax.losses import Objective, example_places, per_example
 from llmeraser_jax.parallel import to_host
-from llmeraser_jax.types import ExampleSet, LoraParams
-from llmeraser_jax.unlearning.cost import FORWARD, GRADIENT
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem, Weighted
+from llmeraser_jax.types import Batch, ExampleSet, LoraParams
+from llmeraser_jax.unlearning.budget import FORWARD, GRADIENT
+from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning.task import UnlearningTask
+from llmeraser_jax.unlearning.workspace import Workspace
 
 _NUM_CALIBRATION = 128  # rows behind the target of removed rows
 _NUM_KNOWN = 64  # retained rows behind the target of replacements
@@ -143,39 +146,30 @@ class _Part:
     role: Role
 
 
-def find_targets(
-    evaluator: Evaluator,
-    params: LoraParams,
-    *,
-    calibration: ExampleSet | None,
-    modified: np.ndarray,
-    diagnostic: bool = False,
-) -> RowTargets:
+def find_targets(task: UnlearningTask, workspace: Workspace, *, diagnostic: bool = False) -> RowTargets:
     """Measures the rows under the adapter as trained and works out where each should end.
 
     Args:
-        evaluator: objective, request and configuration; its `target_loss` takes the place of calibration rows.
-        params: the adapter as trained.
-        calibration: rows of the same kind that were not trained on.
-        modified: [s] for each named example, whether its query is what changes: the two kinds of edits have
-            correlations and means of their own.
+        task: its calibration rows or its `target_loss` show where removed rows should end. The two kinds of edits
+            have correlations and means of their own.
+        workspace: where to compute.
         diagnostic: whether the cost counts as a diagnostic, for a method that does not use targets.
 
     Raises:
         ValueError: no calibration rows in the set given; a row whose loss is not finite.
         BudgetSpent: it cannot be paid.
     """
-    problem, cost = evaluator.problem, evaluator.cost
+    problem, objective, params = task.problem, task.objective, task.adapter
     on = "diagnostics" if diagnostic else "rhs"
-    known, unknown = _references(evaluator, params, calibration, on)
-    parts = _parts(evaluator, params, on)
-    copies = _find_copies(evaluator, params, on)
+    known, unknown = _references(task, workspace, on)
+    parts = _parts(task, workspace, on)
+    copies = _find_copies(task, workspace, on)
     parts += [
         _Part(row, None, owner, Role.STAYS) for row, owner in {copy.retained: copy.named for copy in copies}.items()
     ]
-    examples, parts, indices = _lay_out(problem, parts)
-    cost.spend(on, FORWARD * len(parts))
-    values = evaluator.row_values(params, examples, indices)
+    examples, indices = _examples_of(problem, parts)
+    workspace.budget.spend(on, FORWARD * len(parts))
+    values = workspace.row_values(objective, params, examples, indices)
     rows = np.array([p.row for p in parts], np.int64)
     check_finite(values.losses, problem.examples, rows, "named")
     start = values.log_odds
@@ -184,7 +178,7 @@ def find_targets(
     ends = np.where(roles == Role.GOES, unknown.end, start)
     centres = np.where(roles == Role.GOES, unknown.centre, start)
     spreads = np.full(len(parts), unknown.spread)
-    for kind in (modified, ~modified):
+    for kind in (task.query_changes, ~task.query_changes):
         of_kind = np.flatnonzero(kind & (problem.replacements >= 0))
         old = np.flatnonzero(np.isin(owners, of_kind) & (roles == Role.GOES))
         new = np.flatnonzero(np.isin(owners, of_kind) & (roles == Role.WANTED))
@@ -198,7 +192,7 @@ def find_targets(
         spreads[new] = known.spread
     ends = _with_copies(start, ends, roles, owners, rows, copies)
     centres = _with_copies(start, centres, roles, owners, rows, copies)
-    if evaluator.objective.log_odds_fn is None:
+    if objective.log_odds_fn is None:
         # A loss that is no negative log-likelihood has no log-odds.
         ends = centres = np.where(roles == Role.STAYS, start, np.nan)
     return RowTargets(
@@ -285,47 +279,56 @@ class _Reference:
         )
 
 
-def _references(
-    evaluator: Evaluator, params: LoraParams, calibration: ExampleSet | None, on
-) -> tuple[_Reference, _Reference]:
+def _references(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]):
     """What rows are like that the model knows (where some row is to be known), and that it does not."""
-    config, problem = evaluator.config, evaluator.problem
-    rng = np.random.default_rng([config.seed, 4])
+    problem, calibration = task.problem, task.calibration
+    rng = workspace.rng(4)
     unknown, known = _Reference(), _Reference()
+
+    def measure(examples: ExampleSet, rows: np.ndarray, kind: str) -> _Reference:
+        workspace.budget.spend(on, FORWARD * len(rows))
+        values = workspace.row_values(task.objective, task.adapter, examples, rows)
+        check_finite(values.losses, examples, rows, kind)
+        return _Reference.of(values.losses, values.log_odds)
+
     if calibration is not None:
         if len(calibration) == 0:
             msg = "The set of calibration rows is empty; it has to show where removed rows should end."
             raise ValueError(msg)
         size = min(_NUM_CALIBRATION, len(calibration))
-        chosen = np.sort(rng.choice(len(calibration), size=size, replace=False))
-        evaluator.cost.spend(on, FORWARD * len(chosen))
-        values = evaluator.row_values(params, calibration, chosen)
-        check_finite(values.losses, calibration, chosen, "calibration")
-        unknown = _Reference.of(values.losses, values.log_odds)
-    if config.target_loss is not None:
-        centre = float(log_odds(config.target_loss)) if unknown.none else unknown.centre
-        unknown = dataclasses.replace(unknown, mean_loss=config.target_loss, centre=centre)
+        unknown = measure(
+            calibration, np.sort(rng.choice(len(calibration), size=size, replace=False)), "calibration"
+        )
+    if task.target_loss is not None:
+        centre = float(log_odds(task.target_loss)) if unknown.none else unknown.centre
+        unknown = dataclasses.replace(unknown, mean_loss=task.target_loss, centre=centre)
     rows = problem.retained
     if len(problem.wanted) and len(rows):
         if len(rows) > _NUM_KNOWN:
             rows = np.sort(rng.choice(rows, size=_NUM_KNOWN, replace=False))
-        evaluator.cost.spend(on, FORWARD * len(rows))
-        values = evaluator.row_values(params, problem.examples, rows)
-        check_finite(values.losses, problem.examples, rows, "retained")
-        known = _Reference.of(values.losses, values.log_odds)
+        known = measure(problem.examples, rows, "retained")
     return known, unknown
 
 
-def _parts(evaluator: Evaluator, params: LoraParams, on) -> list[_Part]:
+def _tokens_and_losses(objective: Objective, params: LoraParams, batch: Batch):
+    token_losses = objective.token_losses_fn
+    assert token_losses is not None  # asked for objectives of tokens only
+    return batch.targets, token_losses(objective.outputs(params, batch), batch)
+
+
+def _parts(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> list[_Part]:
     """Named rows and replacements; of an edit the tokens that differ, and those that stay."""
-    problem = evaluator.problem
+    problem, objective = task.problem, task.objective
     parts = []
-    by_tokens = evaluator.objective.token_losses_fn is not None and len(problem.wanted) > 0
+    by_tokens = objective.token_losses_fn is not None and len(problem.wanted) > 0
     tokens: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     if by_tokens:
         pairs = np.concatenate([problem.edited, problem.wanted])
-        evaluator.cost.spend(on, FORWARD * len(pairs))
-        tokens = dict(zip(pairs.tolist(), evaluator.token_values(params, pairs), strict=True))
+        workspace.budget.spend(on, FORWARD * len(pairs))
+        stack = workspace.stack(problem.examples, pairs)
+        found = per_example(_tokens_and_losses, stack, objective, task.adapter)
+        for row, ids, losses in zip(pairs.tolist(), *found, strict=True):
+            tokens[row] = (ids[~np.isnan(losses)], losses[~np.isnan(losses)])
     for owner, (old, new) in enumerate(zip(problem.named.tolist(), problem.replacements.tolist(), strict=True)):
         if new < 0:
             parts.append(_Part(old, None, owner, Role.GOES))
@@ -364,15 +367,13 @@ def differing_tokens(
     return goes, wanted
 
 
-def _lay_out(problem: EditProblem, parts: list[_Part]) -> tuple[ExampleSet, list[_Part], np.ndarray]:
-    """The parts in the order of a stack, and the set and indices that give that stack."""
+def _examples_of(problem: EditProblem, parts: list[_Part]) -> tuple[ExampleSet, np.ndarray]:
+    """The set that holds the parts as rows, and their indices in it."""
     rows = np.array([part.row for part in parts], np.int64)
-    order = stacking_order(problem.examples, rows)
-    parts = [parts[i] for i in order]
     if all(part.mask is None for part in parts):
-        return problem.examples, parts, rows[order]
-    view = TokenSubsets(problem.examples, rows[order], tuple(part.mask for part in parts))
-    return view, parts, np.arange(len(parts))
+        return problem.examples, rows
+    view = TokenSubsets(problem.examples, rows, tuple(part.mask for part in parts))
+    return view, np.arange(len(parts))
 
 
 def _exchange(old: np.ndarray, new: np.ndarray, known: float) -> tuple[np.ndarray, np.ndarray]:
@@ -392,21 +393,20 @@ def _gradient_rows(objective, params, stack) -> ExampleRows:
     return example_rows(objective, params, stack, jax.random.key(0), num_roots=0)
 
 
-def _find_copies(evaluator: Evaluator, params: LoraParams, on) -> tuple[Copy, ...]:
+def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> tuple[Copy, ...]:
     """The look-alikes of named rows whose gradients point the same way."""
-    problem = evaluator.problem
+    problem = task.problem
     if problem.look_alikes is None:
         return ()
     pairs = [(s, int(j)) for s, found in enumerate(problem.look_alikes) for j in found]
     if not pairs:
         return ()
     rows = np.unique([*(int(problem.named[s]) for s, _ in pairs), *(j for _, j in pairs)])
-    evaluator.cost.spend(on, GRADIENT * len(rows))
-    stack = evaluator.stack(Weighted(rows, np.ones(len(rows))))
-    found = _gradient_rows(evaluator.objective, params, stack)
-    in_order = rows[stacking_order(problem.examples, rows)]
-    place = {int(row): k for row, k in zip(in_order, np.flatnonzero(real_rows(stack)), strict=True)}
-    gram = to_host(rows_gram(found.gradients, found.gradients)).astype(np.float64)
+    workspace.budget.spend(on, GRADIENT * len(rows))
+    stack = workspace.stack(problem.examples, rows)
+    found = _gradient_rows(task.objective, task.adapter, stack)
+    place = dict(zip(rows.tolist(), example_places(stack).tolist(), strict=True))
+    gram = to_host(trees.rows_gram(found.gradients, found.gradients)).astype(np.float64)
     length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     copies = []
     for s, j in pairs:

@@ -30,13 +30,12 @@ import numpy as np
 from scipy.stats import binom, norm
 
 from llmeraser_jax import trees
-from llmeraser_jax.losses import Objective, real_rows
-from llmeraser_jax.parallel import to_host
-from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
-from llmeraser_jax.unlearning.cost import FORWARD, FORWARD_WITH_TANGENT
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import Weighted
+from llmeraser_jax.losses import Objective, per_example
+from llmeraser_jax.types import Batch, LoraParams
+from llmeraser_jax.unlearning.budget import FORWARD, FORWARD_WITH_TANGENT
 from llmeraser_jax.unlearning.targets import Role, RowTargets, check_finite, loss_of, row_id
+from llmeraser_jax.unlearning.task import UnlearningTask
+from llmeraser_jax.unlearning.workspace import Workspace
 
 ROWS_PER_LAGGARD = 20  # of so many forget rows one may stay behind; none of fewer
 _ARRIVED_SPREADS = 3.0
@@ -171,77 +170,65 @@ class ValidityCheck:
         return float(np.mean(losses)) if losses else math.nan
 
 
-@jax.jit
-def _quadratic(objective: Objective, params: LoraParams, stack: ExampleStack, delta: LoraParams):
-    """Per bucket: second-order prediction of the losses at `params + delta`; [chunks, batch] each."""
+def _quadratic(objective: Objective, params: LoraParams, delta: LoraParams, batch: Batch):
+    """Second-order prediction of the losses at `params + delta`, [batch]."""
+    outputs, tangent = jax.jvp(lambda p: objective.outputs(p, batch), (params,), (delta,))
 
-    def predict(batch):
-        outputs, tangent = jax.jvp(lambda p: objective.outputs(p, batch), (params,), (delta,))
+    def along(t):
+        return objective.output_loss_fn(jax.tree.map(lambda o, d: o + t * d, outputs, tangent), batch)
 
-        def along(t):
-            return objective.output_loss_fn(jax.tree.map(lambda o, d: o + t * d, outputs, tangent), batch)
-
-        zero, one = jnp.zeros(()), jnp.ones(())
-        slope_at = lambda t: jax.jvp(along, (t,), (one,))[1]  # noqa: E731
-        slope, curvature = jax.jvp(slope_at, (zero,), (one,))
-        return along(zero) + slope + 0.5 * curvature
-
-    return tuple(jax.lax.map(predict, batches) for batches in stack.batches)
+    zero, one = jnp.zeros(()), jnp.ones(())
+    slope_at = lambda t: jax.jvp(along, (t,), (one,))[1]  # noqa: E731
+    slope, curvature = jax.jvp(slope_at, (zero,), (one,))
+    return along(zero) + slope + 0.5 * curvature
 
 
 class Validity:
     """Looks at the rows before a method moves; `check` looks again afterwards. Costs count as diagnostics."""
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        params: LoraParams,
-        targets: RowTargets,
-        calibration: ExampleSet | None,
-    ):
+    def __init__(self, task: UnlearningTask, workspace: Workspace, targets: RowTargets):
         """Measures what should not move.
 
         Raises:
             ValueError: a retained row whose loss is not finite.
         """
-        self.evaluator, self.params, self.targets = evaluator, params, targets
-        problem = evaluator.problem
+        self.task, self.workspace, self.targets = task, workspace, targets
         # Apart from the streams of the methods' samples: what a step protects cannot show its harm.
-        rng = np.random.default_rng([evaluator.config.seed, 2**31 + 1])
-        probe = problem.retained
+        rng = workspace.rng(2**31 + 1)
+        probe = task.problem.retained
         if len(probe) > _PROBE_SIZE:
             probe = np.sort(rng.choice(probe, size=_PROBE_SIZE, replace=False))
         self._probe = probe
-        self._calibration = calibration
         self._unseen = np.zeros(0, np.int64)
-        if calibration is not None:
-            size = min(_PROBE_SIZE, len(calibration))
-            self._unseen = np.sort(rng.choice(len(calibration), size=size, replace=False))
-        self._before = self._losses(params)
-        check_finite(self._before[0], problem.examples, probe, "retained")
-        self._whole_before = self._whole(params)
+        if task.calibration is not None:
+            size = min(_PROBE_SIZE, len(task.calibration))
+            self._unseen = np.sort(rng.choice(len(task.calibration), size=size, replace=False))
+        self._before = self._losses(task.adapter)
+        check_finite(self._before[0], task.problem.examples, probe, "retained")
+        self._whole_before = self._whole(task.adapter)
+
+    def _row_losses(self, params: LoraParams, examples, rows: np.ndarray) -> np.ndarray:
+        self.workspace.budget.spend("diagnostics", FORWARD * len(rows))
+        return self.workspace.row_values(self.task.objective, params, examples, rows).losses
 
     def _losses(self, params: LoraParams) -> tuple[np.ndarray, np.ndarray]:
-        evaluator = self.evaluator
-        evaluator.cost.spend("diagnostics", FORWARD * (len(self._probe) + len(self._unseen)))
-        retained = evaluator.row_values(params, evaluator.problem.examples, self._probe).losses
-        if self._calibration is None:
+        retained = self._row_losses(params, self.task.problem.examples, self._probe)
+        if self.task.calibration is None:
             return retained, np.zeros(0)
-        return retained, evaluator.row_values(params, self._calibration, self._unseen).losses
+        return retained, self._row_losses(params, self.task.calibration, self._unseen)
 
     def _whole(self, params: LoraParams) -> np.ndarray:
         """Losses of the targeted rows over their whole responses; nan where they are those already."""
-        targets, evaluator = self.targets, self.evaluator
-        if targets.examples is evaluator.problem.examples:
+        targets, examples = self.targets, self.task.problem.examples
+        if targets.examples is examples:
             return np.full(len(targets.rows), math.nan)
-        evaluator.cost.spend("diagnostics", FORWARD * len(targets.rows))
-        return evaluator.row_values(params, evaluator.problem.examples, targets.rows).losses
+        return self._row_losses(params, examples, targets.rows)
 
     def check(self, moved: LoraParams) -> ValidityCheck:
         """What a change from the adapter before to `moved` did."""
-        targets, evaluator = self.targets, self.evaluator
-        evaluator.cost.spend("diagnostics", FORWARD * len(targets.indices))
-        here = evaluator.row_values(moved, targets.examples, targets.indices)
+        targets, workspace = self.targets, self.workspace
+        workspace.budget.spend("diagnostics", FORWARD * len(targets.indices))
+        here = workspace.row_values(self.task.objective, moved, targets.examples, targets.indices)
         retained, unseen = self._losses(moved)
         unit = 1.0 if targets.unknown_spread is None else targets.unknown_spread
         bound = max(_HARM_SHARE * unit, _LEAST_HARM)
@@ -275,7 +262,7 @@ class Validity:
         )
 
     def _rows(self, after: np.ndarray, arrived: np.ndarray, whole: np.ndarray) -> tuple[RowOutcome, ...]:
-        targets, problem = self.targets, self.evaluator.problem
+        targets, problem = self.targets, self.task.problem
         before = loss_of(targets.start)
         rows = []
         for k in np.lexsort((targets.roles, targets.owners)):
@@ -311,13 +298,11 @@ class Validity:
             return None
         predicted = math.nan
         if moved is not None:
-            evaluator, probe = self.evaluator, self._probe
-            evaluator.cost.spend("diagnostics", FORWARD_WITH_TANGENT * len(probe))
-            stack = evaluator.stack(Weighted(probe, np.ones(len(probe))))
-            delta = trees.tree_sub(moved, self.params)
-            parts = to_host(_quadratic(evaluator.objective, self.params, stack, delta))
-            flat = np.concatenate([part.astype(np.float64).reshape(-1) for part in parts])
-            predicted = float(flat[real_rows(stack)].mean())
+            task, probe = self.task, self._probe
+            self.workspace.budget.spend("diagnostics", FORWARD_WITH_TANGENT * len(probe))
+            delta = trees.tree_sub(moved, task.adapter)
+            stack = self.workspace.stack(task.problem.examples, probe)
+            predicted = float(per_example(_quadratic, stack, task.objective, task.adapter, delta).mean())
         return GroupChange(
             num_rows=len(before),
             before=Distribution.of(before),
@@ -397,8 +382,8 @@ def _judge(targets: RowTargets, here: np.ndarray, arrived: np.ndarray) -> tuple[
     unknown = int((goes & ~judged).sum())
     if unknown:
         unclear.append(
-            f"nothing shows where {unknown} forget rows should end; give calibration rows (--heldout), which were "
-            "not trained on"
+            f"nothing shows where {unknown} forget rows should end; give calibration rows (--calibration), which "
+            "were not trained on"
         )
     return (Verdict.NOT_JUDGED, unclear) if unclear else (Verdict.COMPLETE, [])
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, materialise
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature
 from llmeraser_jax.losses import Objective, half_squared_error
 from tests.curvature.problem import L2, decoder_problem
+from tests.dense import materialise
 from tests.problems import ArrayExamples, join_params, linear_outputs, split_params
 
 

@@ -9,16 +9,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, materialise
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
 from llmeraser_jax.curvature.dual import factorise
 from llmeraser_jax.curvature.factor import (
     FactoredCurvature,
-    combine,
-    concatenate_rows,
     example_rows,
     factored_curvature,
-    rows_gram,
-    rows_vdot,
     stacked_weights,
 )
 from llmeraser_jax.losses import (
@@ -27,6 +23,7 @@ from llmeraser_jax.losses import (
     response_cross_entropy_root,
 )
 from llmeraser_jax.types import TokenBatch
+from tests.dense import materialise
 from tests.problems import ArrayExamples, ridge_objective, split_params
 from tests.small_lm import random_stack, small_config, small_lora, small_objective
 
@@ -130,7 +127,7 @@ def test_dual_inverse_is_the_dense_inverse(num_rows):
     inverse = factorise(operator)
     flat = np.asarray(ravel_pytree(one)[0])
     np.testing.assert_allclose(ravel_pytree(inverse.solve(one))[0], np.linalg.solve(dense, flat), rtol=1e-9)
-    np.testing.assert_allclose(rows_vdot(rows, one), u @ flat, rtol=1e-12)
+    np.testing.assert_allclose(trees.rows_vdot(rows, one), u @ flat, rtol=1e-12)
 
 
 def test_constrained_step_solves_the_dense_quadratic_program():
@@ -167,7 +164,7 @@ def test_an_objective_without_a_root_says_so():
 def test_rows_concatenate_in_order():
     parts = random_rows(2, 0), random_rows(3, 1)
     np.testing.assert_array_equal(
-        dense_rows(concatenate_rows(*parts)), np.concatenate([dense_rows(part) for part in parts])
+        dense_rows(trees.concatenate_rows(*parts)), np.concatenate([dense_rows(part) for part in parts])
     )
 
 
@@ -175,6 +172,10 @@ def test_products_of_rows_ask_for_all_digits():
     # Accelerators' default would round to 8 or 11 bits what the inverse divides by a small mu.
     v = split_params(np.ones(5))
     rows = jax.tree.map(lambda x: jnp.ones((3, *x.shape)), v)
-    for fn, args in ((rows_vdot, (rows, v)), (rows_gram, (rows, rows)), (combine, (jnp.ones(3), rows))):
+    for fn, args in (
+        (trees.rows_vdot, (rows, v)),
+        (trees.rows_gram, (rows, rows)),
+        (trees.combine_rows, (jnp.ones(3), rows)),
+    ):
         products = [e for e in jax.make_jaxpr(fn)(*args).eqns if "dot_general" in str(e)]
         assert products and all("HIGHEST" in str(e) for e in products)

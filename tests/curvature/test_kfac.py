@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, materialise
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
 from llmeraser_jax.curvature.factor import example_rows, stacked_weights
 from llmeraser_jax.curvature.kfac import EkFac, ekfac, example_factors, fingerprint, load_ekfac, save_ekfac
 from llmeraser_jax.curvature.taps import _outputs_and_inputs, token_factors
@@ -18,6 +18,7 @@ from llmeraser_jax.losses import Objective, half_squared_error, half_squared_err
 from llmeraser_jax.parallel import make_mesh, replicate
 from llmeraser_jax.solvers import ConjugateGradients, Status
 from tests.curvature.problem import decoder_problem
+from tests.dense import materialise
 from tests.problems import ArrayExamples, ridge_objective, split_params
 
 RHO = 0.05

@@ -9,21 +9,19 @@ import jax.numpy as jnp
 import pytest
 
 from llmeraser_jax import trees
+from llmeraser_jax._jaxprs import MATMULS, set_checkpoints
 from llmeraser_jax.curvature import (
     CURVATURES,
     Curvature,
     Damped,
     DatasetCurvature,
     LinearisedCurvature,
-    choose_linearisation,
     hessian,
     hessian_product,
     linearisation_bytes,
-    make_linearised,
-    product_cost,
+    linearise,
 )
 from llmeraser_jax.curvature.hessian import linearise_hessian
-from llmeraser_jax.curvature.rematerialisation import PRODUCTS, set_checkpoints
 from llmeraser_jax.solvers import ConjugateGradients
 from tests.curvature.problem import Compiled, compile_product, decoder_problem, relative_difference
 from tests.curvature.programs import equations
@@ -46,7 +44,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=list(CURVATURES))
 def case(request):
     operator = operator_of(request.param, "float32")
-    cached, v = make_linearised(operator), operator.params
+    cached, v = linearise(operator), operator.params
     return Case(operator, cached, *(compile_product(o, v) for o in (operator, cached)))
 
 
@@ -62,7 +60,7 @@ def test_cached_products_equal_recomputed_ones_in_float64(kind):
     with jax.enable_x64(True):
         operator = operator_of(kind, "float64")
         v = trees.tree_random_normal(jax.random.key(3), operator.params)
-        both = jax.jit(lambda op, v: (make_linearised(op).mv(v), op.mv(v)))
+        both = jax.jit(lambda op, v: (linearise(op).mv(v), op.mv(v)))
         assert relative_difference(*both(operator, v)) < 1e-13
 
 
@@ -78,7 +76,7 @@ def test_cached_products_are_symmetric_and_as_definite_as_declared(case):
 def test_one_compiled_product_serves_every_linearisation(case):
     moved = case.operator.replace(params=trees.tree_scale(1.1, case.operator.params))
     v = case.operator.params
-    got = case.cached_product(choose_linearisation(moved, 10**9), v)
+    got = case.cached_product(linearise(moved, 10**9), v)
     assert relative_difference(got, case.recomputed_product(moved, v)) < 1e-6
     assert relative_difference(got, case.recomputed_product(case.operator, v)) > 1e-3
 
@@ -92,7 +90,7 @@ def test_conjugate_gradients_take_a_linearised_operator():
     solver = ConjugateGradients(rtol=1e-3, max_steps=5)
     solve = jax.jit(lambda op, b: solver.solve(op, b).value)
     rhs = operator.params
-    cached, recomputed = (solve(Damped(o, 1.0), rhs) for o in (make_linearised(operator), operator))
+    cached, recomputed = (solve(Damped(o, 1.0), rhs) for o in (linearise(operator), operator))
     assert relative_difference(cached, recomputed) < 1e-4
 
 
@@ -141,32 +139,37 @@ def test_tangents_that_are_passed_from_layer_to_layer_are_those_of_products_alon
         return sum(variable.aval.size for scan in scans for variable in scan.outvars)
 
     products_alone = numbers_handed_over()
-    monkeypatch.setattr(hessian, "PRODUCTS", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(hessian, "MATMULS", jax.checkpoint_policies.everything_saveable)
     assert 0 < products_alone < 0.8 * numbers_handed_over()
 
 
 def test_the_budget_decides(case):
     operator = case.operator
     needed = linearisation_bytes(operator)
-    assert choose_linearisation(operator, needed - 1) is operator
-    assert choose_linearisation(operator, 0) is operator
-    assert isinstance(choose_linearisation(operator, needed), LinearisedCurvature)
+    assert linearise(operator, needed - 1) is operator
+    assert linearise(operator, 0) is operator
+    assert isinstance(linearise(operator, needed), LinearisedCurvature)
     with pytest.raises(ValueError, match="memory_budget_bytes is -1"):
-        choose_linearisation(operator, -1)
+        linearise(operator, -1)
 
 
 def test_a_kind_without_a_linearisation_is_recomputed_or_refused():
     bare = Curvature(hessian_product, positive_semidefinite=False, gradient_equivalents=2.0)
     operator = DatasetCurvature(*decoder_problem("float32"), bare)
-    assert choose_linearisation(operator, 10**9) is operator
+    assert linearise(operator, 10**9) is operator
     with pytest.raises(ValueError, match="linearise"):
-        make_linearised(operator)
+        linearise(operator)
 
 
 def test_costs_are_the_stated_ones():
-    assert [product_cost(kind, cached=False) for kind in CURVATURES.values()] == [2.0, 1.5, 1.5]
-    assert [product_cost(kind, cached=True) for kind in CURVATURES.values()] == [1.0] * 3
-    assert [k.linearise_gradient_equivalents for k in CURVATURES.values()] == [1.0, 1 / 3, 1 / 3]
+    for kind, product, setup in (
+        ("hessian", 2.0, 1.0),
+        ("gauss-newton", 1.5, 1 / 3),
+        ("empirical-fisher", 1.5, 1 / 3),
+    ):
+        operator = operator_of(kind, "float32")
+        assert (operator.setup_cost, operator.product_cost) == (0.0, product)
+        assert (linearise(operator).setup_cost, linearise(operator).product_cost) == (setup, 1.0)
 
 
 def test_checkpoints_keep_what_they_are_set_to_at_any_depth():
@@ -180,7 +183,7 @@ def test_checkpoints_keep_what_they_are_set_to_at_any_depth():
     x, ws = jnp.arange(9.0).reshape(3, 3) / 9, jnp.linspace(-1, 1, 18).reshape(2, 3, 3)
     value, plain = jax.linearize(fn, x, ws)
     counts = {"nothing": count_operations(plain, x, ws)}
-    for name, policy in (("all", jax.checkpoint_policies.everything_saveable), ("products", PRODUCTS)):
+    for name, policy in (("all", jax.checkpoint_policies.everything_saveable), ("products", MATMULS)):
         set_value, linear = jax.linearize(set_checkpoints(fn, policy), x, ws)
         chex.assert_trees_all_equal(value, set_value)
         chex.assert_trees_all_close(plain(x, ws), linear(x, ws), rtol=1e-5)

@@ -10,8 +10,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, materialise, product_asymmetry
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, product_asymmetry
 from llmeraser_jax.losses import gradient_sum, loss_sum, weight_sum
+from tests.dense import materialise
 from tests.small_lm import random_stack, small_config, small_lora, small_objective
 
 L2 = 1e-2

@@ -1,9 +1,8 @@
 """Similarity of texts: the cosine of TF-IDF vectors, against the same worked out by hand."""
 
 import numpy as np
-import pytest
 
-from llmeraser_jax.data import BucketShape, EncodedExample, Recipe, TokenDataset, token_similarities
+from llmeraser_jax.data import BucketShape, EncodedExample, Recipe, TokenDataset, find_look_alikes
 
 ROWS = ([1, 2, 3, 3], [1, 2, 4], [1, 5, 6], [1, 3, 2])
 
@@ -18,7 +17,7 @@ def dataset(rows=ROWS):
     return TokenDataset(encoded, Recipe(), buckets=[BucketShape(time=8, response=4)])
 
 
-def by_hand(rows, to):
+def cosines_by_hand(rows):
     vectors = []
     for row in rows:
         vector = np.zeros(8)
@@ -26,20 +25,20 @@ def by_hand(rows, to):
             frequency = sum(token in other for other in rows)
             vector[token] = (1 + np.log(row.count(token))) * np.log(len(rows) / frequency)
         vectors.append(vector / max(np.linalg.norm(vector), 1e-300))
-    return np.max(np.stack(vectors) @ np.stack([vectors[i] for i in to]).T, axis=1)
+    return np.stack(vectors) @ np.stack(vectors).T
 
 
-def test_it_is_the_cosine_with_the_nearest_of_the_named_rows():
-    for to in ([0], [1, 2]):
-        np.testing.assert_allclose(token_similarities(dataset(), np.array(to)), by_hand(ROWS, to), atol=1e-12)
+def test_look_alikes_are_those_whose_cosine_is_high_enough_most_alike_first():
+    named, among = np.array([0, 1]), np.array([3, 1, 2, 0])
+    cosines = cosines_by_hand(ROWS)
+    for least in np.unique([cosines[i, j] + shift for i in named for j in among for shift in (-1e-12, 1e-12)]):
+        found = find_look_alikes(dataset(), named, among, least=float(least), at_most=4)
+        for i, rows in zip(named, found, strict=True):
+            assert set(rows) == {j for j in among if cosines[i, j] >= least}
+            assert np.all(np.diff(cosines[i, rows]) <= 1e-12)
+    assert [len(rows) for rows in find_look_alikes(dataset(), named, among, least=0.0, at_most=2)] == [2, 2]
 
 
 def test_what_all_rows_share_makes_no_two_alike():
-    similar = token_similarities(dataset(), np.array([0]))
-    assert similar[0] == pytest.approx(1) and similar[2] == 0  # only token 1 in common
-    assert similar[3] > similar[1] > 0
-
-
-def test_nothing_to_be_similar_to_is_refused():
-    with pytest.raises(ValueError, match="nothing to be similar to"):
-        token_similarities(dataset(), np.array([], np.int64))
+    (found,) = find_look_alikes(dataset(), np.array([0]), np.array([1, 2, 3]), least=1e-9)
+    assert found.tolist() == [3, 1]  # row 2 has only token 1 in common

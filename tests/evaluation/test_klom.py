@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from llmeraser_jax.evaluation import klom as module
 from llmeraser_jax.evaluation.klom import histogram_kl, klom, response_margins
 
 
@@ -13,13 +14,14 @@ def test_margins_are_log_odds_of_the_mean_token_probability():
     assert response_margins(np.array([1e-12]))[0] == pytest.approx(-np.log(1e-12))
 
 
-def test_histograms_over_shared_bins_by_hand():
+def test_histograms_over_shared_bins_by_hand(monkeypatch):
+    monkeypatch.setattr(module, "NUM_BINS", 2)
     # Two bins over [0, 4]: the unlearned have 3/4 and 1/4, the retrained 1/2 and 1/2.
     unlearned, retrained = np.array([0.0, 1.0, 1.9, 4.0]), np.array([0.0, 1.0, 3.0, 3.5])
     expected = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
-    assert histogram_kl(unlearned, retrained, num_bins=2) == pytest.approx(expected)
+    assert histogram_kl(unlearned, retrained) == pytest.approx(expected)
     swapped = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
-    assert histogram_kl(retrained, unlearned, num_bins=2) == pytest.approx(swapped)
+    assert histogram_kl(retrained, unlearned) == pytest.approx(swapped)
 
 
 def test_an_empty_bin_of_the_retrained_costs_log_of_one_over_epsilon_times_the_share():
@@ -39,12 +41,11 @@ def test_the_floor_is_met_by_equal_seeds_and_exceeded_by_others():
     retrained = rng.normal(size=(40, 30))
     same = klom(rng.normal(size=(40, 30)), retrained)
     other = klom(rng.normal(loc=3.0, size=(40, 30)), retrained)
-    assert same.mean_floor is not None and same.caveat == ""
-    assert same.mean_matched == pytest.approx(same.mean_floor, rel=0.1)
-    assert same.mean < 1.2 * same.mean_floor < other.mean
+    assert same.floor is not None and same.matched is not None and same.caveat == ""
+    assert same.matched.mean() == pytest.approx(same.floor.mean(), rel=0.1)
+    assert same.values.mean() < 1.2 * same.floor.mean() < other.values.mean()
     near = klom(rng.normal(loc=1.0, size=(40, 30)), retrained)
-    assert near.mean_matched is not None and near.mean_matched > 1.2 * same.mean_floor > near.mean
-    assert other.percentile_95 == pytest.approx(np.percentile(other.values, 95))
+    assert near.matched is not None and near.matched.mean() > 1.2 * same.floor.mean() > near.values.mean()
 
 
 def test_with_four_seeds_the_floor_is_the_mean_over_halves_written_out():
@@ -65,7 +66,7 @@ def test_with_four_seeds_the_floor_is_the_mean_over_halves_written_out():
 
 def test_three_seeds_have_no_floor_and_say_so():
     result = klom(np.zeros((1, 2)), np.array([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]))
-    assert result.floor is None and result.mean_floor is None
+    assert result.floor is None
     assert "too few" in result.caveat
     # One unlearned seed: log of one over the retrained share of its bin, or log of one over epsilon.
     np.testing.assert_allclose(result.values, [0.0, np.log(1e5)])

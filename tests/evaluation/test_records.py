@@ -11,6 +11,7 @@ from scipy.stats import ks_2samp
 
 from llmeraser_jax.cli import main
 from llmeraser_jax.evaluation.job import build_overview, gather
+from llmeraser_jax.evaluation.membership import attacks
 from llmeraser_jax.evaluation.page import ACTION_NAMES
 from llmeraser_jax.evaluation.records import (
     Comparison,
@@ -21,7 +22,7 @@ from llmeraser_jax.evaluation.records import (
     write_record,
 )
 from llmeraser_jax.evaluation.render import Page, Table, render_html, render_markdown
-from llmeraser_jax.evaluation.summary import QUALITY, STATISTIC, forget_quality, klom_of, membership, summarise
+from llmeraser_jax.evaluation.summary import QUALITY, STATISTIC, forget_quality, klom_of, summarise
 from llmeraser_jax.runs import RunError
 from tests.evaluation.test_page import write_erasure, write_evaluation
 from tests.evaluation.test_summary import _receipt, _step
@@ -209,7 +210,7 @@ def test_klom_without_models_that_found_no_step_or_diverged(directory):
     write_klom(directory, "sisa", 1, [1.0, 2.0])
     found = klom_of(read_comparison(directory))
     assert sorted(found["npo"]) == ["heldout", "retained"]
-    assert found["sisa"]["named"].num_unlearned == 1 and found["sisa"]["named"].mean == 0.0
+    assert found["sisa"]["named"].num_unlearned == 1 and found["sisa"]["named"].values.mean() == 0.0
 
 
 def test_klom_that_is_planned_and_not_there_is_named_and_broken_files_are_refused(directory):
@@ -236,7 +237,7 @@ def test_a_metric_of_several_seeds_shows_their_deviation_beside_the_error_over_e
             lambda v, value=value: v["scores"]["task"]["metrics"]["hits"].update(value=value),
         )
     cell = cells(page_of(directory), "hits")
-    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.354 (seeds) (2 / 3 / 4)"
+    assert cell["npo", "hits"] == "0.5 ± 0.1 ± 0.35 (seeds) (2 / 3 / 4)"
     assert cell["sisa", "hits"] == "0.5 ± 0.1 (2 / 3 / 4)"
 
 
@@ -266,7 +267,7 @@ def test_each_example_is_shown_before_and_after_means_over_seeds(tmp_path):
         ("5", ACTION_NAMES["remove"], "0", "2.25", "6", "2"),
     )
     assert replaced.rows == (("2", ACTION_NAMES["correct_response"], "3", "1.5", "0.25"),)
-    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5"
+    assert cells(page, "removed: loss")["npo", "response corrected: replacement's loss"] == "1.5 (0.55 ± 0.26)"
 
 
 def test_requests_that_do_not_fit_the_measures_are_refused(directory):
@@ -281,7 +282,7 @@ def test_membership_inference_against_numbers_by_hand():
         return {"named": side(named), "heldout": side(heldout)}
 
     def auc(name, *arguments, **options):
-        return {metric.name: metric.value for metric in membership(*arguments, **options)}.get(name)
+        return {metric.name: metric.value for metric in attacks(*arguments, **options)}.get(name)
 
     retrained = [of([0.0, 1.0], [2.0, 3.0]), of([5.0, 5.0], [0.0, 0.0])]
     # An AUC cannot tell whether a model is in its own reference: that only scales its scores by (R - 1) / R.
@@ -407,7 +408,7 @@ def test_comparisons_and_runs_share_a_page(directory, tmp_path):
     erasure = write_erasure(tmp_path / "run_a", steps=[_step()])
     write_study(tmp_path / "again" / "colours")
     receipt = _receipt(_step(), bf16_survival=None)
-    write_record(directory, record("llmeraser-step", 0, [1.0, 1.0], heldout_kl=0.5, receipt=receipt))
+    write_record(directory, record("step", 0, [1.0, 1.0], heldout_kl=0.5, receipt=receipt))
     page = page_of(tmp_path / "eval", directory, tmp_path / "again", erasure)
     text = render_markdown(page)
     assert f"## Comparison: {tmp_path.name}/colours" in text and "## Comparison: again/colours" in text

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.baselines.ensemble import ensemble_model, make_ensemble
 from llmeraser_jax.data import encode_examples, load_examples
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.robustness import (
@@ -20,7 +19,6 @@ from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import LINEAR_NAMES
 from llmeraser_jax.unlearning.problem import EditProblem
-from tests.baselines.gates import drawn_gate
 from tests.training import tiny
 
 
@@ -113,47 +111,3 @@ def test_probes_are_the_mean_loss_after_rounding_and_after_training_on_the_other
     assert measures.relearning(bench_of(model, train), model, lora) == {}
     with pytest.raises(ValueError, match="no multiple"):
         relearn(model, lora, unrelated, dataclasses.replace(config, batch_size=4), num_steps=3)
-
-
-@pytest.fixture(scope="module", params=["equal weights", "gated"])
-def ensemble(request, model, lora):
-    """Two members; where gated, with weights that are not equal."""
-    gate = drawn_gate(model.config, 2) if request.param == "gated" else None
-    return make_ensemble([lora, jax.tree.map(lambda x: x - 0.1, lora)], gate=gate)
-
-
-def test_a_rounded_ensemble_is_the_mean_of_its_members_rounded_one_by_one(model, data, ensemble):
-    both = ensemble_model(model)
-    rounded, rest = quantise_merged(both, ensemble, bits=3, group_size=8)
-    tokens = np.stack([np.pad(data[0].encoded[i].tokens, (0, 12))[:12] for i in NAMED])
-    mask = np.stack([np.arange(12) < len(data[0].encoded[i].tokens) for i in NAMED])
-    positions = np.array([[2, 3], [2, 3]])
-    weights = jnp.full((2, 2), 0.5)
-    if ensemble.gate is not None:
-        embeddings = ensemble.gate.embed(model.base, jnp.asarray(tokens), jnp.asarray(mask), jnp.array([2, 2]))
-        weights = jnp.exp(ensemble.gate.log_weights(embeddings))
-        assert np.abs(np.asarray(weights) - 0.5).max() > 0.05
-    expected = 0
-    for k in range(2):
-        alone, nothing = quantise_merged(model, ensemble.member(k), bits=3, group_size=8)
-        assert nothing is None
-        logits = alone.apply(alone.base, None, tokens, mask, positions)
-        expected += weights[:, k, None, None] * jax.nn.softmax(logits, axis=-1)
-    got = jnp.exp(rounded.apply(rounded.base, rest, tokens, mask, positions))
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-    as_it_was = jnp.exp(both.apply(both.base, ensemble, tokens, mask, positions))
-    assert np.abs(np.asarray(got - as_it_was)).max() > 1e-3
-    with pytest.raises(ValueError, match="projector"):
-        extra = make_ensemble([Lora(params={**ensemble.member(0).params, "projector": {}}, config=tiny.LORA)])
-        quantise_merged(both, extra)
-
-
-def test_each_member_of_an_ensemble_relearns_the_same_rows(model, data, ensemble):
-    config = dataclasses.replace(tiny.CONFIG, learning_rate=0.02)
-    unrelated = retained_only(data[0], NAMED)
-    again = relearn(ensemble_model(model), ensemble, unrelated, config, num_steps=2)
-    for k in range(2):
-        alone = relearn(model, ensemble.member(k), unrelated, config, num_steps=2)
-        jax.tree.map(np.testing.assert_array_equal, again.member(k), alone)
-    assert again.gate is ensemble.gate and again.aggregation == ensemble.aggregation
-    assert not np.array_equal(jax.tree.leaves(again.members)[0], jax.tree.leaves(ensemble.members)[0])

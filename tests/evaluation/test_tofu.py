@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.evaluation.tofu import (
-    ModelUtility,
     UtilityPart,
     answer_probability,
     choice_probability,
     forget_quality,
-    forget_truth_ratio,
+    forget_truth_ratios,
+    model_utility,
     questions_from_rows,
     rouge_l_recall,
     truth_ratio,
@@ -26,31 +26,29 @@ def test_truth_ratio_by_hand_with_either_mean():
 
 def test_the_two_sides_aggregate_the_same_ratio_differently():
     ratios = np.array([0.25, 1.0, 4.0])
-    assert forget_truth_ratio(ratios) == pytest.approx((0.25 + 1 + 0.25) / 3)
+    assert forget_truth_ratios(ratios).mean() == pytest.approx((0.25 + 1 + 0.25) / 3)
     assert utility_truth_ratio(ratios) == pytest.approx(0.75 / 3)
 
 
 def test_forget_quality_by_hand_and_blind_to_the_direction_of_the_ratio():
     # Two samples of 2 apart from each other: their distribution functions differ by 1, as in 2 of the 6 orders.
-    result = forget_quality(np.array([0.1, 0.2]), np.array([0.3, 0.4]))
-    assert (result.statistic, result.num_unlearned) == (1.0, 2)
-    assert result.p_value == pytest.approx(1 / 3)
+    p_value, statistic = forget_quality(np.array([0.1, 0.2]), np.array([0.3, 0.4]))
+    assert statistic == 1.0 and p_value == pytest.approx(1 / 3)
     rng = np.random.default_rng(0)
     ours, theirs = rng.lognormal(size=50), rng.lognormal(0.5, size=60)
     upright, inverted = forget_quality(ours, theirs), forget_quality(1 / ours, 1 / theirs)
-    assert upright.statistic == pytest.approx(inverted.statistic)
-    assert upright.p_value == pytest.approx(inverted.p_value)
+    assert upright == pytest.approx(inverted)
 
 
 def test_the_published_statistic_has_the_published_p_value_at_three_hundred_questions():
     # TOFU logs 300 questions a side; 0.3967 is 119 / 300. One sample shifted by 119 places gives just that.
     ours, theirs = np.arange(300.0), np.arange(300.0) + 118.5
-    result = forget_quality(ours, theirs)
-    assert result.statistic == pytest.approx(119 / 300) and round(result.statistic, 4) == 0.3967
-    assert result.p_value == pytest.approx(1.834e-21, rel=1e-3)
+    p_value, statistic = forget_quality(ours, theirs)
+    assert statistic == pytest.approx(119 / 300) and round(statistic, 4) == 0.3967
+    assert p_value == pytest.approx(1.834e-21, rel=1e-3)
     # Any other number of questions that has this statistic to four digits misses it by a factor.
-    fewer = forget_quality(np.arange(242.0), np.arange(242.0) + 95.5)
-    assert round(fewer.statistic, 4) == 0.3967 and fewer.p_value > 1e-18
+    p_value, statistic = forget_quality(np.arange(242.0), np.arange(242.0) + 95.5)
+    assert round(statistic, 4) == 0.3967 and p_value > 1e-18
 
 
 def test_probabilities_by_hand():
@@ -62,15 +60,11 @@ def test_probabilities_by_hand():
 
 def test_model_utility_is_the_harmonic_mean_of_nine():
     # The nine numbers that TOFU's published Llama-2 full gives, to four digits; its utility is 0.6227.
-    utility = ModelUtility(
-        retained=UtilityPart(probability=0.9895, rouge=0.9857, truth_ratio=0.4747),
-        real_authors=UtilityPart(probability=0.4555, rouge=0.9330, truth_ratio=0.5962),
-        world_facts=UtilityPart(probability=0.4186, rouge=0.8825, truth_ratio=0.5390),
-    )
-    assert utility.value == pytest.approx(0.6227, abs=5e-5)
+    numbers = ((0.9895, 0.9857, 0.4747), (0.4555, 0.9330, 0.5962), (0.4186, 0.8825, 0.5390))
+    parts = [UtilityPart(probability=p, rouge=r, truth_ratio=t) for p, r, t in numbers]
+    assert model_utility(parts) == pytest.approx(0.6227, abs=5e-5)
     part = UtilityPart(probability=1.0, rouge=0.5, truth_ratio=0.25)
-    by_hand = ModelUtility(retained=part, real_authors=part, world_facts=part)
-    assert by_hand.value == pytest.approx(3 / (1 + 2 + 4))
+    assert model_utility([part] * 3) == pytest.approx(3 / (1 + 2 + 4))
 
 
 @pytest.mark.parametrize(
@@ -90,17 +84,6 @@ def test_model_utility_is_the_harmonic_mean_of_nine():
 )
 def test_rouge_l_recall_by_hand(generated, reference, expected):
     assert rouge_l_recall(generated, reference) == pytest.approx(expected)
-
-
-def test_a_stemmer_sees_words_of_more_than_three_letters():
-    seen = []
-
-    def stem(word):
-        seen.append(word)
-        return word.removesuffix("ed")
-
-    assert rouge_l_recall("police killed the gunman", "police kill the gunman", stem=stem) == 1.0
-    assert "the" not in seen
 
 
 def test_rows_become_one_example_per_answer():

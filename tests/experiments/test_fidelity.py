@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from experiments import study
-from experiments.fidelity import main, methods, profiles, tasks
-from experiments.workdirs import claim_settings
-from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples, parse_requests
+from experiments.common import claim_settings
+from experiments.fidelity import main, profiles
+from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS
 from llmeraser_jax.evaluation.page import rows_of
 from llmeraser_jax.evaluation.records import read_comparison, write_plan
 from llmeraser_jax.evaluation.render import Table
 from llmeraser_jax.models import load_model
-from llmeraser_jax.unlearning import EraseConfig, UnlearningError
+from llmeraser_jax.unlearning import TargetMatching, UnlearningError
 from tests.training import tiny
 
 PEOPLE = profiles.make_profiles(40)
@@ -72,50 +72,29 @@ def test_request_seeds_name_other_rows_of_the_same_data():
     assert first != second and len(first) == len(second) == 4
 
 
-def test_the_last_film_of_the_history_is_replaced_and_nothing_else():
-    text = (
-        'User Preference: "A", "B (1)"\nUser Unpreference: "C"\nWhether the user will like the target movie "{}"?'
-    )
-    rows = tuple(Example(id=str(k), instruction="i", input=text.format(f"T{k}"), response="Yes.") for k in range(3))
-    (request,) = tasks.replace_films(rows, 1, 0)
-    (new,) = [row for row in apply_requests(rows, [request]) if row not in rows]
-    target = int(new.id)
-    others = [f"T{k}" for k in range(3) if k != target]
-    assert new.input in {rows[target].input.replace('"C"', f'"{other}"') for other in others}
-
-
 @dataclasses.dataclass(frozen=True)
 class TinyTask:
-    name: str = "tiny"
     recipe: Recipe = tiny.RECIPE
     lora = tiny.LORA
     train = tiny.CONFIG
-    erase = EraseConfig(l2=1e-3, sample_size=4, num_steps=2, cg_max_steps=2, diagnostic_sample=4)
 
-    def draw(self, category, share, request_seed):
+    def draw(self):
         rows = tuple(
             Example(id=row["id"], instruction=row["instruction"], input=row["input"], response=row["output"])
             for row in tiny.rows(12)
         )
-        train, heldout = rows[:8], rows[8:]
-        (request,) = parse_requests([{"id": f"r{request_seed}", "action": "remove"}], train)
-        return tasks.CellData(
-            trained_key="shared", train=train, heldout=heldout, num_like_train=4, requests=(request,)
-        )
-
-    def settings(self):
-        return {"epochs": self.train.epochs}
+        return profiles.Profiles(phrasings=1, train=rows[:8], heldout=rows[8:], strangers=())
 
 
 @dataclasses.dataclass(frozen=True)
 class Hopeless:
-    def fit(self, setting):
+    def run(self, task, workspace):
         raise UnlearningError("no step was found")
 
 
-def cell_of(workdir, model, request_seed=0):
-    id_ = main.CellId(task="tiny", category="removal", share=0.125, request_seed=request_seed)
-    return main.study_of(workdir, id_, TinyTask(), model, 2)
+def cell_of(workdir, model, share=0.125):
+    id_ = main.CellId(task="tiny", category="removal", share=share)
+    return main.study_of(workdir, id_, TinyTask(), model, 2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +104,16 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, model):
-    """Two requests of one task, one method each that works and one that fails."""
+    """Two requests of one task; of the first, methods that work and one that fails."""
     workdir = tmp_path_factory.mktemp("fidelity") / "out"
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(main, "METHODS", {**methods.METHODS, "hopeless": Hopeless()})
+    quick = TargetMatching(sample_size=4)
+    monkeypatch.setattr(main, "METHODS", {**main.METHODS, "target-matching": quick, "hopeless": Hopeless()})
     claim_settings(workdir / "tasks" / "tiny", {"train": {"epochs": tiny.CONFIG.epochs}})
-    for request_seed in (0, 1):
-        cell = cell_of(workdir, model, request_seed)
-        names = ("matched", "cb-as-matched", "ascent-best", "hopeless")
+    for share, names in ((0.125, ("target-matching", "cb-as-matched", "hopeless")), (0.2, ())):
+        cell = cell_of(workdir, model, share)
         write_plan(cell.workdir, cell.plan(dict.fromkeys(names, 1)))
+        assert cell.retrained
         for name in names:
             cell.run(name, 0)
     monkeypatch.undo()
@@ -141,20 +121,21 @@ def workdir(tmp_path_factory, model):
 
 
 def test_a_trained_run_is_shared_and_each_request_has_its_retrainings(workdir):
-    assert [p.name for p in (workdir / "tasks/tiny/trained").iterdir()] == ["shared"]
+    assert (workdir / "tasks/tiny/trained/run.json").exists()
     retrained = sorted(p.parent.relative_to(workdir) for p in workdir.rglob("retrained/*/*/run.json"))
     assert [str(p).removeprefix("tasks/tiny/retrained/") for p in retrained] == [
-        f"removal-0.125{request}/seed_{seed}" for request in ("", "-request1") for seed in (4, 5)
+        f"removal-{share}/seed_{seed}" for share in (0.125, 0.2) for seed in (4, 5)
     ]
-    for request, gone in (("", "r0"), ("-request1", "r1")):
-        path = workdir / f"tasks/tiny/retrained/removal-0.125{request}/seed_4/train.jsonl"
-        assert gone not in {row.id for row in load_examples(path)}
+    for share in (0.125, 0.2):
+        path = workdir / f"tasks/tiny/retrained/removal-{share}/seed_4/train.jsonl"
+        gone = {r.id for r in profiles.make_requests(TinyTask().draw(), "removal", share)}
+        assert len(gone) == 2 and not gone & {row.id for row in load_examples(path)}
 
 
 def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatch):
     monkeypatch.setattr(study.Study, "fit", None)
-    record = cell_of(workdir, model).run("matched", 0)
-    kept = json.loads((workdir / "cells/tiny/removal-0.125/records/matched-seed_0.json").read_text())
+    record = cell_of(workdir, model).run("target-matching", 0)
+    kept = json.loads((workdir / "cells/tiny/removal-0.125/records/target-matching-seed_0.json").read_text())
     assert record.scores == kept["scores"]
     with pytest.raises(TypeError):
         cell_of(workdir, model).run("newton", 0)
@@ -162,49 +143,32 @@ def test_what_is_there_is_read_and_not_computed_again(workdir, model, monkeypatc
 
 def test_a_cell_is_judged_against_the_mean_of_its_retrained_models(workdir):
     report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
-    retrained, result = report["models"]["retrained"], report["models"]["methods"]["matched"]
+    retrained, result = report["models"]["retrained"], report["models"]["methods"]["target-matching"]
     target = np.mean([scores["forget_loss"] for scores in retrained["per_seed"]])
     before, after = report["models"]["before"]["forget_loss"], result["forget_loss"]
-    closure = report["gap_closure"]["methods"]["matched"]["forget_loss"]
+    closure = report["gap_closure"]["methods"]["target-matching"]["forget_loss"]
     assert closure == pytest.approx(1 - abs(after - target) / abs(before - target))
     rows = {row.label: row for row in rows_of(report)}
-    spent = report["cost"]["methods"]["matched"]["gradient_equivalents"]
-    assert rows["matched"].share("gradient_equivalents") == pytest.approx(spent / 70)  # 10 epochs of 7 rows
-    assert float(main.FIVE_EPOCHS.cell(rows["matched"])) == pytest.approx(2 * spent / 70, rel=5e-3)
+    spent = report["cost"]["methods"]["target-matching"]["gradient_equivalents"]
+    assert rows["target-matching"].share("gradient_equivalents") == pytest.approx(spent / 60)  # 10 epochs of 6 rows
+    assert float(main.EXTRA_COLUMNS[0].cell(rows["target-matching"])) == pytest.approx(2 * spent / 60, rel=5e-3)
     assert report["seed_floor"]["heldout_kl"] > 0 and report["models"]["before"]["heldout_kl_to_retrained"] > 0
     assert set(result["task_metrics"]) == {"exact_match", "retained: exact_match"}
 
 
-def test_controls_move_as_far_as_the_default_or_say_that_an_oracle_chose(workdir):
+def test_controls_move_as_far_as_the_default(workdir):
     records = {r.model: r for r in read_comparison(workdir / "cells/tiny/removal-0.125").of("unlearned")}
     moved = {name: record.details.get("delta_norm") for name, record in records.items()}
-    assert moved["cb-as-matched"] == pytest.approx(moved["matched"], rel=1e-4)
-    assert not records["cb-as-matched"].details["chosen"]
-    distances = records["ascent-best"].details["chosen"]["distances_of_lengths"].values()
-    report = dict(main.load_reports(workdir))["tiny/removal-0.125"]
-    assert 1 - report["gap_closure"]["methods"]["ascent-best"]["forget_loss"] == pytest.approx(
-        min(distances), abs=1e-5
-    )
-
-
-def test_the_oracle_judges_by_the_gaps_that_exist():
-    before, losses = {"forget_loss": 0.0, "wanted_loss": 1.0}, {"forget_loss": 1.5, "wanted_loss": 3.0}
-    apart = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 2.2)]
-    assert methods.distance_left(before, losses, apart) == pytest.approx(0.25)
-    near = [{"forget_loss": 2.0, "wanted_loss": w} for w in (0.0, 0.2)]
-    assert methods.distance_left(before, losses, near) == pytest.approx(2.9 / 0.9)
-    diverged = {"forget_loss": float("nan"), "wanted_loss": None}
-    assert methods.distance_left(before, diverged, near) == 1e30
+    assert moved["cb-as-matched"] == pytest.approx(moved["target-matching"], rel=1e-4)
 
 
 def test_the_grid_has_a_row_per_cell_and_method_and_a_picture(workdir):
     blocks = main.render(workdir)
     first = next(block for block in blocks if isinstance(block, Table))
-    assert [row[0].removeprefix("tiny/removal-0.125: ") for row in first.rows[:6]] == [
-        "before", "matched", "cb-as-matched", "ascent-best (chosen with the oracle)", "hopeless (no step)",
-        "retrained, mean of 2",
+    assert [row[0].removeprefix("tiny/removal-0.125: ") for row in first.rows] == [
+        "before", "target-matching", "cb-as-matched", "hopeless (no step)", "retrained, mean of 2",
     ]  # fmt: skip
-    assert len(first.rows) == 12 and "cost / 5 epochs" in first.header
+    assert "cost / 5 epochs" in first.header
     assert (workdir / "grid-cost.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -221,21 +185,18 @@ def test_other_settings_are_refused_in_a_workdir(tmp_path):
 
 def test_the_plan_is_cut_to_a_subset_and_large_tasks_to_their_shares(tmp_path):
     config = main.FidelityConfig(workdir=tmp_path, subset=("*/removal-*/matched", "*/query-0.01/*"))
-    plan = main.planned(config)
-    assert {id_.path_of(name) for id_, names in plan.items() for name in names if name == "matched"} == {
+    plan = config.plan()
+    assert {id_.path_of(name) for id_, names in plan.items() for name in names if name == "target-matching"} == {
         f"profiles-400/removal-{share}/matched" for share in (0.01, 0.05, 0.1)
     } | {f"profiles-{n}/query-0.01/matched" for n in (400, 4000)} | {"profiles-4000/removal-0.01/matched"}
     assert "paper-step" not in {n for id_, names in plan.items() if id_.task == "profiles-4000" for n in names}
-    assert list(main.planned(dataclasses.replace(config, request_seeds=2)))[: len(plan)] == list(plan)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"shares": (0.5,)}, "share is 0.5"),
-        ({"retrain_seeds": 1}, "needs at least 2"),
-        ({"tallrec": "there"}, "both tallrec"),
-        ({"large_methods": ("magic",)}, "Unknown methods magic"),
+        ({"retrain_seeds": 1}, "retrain_seeds is 1; it must be at least 2"),
     ],
 )
 def test_impossible_plans_are_refused(tmp_path, changes, message):

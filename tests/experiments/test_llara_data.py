@@ -156,36 +156,3 @@ def test_a_history_holds_the_last_ten_items(tmp_path):
     (row,) = load_corpus(tmp_path).test
     assert row.history == tuple(range(3, 13))
     assert row.target == 13
-
-
-def test_lastfm_orders_artists_listened_to_by_their_first_tag(tmp_path):
-    listened = ["userID\tartistID\tweight"] + [f"{u}\t{a}\t10" for u in (1, 2, 3) for a in (1, 2, 3, 4)]
-    tags = ["userID\tartistID\ttagID\ttimestamp"]
-    for user in (1, 2, 3):
-        # Artist 4 is tagged first, artist 1 twice; artist 5 is tagged but was never listened to.
-        tags += [
-            f"{user}\t{artist}\t9\t{time}" for artist, time in ((1, 90), (2, 70), (3, 80), (4, 5), (1, 60), (5, 1))
-        ]
-    names = ["id\tname\turl\tpictureURL"] + [f"{a}\tArtist {a}\tu\tp" for a in range(1, 6)]
-    (tmp_path / "user_artists.dat").write_text("\n".join(listened))
-    (tmp_path / "user_taggedartists-timestamps.dat").write_text("\n".join(tags))
-    (tmp_path / "artists.dat").write_text("\n".join(names))
-    corpus = load_corpus(tmp_path)
-    assert corpus.domain == "artist"
-    assert set(_sequences(corpus).values()) == {(4, 1, 2, 3)}
-
-
-def test_sequences_of_any_kind_are_read_with_their_names(tmp_path):
-    _write_jsonl(tmp_path / "sequences.jsonl", [{"user": u, "items": [3, 1, 2, 0, 8]} for u in "abc"])
-    (tmp_path / "id2name.txt").write_text("0::Portal\n1::Half-Life\n2::Dota\n3::Rust\n")
-    corpus = load_corpus(tmp_path)
-    assert corpus.domain == "game"
-    assert set(_sequences(corpus).values()) == {(3, 1, 2, 0)}  # 8 has no name
-    assert len(corpus.train) == len(corpus.val) == len(corpus.test) == 1
-
-
-def test_a_user_in_two_lines_is_refused(tmp_path):
-    _write_jsonl(tmp_path / "sequences.jsonl", [{"user": 1, "items": [0]}] * 2)
-    (tmp_path / "id2name.txt").write_text("0::Portal\n")
-    with pytest.raises(CorpusError, match="user '1' occurs twice"):
-        data.load_sequences(tmp_path)

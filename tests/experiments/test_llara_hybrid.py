@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.llara import hybrid
-from experiments.llara.prompts import item_text
+from experiments.llara.prepare import item_text
 from llmeraser_jax import trees
 from llmeraser_jax.data import Example, Recipe, Request, encode_examples
 from llmeraser_jax.data.requests import Action
@@ -21,8 +22,9 @@ from llmeraser_jax.lora import LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.losses import gradient_sum, lm_objective, loss_sum
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.models.decoder import bind
+from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.training import TrainConfig, finetune
-from llmeraser_jax.unlearning import EraseConfig, erase
+from llmeraser_jax.unlearning import CurvatureSpec, Path, UnlearningTask, erase
 from tests.training import tiny
 
 NUM_ITEMS, SIZE = 6, 3
@@ -204,10 +206,14 @@ def test_erasing_moves_the_projector_too(model):
         Request(id="r2", action=Action.MODIFY_QUERY, changes={"query": f"colour of {item_text(2)} now"}),
         Request(id="r3", action=Action.CORRECT_RESPONSE, changes={"response": "red"}),
     )
-    config = EraseConfig(
-        method="path", num_steps=2, sample_size=4, cg_max_steps=4, chunk_size=4, l2=1e-3, diagnostic_sample=4
+    task = UnlearningTask(
+        model=model, adapter=trained.lora, data=data, requests=requests, training=TrainConfig(l2=1e-3)
     )
-    result = erase(model, trained.lora, data, requests, config)
+    path = Path(
+        num_steps=2, curvature=CurvatureSpec(sample_size=4), solver=ConjugateGradients(rtol=0.05, max_steps=4)
+    )
+    result = erase(task, path, math.inf, chunk_size=4)
+    assert result.receipt is not None
     delta = result.delta.params
     assert set(delta) == {"layers", "projector"}
     for leaf in jax.tree.leaves(delta["projector"]):
@@ -233,11 +239,12 @@ def test_tables_are_read_with_and_without_their_padding_row(tmp_path):
     padded = np.concatenate([TABLE, np.full((1, SIZE), 7.0, np.float32)])
     np.savez(tmp_path / "a.npz", emb=padded)
     np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "a.npz", NUM_ITEMS), TABLE)
+    np.savez(tmp_path / "b.npz", emb=TABLE)
+    np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS), TABLE)
     np.savez(tmp_path / "b.npz", emb=TABLE, other=TABLE)
-    np.testing.assert_array_equal(hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS, "emb"), TABLE)
-    with pytest.raises(ValueError, match="holds emb, other; name one"):
+    with pytest.raises(ValueError, match="holds emb, other; expected one"):
         hybrid.load_item_embeddings(tmp_path / "b.npz", NUM_ITEMS)
-    with pytest.raises(ValueError, match="expected 9 rows"):
+    with pytest.raises(ValueError, match="expected 9 finite rows"):
         hybrid.load_item_embeddings(tmp_path / "a.npz", 9)
 
 

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments.llara import prompts
+from experiments.llara import prepare as prompts
 from experiments.llara.data import Corpus, Row
 from experiments.llara.prepare import (
     SCENARIOS,
-    PrepareConfig,
+    Draws,
     choose_interactions,
     draw_candidates,
     prepare,
@@ -43,9 +43,7 @@ def _make_corpus() -> Corpus:
 
 
 CORPUS = _make_corpus()
-CONFIG = PrepareConfig(
-    num_rows=24, rows_per_user=6, num_heldout=6, heldout_rows_per_user=3, num_candidates=8, template=0
-)
+CONFIG = Draws(num_rows=24, rows_per_user=6, num_heldout=6, heldout_rows_per_user=3, num_candidates=8, template=0)
 
 
 def _history_titles(prompt: str) -> list[str]:

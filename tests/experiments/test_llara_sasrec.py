@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.llara import hybrid, sasrec
+from experiments.llara import sasrec
 from experiments.llara.sasrec import Sasrec, SasrecConfig
 
 CONFIG = SasrecConfig(
@@ -74,14 +74,6 @@ def test_training_is_the_same_every_time(trained):
     again, losses = sasrec.train_sasrec(CYCLES, CONFIG)
     assert losses == trained[1]
     jax.tree.map(np.testing.assert_array_equal, again, trained[0])
-
-
-def test_its_embeddings_are_read_without_the_padding_row(trained, tmp_path):
-    params, _ = trained
-    sasrec.save_item_embeddings(tmp_path / "items.npz", params)
-    read = hybrid.load_item_embeddings(tmp_path / "items.npz", CONFIG.num_items)
-    np.testing.assert_array_equal(read, np.asarray(params["items"]["embedding"])[:-1])
-    assert [path.name for path in tmp_path.iterdir()] == ["items.npz"]
 
 
 def test_negatives_are_never_of_the_sequence():

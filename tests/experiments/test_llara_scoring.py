@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from experiments.llara import hybrid, scoring
-from experiments.llara.prompts import item_text, make_example
-from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Question, Scorer, match_answers
+from experiments.llara.prepare import Question, item_text, make_example
+from experiments.llara.scoring import HIT_RATIO_GENERATED, HIT_RATIO_OF_VALID, Scorer, match_answers
 from llmeraser_jax import trees
-from llmeraser_jax.baselines import ensemble_model, make_ensemble
 from llmeraser_jax.data import Recipe, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import LoraConfig
-from llmeraser_jax.models import ModelConfig, generate, layers, load_model
+from llmeraser_jax.models import ModelConfig, layers, load_model
 from llmeraser_jax.models.decoder import ApplyDecoder, init_base
 from llmeraser_jax.models.generation import pad_left
+from llmeraser_jax.rivals import ensemble_model, make_ensemble
 from tests.training import tiny
 
 # Words are split at white space, so a title's line break is no token here.
@@ -71,8 +71,6 @@ def test_scores_are_the_log_probabilities_of_whole_responses(setting):
     got = Scorer(model, questions, like, batch_size=2).candidate_scores(lora)
     np.testing.assert_allclose(got, [scores.log_probs for scores in expected], atol=1e-4)
     assert got.std() > 0.1
-    per_token = Scorer(model, questions, like, batch_size=3, per_token=True).candidate_scores(lora)
-    np.testing.assert_allclose(per_token, [-scores.losses for scores in expected], atol=1e-4)
 
 
 @pytest.mark.parametrize(("window", "num_kv_heads"), [(None, 4), (7, 2), (3, 1)])
@@ -105,7 +103,7 @@ def test_packed_titles_do_not_see_each_other(window, num_kv_heads, block, monkey
     ]
     apply = ApplyDecoder(config)
     tokens, mask = pad_left(prompts)
-    got = scoring._candidate_log_probs(apply, base, None, tokens, mask, scoring._pack(titles, per_token=False))
+    got = scoring._candidate_log_probs(apply, base, None, tokens, mask, scoring._pack(titles))
     texts = [np.array([*prompt, *title]) for prompt, of in zip(prompts, titles, strict=True) for title in of]
     rows, real = np.zeros((15, 42), np.int32), np.zeros((15, 42), np.int32)
     for row, text in enumerate(texts):
@@ -143,36 +141,6 @@ def test_the_most_probable_title_is_the_answer(setting):
     metric = scorer.scored_metric(lora)
     assert metric.correct == sum(c == e for c, e in zip(chosen.tolist(), expected, strict=True))
     assert (metric.valid, metric.total) == (5, 5)
-
-
-@pytest.mark.parametrize("of", ["adapter", "ensemble"])
-def test_greedy_answers_are_those_of_step_by_step_logits(setting, of):
-    model, lora, questions, like = setting
-    if of == "ensemble":
-        drawn = [trees.tree_random_normal(jax.random.key(k), lora) for k in range(2)]
-        lora = make_ensemble([trees.tree_axpy(0.6, noise, lora) for noise in drawn])
-    got = Scorer(model, questions, like, batch_size=2).generate(lora)
-    apply = jax.jit(ensemble_model(model).apply)
-    for question, text in zip(questions, got, strict=True):
-        tokens = encode_examples([question.example], RECIPE, model.tokenizer).encoded[0].prompt.tolist()
-        start, length = len(tokens), 24
-        for _ in range(4):
-            padded = np.zeros((1, length), np.int32)
-            padded[0, : len(tokens)] = tokens
-            mask = np.arange(length)[None] < len(tokens)
-            logits = apply(model.base, lora, padded, mask, np.array([[len(tokens) - 1]]))
-            tokens.append(int(np.argmax(logits[0, 0])))
-        assert text == model.tokenizer.decode(tokens[start:], skip_special_tokens=True)
-
-
-def test_text_answers_are_those_of_the_library(setting):
-    model, lora, questions, like = setting
-    if isinstance(model, hybrid.HybridModel):
-        pytest.skip("the library generates from text prompts only")
-    prompts = [row.prompt.tolist() for row in like.encoded]
-    expected = generate(model, lora, prompts, 4, stop_ids=())
-    decoded = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
-    assert Scorer(model, questions, like, batch_size=2).generate(lora) == decoded
 
 
 def test_counts_of_generated_titles():

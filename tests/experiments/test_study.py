@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import study
+from experiments import study as module
 from experiments.llara.main import LlaraConfig
-from experiments.study import study as module
 from experiments.tallrec_movie.main import TallrecConfig
 from experiments.tofu.main import TofuConfig
-from llmeraser_jax.baselines import NPO, SISA, Ensemble, ensemble_model, make_ensemble, setting_of_run
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.evaluation.job import build_overview, gather, held_out_task, page_of
 from llmeraser_jax.evaluation.klom import klom, response_margins
@@ -23,11 +22,12 @@ from llmeraser_jax.evaluation.render import render_markdown
 from llmeraser_jax.evaluation.scoring import answer, score_examples
 from llmeraser_jax.evaluation.summary import klom_of, summarise
 from llmeraser_jax.models import load_model
+from llmeraser_jax.rivals import NPO, SISA, Ensemble, ensemble_model, make_ensemble
 from llmeraser_jax.runs import load_run
-from llmeraser_jax.unlearning import EraseConfig
+from llmeraser_jax.unlearning import Workspace, task_of_run
 from tests.training import tiny
 
-METHODS = ("llmeraser-step", "finetune-edited", "npo", "sisa")
+METHODS = ("step", "finetune-edited", "npo", "sisa")
 OPTIONS = study.StudyOptions(methods=METHODS, method_seeds=2, retrain_seeds=2, sharded_seeds=2, klom_seeds=2)
 
 
@@ -45,7 +45,7 @@ def _scenario(base, **changes) -> study.Scenario:
         "recipe": tiny.RECIPE,
         "lora": tiny.LORA,
         "train": tiny.CONFIG,
-        "erase": EraseConfig(l2=tiny.CONFIG.l2, chunk_size=4),
+        "chunk_size": 4,
         "examples": _examples(range(8)),
         "requests": (Request(id="2", action=Action.REMOVE), Request(id="5", action=Action.REMOVE)),
         "shown": _examples((8, 9)),
@@ -82,7 +82,7 @@ def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(don
     _, _, results = done
     methods = methods_of(results)
     assert {name: len(seeds) for name, seeds in methods.items()} == {
-        "llmeraser-step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
+        "step": 2, "finetune-edited": 1, "npo": 2, "sisa": 2,
     }  # fmt: skip
     assert ["task" in record.scores for record in methods["npo"]] == [True, False]
     probed = {name: ["forget_loss_4_bit" in r.scores for r in records] for name, records in methods.items()}
@@ -94,7 +94,7 @@ def test_every_method_has_its_seeds_and_those_that_draw_nothing_a_single_one(don
 def test_scores_are_those_of_the_library_on_the_retrained_run(done):
     scenario, workdir, results = done
     owner = study.Study(scenario, workdir, retrain_seeds=2)
-    lora, record = owner.retrained_loras[0], results.of("retrained")[0]
+    lora, record = owner.bench.retrained[0], results.of("retrained")[0]
     named = score_examples(scenario.model, lora, owner.encode([scenario.examples[2], scenario.examples[5]]))
     np.testing.assert_allclose(record.scores["named"]["losses"], named.losses, rtol=1e-5)
     scores = summarise(results)["models"]["retrained"]["per_seed"][0]
@@ -119,14 +119,14 @@ def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, mo
     scenario, workdir, results = done
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy" / "records" / "npo-seed_0.json").unlink()
-    fit, rates, sizes = NPO.fit, [], set()
+    run, rates, sizes = NPO.run, [], set()
 
-    def counted(self, setting):
+    def counted(self, task, workspace):
         rates.append(self.learning_rate)
         sizes.add((self.batch_size, self.microbatch_size))
-        return fit(self, setting)
+        return run(self, task, workspace)
 
-    monkeypatch.setattr(NPO, "fit", counted)
+    monkeypatch.setattr(NPO, "run", counted)
     owner = study.Study(scenario, tmp_path / "copy", retrain_seeds=2)
     assert owner.before.train_config.microbatch_size is None
     owner.scenario = dataclasses.replace(scenario, train=dataclasses.replace(scenario.train, microbatch_size=1))
@@ -135,7 +135,7 @@ def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, mo
     assert sizes == {(NPO().batch_size, 1)}
     rate = record.details["chosen"]["learning_rate"]
     chosen = dataclasses.replace(NPO(), learning_rate=rate, epochs=20)
-    afresh = fit(chosen, owner.setting())
+    afresh = run(chosen, owner.task(), Workspace())
     losses = record.scores["named"]["losses"]
     assert np.mean(losses) == pytest.approx(owner.losses(afresh.model, afresh.params)["forget_loss"], rel=1e-5)
     np.testing.assert_allclose(losses, methods_of(results)["npo"][0].scores["named"]["losses"], rtol=1e-4)
@@ -174,9 +174,9 @@ def test_other_data_in_the_same_directory_are_refused_and_those_there_kept(done)
 def test_an_ensemble_is_also_measured_as_it_was_before_the_request(done):
     scenario, workdir, results = done
     own = methods_of(results)["sisa"][0].details["own_before"]
-    setting = study.Study(scenario, workdir, retrain_seeds=2).setting()
-    fitted = SISA().fit(setting)
-    named = score_examples(fitted.model, fitted.before, setting.problem.examples, setting.problem.named)
+    task = study.Study(scenario, workdir, retrain_seeds=2).task()
+    fitted = SISA().run(task, Workspace())
+    named = score_examples(fitted.model, fitted.before, task.problem.examples, task.problem.named)
     assert own["forget_loss"] == pytest.approx(named.losses.mean(), rel=1e-4)
     assert "own_before" not in methods_of(results)["npo"][0].details
 
@@ -200,7 +200,7 @@ def test_other_numbers_of_retrained_models_are_refused_where_something_was_compa
 def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     scenario, workdir, results = done
     assert Counter(record.model for record in results.klom_records) == {
-        "before": 2, "retrained": 2, "llmeraser-step": 2, "finetune-edited": 2, "npo": 2,
+        "before": 2, "retrained": 2, "step": 2, "finetune-edited": 2, "npo": 2,
     }  # fmt: skip
     owner = study.Study(scenario, workdir, retrain_seeds=2)
     again = [load_run(path) for path in sorted((workdir / "trained_again").iterdir())]
@@ -211,14 +211,14 @@ def test_klom_compares_models_of_their_own_seeds_with_retrained_ones(done):
     def margins(loras):
         return response_margins(np.stack([score_examples(scenario.model, lora, rows).losses for lora in loras]))
 
-    retrained = margins(owner.retrained_loras)
+    retrained = margins(owner.bench.retrained)
     before = klom(margins([run.load_adapter(scenario.model) for run in again]), retrained)
     np.testing.assert_allclose(klom_of(results)["before"]["named"].values, before.values, rtol=1e-6)
     rate = methods_of(results)["npo"][0].details["chosen"]["learning_rate"]
     # Two named rows are one step of an epoch, of which the library's own are 5.
     forgotten = [
         NPO(epochs=20, learning_rate=rate, seed=seed)
-        .fit(setting_of_run(run, scenario.requests, model=scenario.model))
+        .run(task_of_run(run, scenario.requests, model=scenario.model), Workspace())
         .params
         for seed, run in enumerate(again)
     ]
@@ -252,7 +252,7 @@ def test_the_report_reads_what_a_study_wrote_and_says_what_was_asked(done):
     assert "2 removed of 8 training examples" in page
     assert "Not finished" not in page
     assert "**exact match**: share of held-out questions" in page
-    assert "tiny: llmeraser-step" in page  # its receipt
+    assert "tiny: step" in page  # its receipt
 
 
 def test_methods_of_an_earlier_call_stay_in_the_tables(done, tmp_path):
@@ -297,5 +297,5 @@ def test_an_ensemble_of_one_adapter_answers_and_scores_as_the_adapter(done):
     np.testing.assert_allclose(
         score_examples(model, alone, rows).losses, score_examples(scenario.model, lora, rows).losses, atol=1e-5
     )
-    both = make_ensemble([owner.retrained_loras[0], lora])
+    both = make_ensemble([owner.bench.retrained[0], lora])
     assert not np.allclose(score_examples(model, both, rows).losses, score_examples(model, alone, rows).losses)

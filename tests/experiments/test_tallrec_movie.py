@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.common import draw
 from experiments.tallrec_movie import prepare
 from experiments.tallrec_movie.main import TallrecConfig, main, make_scenario
-from llmeraser_jax.data import Action, Request, apply_requests
+from llmeraser_jax.data import Action, Example, Request, apply_requests
 from llmeraser_jax.models import load_model
 from tests.training import tiny
 
@@ -42,7 +43,7 @@ def examples(directory):
 
 def _config(directory: Path, **changes) -> TallrecConfig:
     settings = {
-        "num_rows": 4, "num_test": 4, "num_kl": 2, "num_shown": 2, "removed_share": 0.25, "flipped_share": 0.5,
+        "num_rows": 4, "num_test": 4, "num_kl": 2, "num_shown": 2, "removed_share": 0.25, "edited_share": 0.5,
         "max_length": 32,
     }  # fmt: skip
     return TallrecConfig(
@@ -151,13 +152,25 @@ def test_one_command_measures_yes_no_answers_of_every_model(directory, capsys):
 
 
 def test_more_rows_than_there_are_cannot_be_drawn(examples):
-    assert prepare.draw(examples, 4, 0) == examples
-    assert len({e.id for e in prepare.draw(examples, 3, 0)}) == 3
+    assert draw(examples, 4, 0) == examples
+    assert len({e.id for e in draw(examples, 3, 0)}) == 3
     with pytest.raises(ValueError, match="5 rows were asked for, and there are 4"):
-        prepare.draw(examples, 5, 0)
+        draw(examples, 5, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_that_names_nothing_or_everything_is_refused(directory, share):
     with pytest.raises(ValueError, match="removed_share is"):
         _config(directory, removed_share=share)
+
+
+def test_the_last_film_of_the_history_is_replaced_and_nothing_else():
+    text = (
+        'User Preference: "A", "B (1)"\nUser Unpreference: "C"\nWhether the user will like the target movie "{}"?'
+    )
+    rows = tuple(Example(id=str(k), instruction="i", input=text.format(f"T{k}"), response="Yes.") for k in range(3))
+    (request,) = prepare.replace_films(rows, 1, 0)
+    (new,) = [row for row in apply_requests(rows, [request]) if row not in rows]
+    target = int(new.id)
+    others = [f"T{k}" for k in range(3) if k != target]
+    assert new.input in {rows[target].input.replace('"C"', f'"{other}"') for other in others}

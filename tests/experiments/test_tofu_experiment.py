@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 from scipy.stats import sem
 
+from experiments.common import command_line
 from experiments.tofu import main as experiment
-from experiments.tofu.main import FullTofuConfig, Preset, TofuConfig, choose_authors, make_scenario
+from experiments.tofu.main import PRESETS, TofuConfig, choose_authors, make_scenario
 from llmeraser_jax.data import Action, encode_examples
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.models import load_model
@@ -53,7 +53,7 @@ def test_nobody_is_in_two_groups_and_the_forgotten_are_forget05s(directory):
     assert authors.forgotten == (190,)
     assert authors.retained == (0, 1, *range(180, 190))
     assert (authors.shown, authors.heldout) == ((179, 178), (177,))
-    full = choose_authors(FullTofuConfig(base=directory, data=directory, workdir=directory))
+    full = choose_authors(PRESETS["full"])
     groups = [*full.forgotten, *full.retained, *full.shown, *full.heldout]
     assert sorted(groups) == list(range(200))
 
@@ -153,8 +153,7 @@ def test_counts_that_cannot_be_are_refused(directory):
 
 def test_the_full_preset_is_the_published_size(directory):
     arguments = ["full", "--base", str(directory), "--data", str(directory), "--workdir", str(directory)]
-    config = tyro.cli(Preset, args=arguments)
-    assert type(config) is FullTofuConfig
+    config = command_line(PRESETS, arguments)
     assert (config.lora.rank, config.lora.alpha, config.train.epochs) == (8, 32.0, 5)
     assert config.recipe.add_eos is True
     assert config.num_forgotten == 10

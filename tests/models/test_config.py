@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from llmeraser_jax.models import ModelConfig, RopeConfig, hf_module_names
+from llmeraser_jax.models import ModelConfig, RopeConfig
 from tests.golden.cases import CASES
 from tests.models.tiny import tiny_config
 
@@ -278,7 +278,7 @@ def test_a_configuration_that_its_family_cannot_have_is_refused():
 
 
 def test_module_names_are_those_of_the_pytorch_model():
-    names = hf_module_names(tiny_config())
+    names = tiny_config().module_names
     assert "model.layers.1.self_attn.q_proj" in names
     assert "model.layers.0.mlp.down_proj" in names
     assert names[-1] == "lm_head"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, make_linearised
-from llmeraser_jax.curvature.narrow import narrow_products
+from llmeraser_jax._jaxprs import with_bfloat16_matmuls
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, linearise
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.models import ApplyDecoder, greedy_decode, init_base
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, frozen_product, resolve_precision
@@ -46,7 +46,7 @@ def programs(setting, stored):
         operator = DatasetCurvature(objective, lora, stack, curvature)
         yield name, jax.make_jaxpr(lambda op, v: op.mv(v))(operator, lora)
         if name == "hessian":
-            yield f"kept {name}", jax.make_jaxpr(lambda op, v: make_linearised(op).mv(v))(operator, lora)
+            yield f"kept {name}", jax.make_jaxpr(lambda op, v: linearise(op).mv(v))(operator, lora)
     tokens = jnp.ones((2, 5), jnp.int32)
     stops = jnp.zeros((0,), jnp.int32)
     yield "decode", jax.make_jaxpr(lambda b, l, t: greedy_decode(config, b, l, t, t, stops, 2))(base, lora, tokens)
@@ -55,7 +55,7 @@ def programs(setting, stored):
 def frozen_products(program) -> Iterator[tuple[Any, ...]]:
     """Name, operand dtypes and precision of every product with one of the base's matrices."""
     for equation in equations(program.jaxpr):
-        if equation.primitive.name in ("dot_general", "narrow_product"):
+        if equation.primitive.name in ("dot_general", "bfloat16_matmul"):
             left, right = (atom.aval for atom in equation.invars)
             if right.shape in FROZEN:
                 yield equation.primitive.name, left.dtype, right.dtype, equation.params.get("precision")
@@ -68,7 +68,7 @@ def test_every_product_with_a_frozen_matrix_is_as_the_setting_says(setting, stor
     expected = {
         "float32": ("dot_general", jnp.float32, stored, (HIGHEST, HIGHEST)),
         "tf32": ("dot_general", jnp.float32, stored, (HIGH, HIGH)),
-        "bfloat16": ("narrow_product", jnp.float32, stored, None),
+        "bfloat16": ("bfloat16_matmul", jnp.float32, stored, None),
     }[setting]
     for name, program in programs(setting, stored):
         found = list(frozen_products(program))
@@ -141,5 +141,5 @@ def test_auto_is_float32_on_a_cpu_and_narrow_where_the_base_is(monkeypatch):
 
 def test_narrow_curvature_products_round_what_meets_a_narrow_kernel_too():
     x, kernel = jnp.full((2, 3), 1.001), jnp.ones((3, 4), jnp.bfloat16)
-    narrow = jax.jit(narrow_products(lambda x, k: frozen_product(x, k)))
+    narrow = jax.jit(with_bfloat16_matmuls(lambda x, k: frozen_product(x, k)))
     np.testing.assert_array_equal(narrow(x, kernel), jnp.full((2, 4), 3.0))

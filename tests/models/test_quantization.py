@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, make_linearised
+from llmeraser_jax.convert import QUANTIZATIONS, dequantize_base, quantize_base
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, linearise
 from llmeraser_jax.lora import merge_lora
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.models import ApplyDecoder, ModelConfig, init_base, load_model, save_model
-from llmeraser_jax.models.quantization import QUANTIZATIONS, dequantize_base, quantize_base
 from llmeraser_jax.parallel import make_mesh
 from tests.golden import files
 from tests.golden.cases import QUANTIZED, case_tokens, largest_relative_difference, write_checkpoint
@@ -61,7 +61,7 @@ def test_gradient_and_curvature_are_those_of_the_dequantised_base(name):
         def compute(base):
             objective = lm_objective(ApplyDecoder(config), base, l2=1e-3)
             hessian = DatasetCurvature(objective, lora, stack, CURVATURES["hessian"])
-            return gradient_sum(objective, lora, stack), hessian.mv(lora), make_linearised(hessian).mv(lora)
+            return gradient_sum(objective, lora, stack), hessian.mv(lora), linearise(hessian).mv(lora)
 
         for ours, expected in zip(
             *(jax.tree.leaves(compute(base)) for base in (quantised, dequantized(quantised))), strict=True

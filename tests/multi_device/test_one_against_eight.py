@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, make_linearised
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearisation_bytes, linearise
 from llmeraser_jax.losses import gradient_sum, loss_sum
 from llmeraser_jax.parallel import (
-    leads,
+    is_primary,
     make_mesh,
-    on_leader,
+    on_primary,
     parse_mesh,
     place_stack,
     replicate,
@@ -88,7 +88,7 @@ def test_the_base_is_really_sharded_and_the_adapter_replicated(mesh):
         *(
             pytest.param(lambda o, l, s, products=products: several_products(products, o, l, s), id=name)
             for name, products in {
-                "one after the other": lambda op, vs: op.mv_each(vs),
+                "one after the other": lambda op, vs: op.mv_many(vs),
                 "all at once": lambda op, vs: jax.vmap(op.mv)(vs),
             }.items()
         ),
@@ -127,7 +127,7 @@ def test_cached_products_match_one_device_in_float64(mesh, kind):
         for m in (None, mesh):
             objective, lora, stack = setup("float64", m)
             operator = DatasetCurvature(objective, lora, stack, CURVATURES[kind])
-            cached = make_linearised(operator)
+            cached = linearise(operator)
             assert linearisation_bytes(operator) == sum(leaf.nbytes for leaf in jax.tree.leaves(cached.residuals))
             products.append(jax.jit(lambda op, v: op.mv(v))(cached, random_direction(lora)))
         assert relative_difference(products[1], products[0]) < 1e-12
@@ -156,7 +156,7 @@ def test_devices_that_share_the_examples_wait_for_each_other_once(name):
         counts = reductions_by_program(sums[name], objective, lora, stack)
     else:
         operator = DatasetCurvature(objective, lora, stack, CURVATURES[name.removeprefix("cached ")])
-        operator = make_linearised(operator) if name.startswith("cached") else operator
+        operator = linearise(operator) if name.startswith("cached") else operator
         counts = reductions_by_program(lambda op, v: op.mv(v), operator, random_direction(lora))
     assert counts == {"ENTRY": 1}
 
@@ -223,11 +223,11 @@ def test_processes_that_cannot_be_are_refused(text):
         start_processes(text)
 
 
-def test_of_one_process_the_leader_does_it_all():
+def test_a_single_process_is_the_primary_one():
     seen = []
-    on_leader(lambda: seen.append(1))
-    assert seen == [1] and leads()
+    on_primary(lambda: seen.append(1))
+    assert seen == [1] and is_primary()
     with pytest.raises(ZeroDivisionError):
-        on_leader(lambda: 1 / 0)
+        on_primary(lambda: 1 / 0)
     spread = place_stack(random_stack(1, 8, "float32"), make_mesh(data=4)).weights[0]
     assert isinstance(to_host(spread), np.ndarray) and np.array_equal(to_host((spread,))[0], spread)

@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 
 from llmeraser_jax import trees
 from llmeraser_jax.cli import main as llmeraser
-from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, make_linearised
+from llmeraser_jax.curvature import CURVATURES, DatasetCurvature, linearise
 from llmeraser_jax.losses import example_losses, gradient_sum
-from llmeraser_jax.parallel import make_mesh, on_leader, parse_mesh, replicate, start_processes, to_host
+from llmeraser_jax.parallel import make_mesh, on_primary, parse_mesh, replicate, start_processes, to_host
 from tests.multi_device.test_one_against_eight import setup
 from tests.training import tiny
 
@@ -36,16 +36,16 @@ REQUESTS = [
     {"id": "r4", "action": "modify_query", "instruction": "colour of s11"},
     {"id": "r7", "action": "correct_response", "response": "red"},
 ]
-QUICK = ["--num-steps", "3", "--cg-max-steps", "4", "--sample-size", "4", "--chunk-size", "4", "--damping", "0.01"]
+SMALL = ["--sample-size", "4", "--damping", "0.01"]
+# With few random rows the factors have null spaces, and the eigenvectors in those are rounding's.
+KRONECKER = "cg:preconditioner=kronecker,num_roots=64,factors=DIRECTORY/factors"
 # By name of the directory: the ways through the code that reads results off the devices or writes states.
-EKFAC = ["--solver", "ekfac", "--draws", "64", "--method", "step", "--budget", "inf"]
 ERASURES = {
-    "matched": ["--heldout", "heldout.jsonl", *QUICK],
-    "streamed": ["--stream", "--method", "step", "--no-trust-region", *QUICK],
-    # With few draws the factors have null spaces, and the eigenvectors in those are rounding's.
-    "ekfac": [*EKFAC, "--factors", "factors", *QUICK],
+    "matching": ["--calibration", "heldout.jsonl", "target-matching", "--num-steps", "3", *SMALL],
+    "streamed": ["step", "--stream", "--trust-region", "none", "--solver", "cg:rtol=0.05,max_steps=4", *SMALL],
+    "kronecker": ["--budget", "inf", "step", "--solver", KRONECKER, *SMALL],
     # With the factors that the one before has kept.
-    "ekfac again": [*EKFAC, "--factors", "factors", *QUICK],
+    "kronecker again": ["--budget", "inf", "step", "--solver", KRONECKER, *SMALL],
 }
 
 
@@ -96,7 +96,7 @@ def in_two_processes(program: str, num_devices: int) -> list[Any]:
 def measured(mesh) -> dict[str, list[float]]:
     """Norm and first coordinates of a gradient, and of a cached product with it; the losses of all rows."""
     objective, lora, stack = setup("float32", mesh)
-    operator = make_linearised(DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"]))
+    operator = linearise(DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"]))
     gradient = gradient_sum(objective, lora, stack)
     sums = {"gradient": gradient, "product": jax.jit(lambda op, v: op.mv(v))(operator, gradient)}
     numbers = jax.jit(lambda t: [trees.tree_norm(t), *(leaf.ravel()[0] for leaf in jax.tree.leaves(t))])
@@ -122,7 +122,7 @@ def test_what_fails_in_the_leader_fails_everywhere_and_nothing_else_does():
         },
         {
             "good": "waited",
-            "bad": "RuntimeError: The first process has failed; it says why.",
+            "bad": "RuntimeError: The primary process failed; its output has the reason.",
             "whole": True,
             "idle": "leaves processes 1 without a device",
         },
@@ -149,11 +149,12 @@ def commands(out: str, *flags: str) -> list[list[str]]:
     return [
         ["finetune", *training, "--workdir", run, *flags],
         *(
-            ["erase", "--run", run, *requests, "--workdir", f"{out}/{name}", *_inside(out, how), *flags]
+            ["erase", "--run", run, *requests, "--workdir", f"{out}/{name}", "--chunk-size", "4", *flags]
+            + [word.replace("DIRECTORY", out) for word in how]  # the method comes last, with its own flags
             for name, how in ERASURES.items()
         ),
         ["retrain", "--run", run, *requests, "--seeds", "2", "--workdir", f"{out}/retrained", *flags],
-        ["evaluate", "--before", run, "--after", f"{out}/matched", "--retrained", f"{out}/retrained", *evaluation],
+        ["evaluate", "--before", run, "--after", f"{out}/matching", "--retrained", f"{out}/retrained", *evaluation],
     ]
 
 
@@ -167,18 +168,14 @@ def said(every: list[list[str]]) -> str:
     return text.getvalue()
 
 
-def _inside(out: str, how: list[str]) -> list[str]:
-    return [f"{out}/{word}" if word == "factors" else word for word in how]
-
-
 @pytest.fixture(scope="module")
 def both(files) -> tuple[Path, Path]:
-    """Directories of all results, of one process and of two; and that only the leader of two speaks."""
+    """Directories of all results, of one process and of two; and that only the primary process prints."""
     with contextlib.chdir(files):
         alone = said(commands("one"))
-        leader, follower = in_two_processes("commands", 1)
+        primary, follower = in_two_processes("commands", 1)
     assert follower == ""
-    assert len(leader.splitlines()) == len(alone.splitlines())
+    assert len(primary.splitlines()) == len(alone.splitlines())
     return files / "one", files / "two"
 
 
@@ -211,7 +208,7 @@ def test_factors_are_kept_for_the_next_request(both):
     for directory in both:
         made, read = (
             json.loads((directory / name / "receipt.json").read_text())["gradient_equivalents"]["curvature"]
-            for name in ("ekfac", "ekfac again")
+            for name in ("kronecker", "kronecker again")
         )
         assert read < made
 
@@ -235,9 +232,9 @@ def _failures() -> dict[str, object]:
         raise OSError(msg)
 
     wrote: list[bool] = []
-    on_leader(lambda: wrote.append(True))
+    on_primary(lambda: wrote.append(True))
     try:
-        on_leader(fail)
+        on_primary(fail)
         bad = "nothing"
     except (OSError, RuntimeError) as error:
         bad = f"{type(error).__name__}: {error}"

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.curvature import DenseOperator
 from llmeraser_jax.solvers import BlockConjugateGradients, ConjugateGradients, Status
-from tests.solvers.systems import D, DensePreconditioner, as_tree, as_vector, rhs, run, symmetric
+from tests.dense import DenseOperator
+from tests.solvers.systems import D, as_tree, as_vector, rhs, run, symmetric
 
 
 @pytest.fixture(autouse=True)
@@ -157,50 +157,6 @@ def test_a_singular_inconsistent_system_stays_finite_and_is_not_called_converged
     solution = run(SOLVER, operator(matrix), as_tree(several(3)))
     assert Status.CONVERGED not in statuses(solution)
     assert np.all(np.isfinite(as_vector(solution.value)))
-
-
-def test_the_exact_inverse_as_preconditioner_converges_in_one_step():
-    matrix, b = symmetric(np.geomspace(1, 1e4, D)), several(3)
-    exact = DensePreconditioner(jnp.asarray(np.linalg.inv(matrix)))
-    solution = run(BlockConjugateGradients(rtol=1e-9), operator(matrix), as_tree(b), exact)
-    assert statuses(solution) == [Status.CONVERGED] * 3 and np.all(np.asarray(solution.num_steps) == 1)
-
-
-@pytest.mark.parametrize("inverse", [-np.eye(D), np.diag([-1.0] * 6 + [0.01] * 6)])
-def test_a_preconditioner_that_is_not_positive_is_a_failure_with_zero_steps(inverse):
-    broken = DensePreconditioner(jnp.asarray(inverse))
-    solution = run(SOLVER, operator(np.eye(D)), as_tree(several(2)), broken)
-    assert statuses(solution) == [Status.INDEFINITE_PRECONDITIONER] * 2
-    np.testing.assert_array_equal(as_vector(solution.value), 0)
-
-
-def test_a_preconditioner_that_returns_nan_is_a_failure_and_never_returned():
-    broken = DensePreconditioner(jnp.full((D, D), jnp.nan))
-    solution = run(SOLVER, operator(np.eye(D)), as_tree(several(2)), broken)
-    assert statuses(solution) == [Status.NON_FINITE] * 2
-    np.testing.assert_array_equal(as_vector(solution.value), 0)
-
-
-def test_dependent_columns_with_a_preconditioner():
-    matrix, b = symmetric(np.geomspace(1, 100, D)), several(3)
-    b[1], b[2] = b[0], 0
-    diagonal = DensePreconditioner(jnp.asarray(np.diag(1 / np.diag(matrix))))
-    solution = run(SOLVER, operator(matrix), as_tree(b), diagonal)
-    assert statuses(solution) == [Status.CONVERGED, Status.CONVERGED, Status.ZERO_RHS]
-    np.testing.assert_allclose(as_vector(solution.value), np.linalg.solve(matrix, b.T).T, atol=1e-8)
-
-
-def test_a_diagonal_preconditioner_saves_steps_of_a_badly_scaled_system():
-    scales = np.geomspace(1, 1e3, 48)
-    matrix = scales[:, None] * symmetric(np.geomspace(1, 5, 48)) * scales
-    b = np.stack([rhs(seed, 48) for seed in range(3)])
-    solver = BlockConjugateGradients(rtol=1e-8, max_steps=200)
-    plain = run(solver, operator(matrix), as_tree(b))
-    diagonal = DensePreconditioner(jnp.asarray(np.diag(1 / np.diag(matrix))))
-    preconditioned = run(solver, operator(matrix), as_tree(b), diagonal)
-    assert statuses(preconditioned) == [Status.CONVERGED] * 3
-    assert int(preconditioned.num_steps[0]) < int(plain.num_steps[0])
-    np.testing.assert_allclose(as_vector(preconditioned.value), np.linalg.solve(matrix, b.T).T, rtol=1e-4)
 
 
 def test_one_trace_serves_many_systems():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 
-from llmeraser_jax.curvature import DenseOperator
 from llmeraser_jax.solvers import ConjugateGradients, Minres, Status, is_failure
+from tests.dense import DenseOperator
 from tests.solvers.systems import D, as_tree, as_vector, rhs, run, symmetric
 
 INDEFINITE = np.concatenate([-np.geomspace(0.5, 20, 4), np.geomspace(0.3, 50, D - 4)])

@@ -7,7 +7,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import DenseOperator, materialise
 from llmeraser_jax.curvature.dual import factorise
 from llmeraser_jax.curvature.factor import FactoredCurvature
 from llmeraser_jax.solvers import ConjugateGradients, Status
@@ -20,6 +19,7 @@ from llmeraser_jax.solvers.spectral import (
     sketch_probes,
 )
 from llmeraser_jax.types import Preconditioner, Solver
+from tests.dense import DenseOperator, materialise
 from tests.solvers.systems import D, DensePreconditioner, as_tree, as_vector, rhs, run, symmetric
 
 MU = 1e-3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.solvers import BlockConjugateGradients, ConjugateGradients, Minres, Status, solve_refined
+from llmeraser_jax.solvers import BlockConjugateGradients, ConjugateGradients, Minres, Refined, Status
 from llmeraser_jax.types import Operator
 
 DIAGONAL = np.array([1.0, 2.0, 4.0], np.float32)
@@ -31,14 +31,12 @@ def solve(solver, operator: Operator, rhs):
     if isinstance(solver, BlockConjugateGradients):
         many = solver.solve(operator, jax.tree.map(lambda x: x[None], rhs))
         return jax.tree.map(lambda x: x[0], many.value), int(many.status[0])
-    if solver == "refined":
-        solution, _ = solve_refined(ConjugateGradients(rtol=0.05), operator, operator, rhs, rtol=1e-4)
-    else:
-        solution = solver.solve(operator, rhs)
+    solution = solver.solve(operator, rhs)
     return solution.value, int(solution.status)
 
 
-SOLVERS = [ConjugateGradients(rtol=1e-5), Minres(rtol=1e-5), BlockConjugateGradients(rtol=1e-5), "refined"]
+REFINED = Refined(solver=ConjugateGradients(rtol=0.05), approximation=lambda operator: operator, rtol=1e-4)
+SOLVERS = [ConjugateGradients(rtol=1e-5), Minres(rtol=1e-5), BlockConjugateGradients(rtol=1e-5), REFINED]
 NAMES = ["cg", "minres", "block cg", "refined"]
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.curvature import DenseOperator
-from llmeraser_jax.solvers import ConjugateGradients, Minres, Status, inner_tolerance, solve_refined
+from llmeraser_jax.solvers import ConjugateGradients, Minres, Refined, Status, inner_tolerance
 from llmeraser_jax.solvers.refinement import MAX_CORRECTIONS
+from tests.dense import DenseOperator
 from tests.solvers.systems import D, as_tree, as_vector, rhs, symmetric
 
 SPECTRUM = np.geomspace(0.5, 20, D)
@@ -29,7 +29,9 @@ def perturbed(matrix, size):
 def solve(matrix, approximation, b, solver=None, rtol=1e-8):
     solver = ConjugateGradients(rtol=1e-2, max_steps=40) if solver is None else solver
     approximate, exact = (DenseOperator(jnp.asarray(m)) for m in (approximation, matrix))
-    return jax.jit(lambda b: solve_refined(solver, approximate, exact, b, rtol=rtol))(as_tree(b))
+    refined = Refined(solver=solver, approximation=lambda _: approximate, rtol=rtol)
+    solution = jax.jit(lambda b: refined.solve(exact, b))(as_tree(b))
+    return solution, solution.num_exact_products
 
 
 def relative_residual(matrix, x, b):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmeraser_jax.curvature import DenseOperator
 from llmeraser_jax.solvers import Lissa, QuadraticDescent, ReferenceCompat, Status, is_failure
+from tests.dense import DenseOperator
 from tests.solvers.systems import D, DenseSum, as_tree, as_vector, noisy_terms, rhs, run, symmetric
 
 MATRIX = symmetric(np.linspace(0.5, 4, D))
@@ -46,13 +46,9 @@ def test_equal_terms_converge_to_the_dense_solution(name):
 @pytest.mark.parametrize(
     ("solver", "worse"),
     [
-        (
-            QuadraticDescent(learning_rate=0.02, num_steps=3000, average=True),
-            QuadraticDescent(learning_rate=0.02, num_steps=3000),
-        ),
         (Lissa(scale=8.0, num_steps=150, repeats=40), Lissa(scale=8.0, num_steps=150)),
     ],
-    ids=["averaged sgd", "lissa repeats"],
+    ids=["lissa repeats"],
 )
 def test_averaging_lowers_the_error_that_sampling_leaves(solver, worse):
     operator, exact = terms(MATRIX, 6, noise=0.4), np.linalg.solve(MATRIX, rhs())
@@ -83,15 +79,6 @@ def test_sgd_takes_the_steps_of_a_hand_written_loop():
     assert status(solution) is Status.MAX_STEPS and int(solution.num_steps) == 7
 
 
-def test_the_average_is_the_mean_of_the_iterates():
-    operator = terms(MATRIX, 4, 0.3)
-    iterates = [
-        as_vector(run(QuadraticDescent(num_steps=n, seed=1), operator, as_tree(rhs())).value) for n in (1, 2, 3)
-    ]
-    averaged = run(QuadraticDescent(num_steps=3, seed=1, average=True), operator, as_tree(rhs()))
-    np.testing.assert_allclose(as_vector(averaged.value), np.mean(iterates, 0), rtol=1e-10)
-
-
 def test_lissa_takes_the_steps_of_a_hand_written_loop():
     matrices = noisy_terms(MATRIX, 5, 0.3)
     solution = run(
@@ -118,7 +105,9 @@ def test_another_seed_draws_other_terms_and_the_same_seed_the_same():
     operator = terms(MATRIX, 6, 0.4)
 
     def value(seed):
-        return as_vector(run(QuadraticDescent(num_steps=20, seed=seed), operator, as_tree(rhs())).value)
+        return as_vector(
+            run(QuadraticDescent(learning_rate=0.1, num_steps=20, seed=seed), operator, as_tree(rhs())).value
+        )
 
     np.testing.assert_array_equal(value(0), value(0))
     assert np.linalg.norm(value(0) - value(1)) > 1e-3
@@ -156,7 +145,26 @@ def test_negative_curvature_along_the_iterate_is_reported():
     assert bool(run(solver, terms(-np.eye(D)), as_tree(rhs())).negative_curvature)
 
 
-ALL = [QuadraticDescent(), QuadraticDescent(optimiser="adam"), Lissa(repeats=2), ReferenceCompat()]
+ALL = [
+    QuadraticDescent(learning_rate=0.1),
+    QuadraticDescent(optimiser="adam", learning_rate=0.1),
+    Lissa(scale=10.0, repeats=2),
+    ReferenceCompat(),
+]
+
+
+@pytest.mark.parametrize(
+    ("solver", "stated", "name"),
+    [
+        (QuadraticDescent(), QuadraticDescent(learning_rate=0.125), "learning_rate"),
+        (Lissa(num_steps=300), Lissa(num_steps=300, scale=6.0), "scale"),
+    ],
+)
+def test_a_step_size_is_left_to_an_eigenvalue_or_stated(solver, stated, name):
+    with pytest.raises(ValueError, match=f"{name} is None"):
+        run(solver, terms(MATRIX), as_tree(rhs()))
+    assert solver.for_eigenvalue(4.0) == stated and stated.for_eigenvalue(100.0) is stated
+    assert status(run(stated, terms(MATRIX), as_tree(rhs()))) is Status.CONVERGED
 
 
 @pytest.mark.parametrize("solver", ALL)
@@ -247,6 +255,7 @@ def test_one_trace_serves_many_systems(solver):
         (QuadraticDescent, {"optimiser": "lbfgs"}),
         (QuadraticDescent, {"learning_rate": 0.0}),
         (QuadraticDescent, {"num_steps": 0}),
+        (QuadraticDescent, {"batch_size": 0}),
         (QuadraticDescent, {"batch_terms": 0}),
         (QuadraticDescent, {"rtol": 1.0}),
         (ReferenceCompat, {"learning_rate": -1.0}),
@@ -264,3 +273,8 @@ def test_bad_hyper_parameters_are_refused_by_name(solver, bad):
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))) as error:
         solver(**bad)
     assert str(next(iter(bad.values()))) in str(error.value)
+
+
+def test_adams_step_size_has_to_be_stated():
+    with pytest.raises(ValueError, match="optimiser 'adam' needs a learning_rate"):
+        QuadraticDescent(optimiser="adam")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from llmeraser_jax.curvature import DenseOperator
-from llmeraser_jax.solvers import ConjugateGradients, Status, StreamedOperator, solve_streamed
+from llmeraser_jax.curvature import StreamedOperator
+from llmeraser_jax.solvers import ConjugateGradients, Resumable, Status
+from tests.dense import DenseOperator
 from tests.solvers.systems import D, DensePreconditioner, as_tree, as_vector, assert_identical, rhs
 
 SOLVER = ConjugateGradients(rtol=1e-6, max_steps=40)
@@ -22,6 +23,11 @@ SOLVER = ConjugateGradients(rtol=1e-6, max_steps=40)
 
 class Killed(Exception):
     pass
+
+
+def solve_streamed(solver, operator, rhs, *, checkpoint_directory, preconditioner=None, **settings):
+    resumable = Resumable(solver=solver, directory=checkpoint_directory, **settings)
+    return resumable.solve(operator, rhs, preconditioner)
 
 
 def rows():
@@ -104,26 +110,12 @@ def test_calling_again_after_the_end_costs_one_product(tmp_path):
     assert_identical(again, first)
 
 
-def test_a_trust_region_is_kept_across_a_kill(tmp_path):
-    free = SOLVER.solve(
-        DenseOperator(jnp.asarray(rows().T @ rows() / 60 + 0.1 * np.eye(D, dtype=np.float32))), b32()
-    )
-    radius = 0.9 * float(np.linalg.norm(as_vector(free.value)))
-    solve = partial(solve_streamed, ConjugateGradients(rtol=1e-6, max_steps=40, radius=radius), rhs=b32(), every=1)
-    whole = solve(operator(), checkpoint_directory=tmp_path / "whole")
-    assert Status(int(whole.status)) is Status.TRUST_RADIUS
-    with pytest.raises(Killed):
-        solve(operator(3), checkpoint_directory=tmp_path / "killed")
-    assert_identical(solve(operator(), checkpoint_directory=tmp_path / "killed"), whole)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"rhs": as_tree(rhs(3).astype(np.float32))}, "right-hand side was"),
         ({"solver": ConjugateGradients(rtol=1e-3, max_steps=40)}, "rtol was '1e-06', is '0.001'"),
         ({"solver": ConjugateGradients(rtol=1e-6, max_steps=50)}, "max_steps was 40, is 50"),
-        ({"solver": ConjugateGradients(rtol=1e-6, max_steps=40, radius=2.0)}, "radius was 'inf', is '2.0'"),
         ({"preconditioner": DensePreconditioner(jnp.eye(D))}, "preconditioner was 'none'"),
         ({"description": "other data"}, "description was 'data A', is 'other data'"),
     ],
@@ -139,7 +131,7 @@ def test_the_state_of_another_solve_is_refused_by_name(tmp_path, change, named):
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the directory of a streamed solve"):
+    with pytest.raises(ValueError, match="not the directory of a resumable solve"):
         solve_streamed(SOLVER, operator(), b32(), checkpoint_directory=tmp_path)
 
 

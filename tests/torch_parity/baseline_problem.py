@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.torch_baseline.config import BaselineConfig
-from experiments.torch_baseline.erase import EditedData, Eraser
+from experiments.torch_baseline.erase import BaselineConfig, EditedData, Eraser
 from experiments.torch_baseline.model import AdaptedModel, Params, load_adapted_model
 from llmeraser_jax.data import EncodedExample, Recipe, TokenDataset, choose_buckets
 from llmeraser_jax.lora import Lora, load_adapter
@@ -96,7 +95,7 @@ class Problem:
         return theirs, EditProblem(self.dataset, NUM_TRAINED, named, replacements)
 
     def eraser(self, request: str = "all three", **config) -> Eraser:
-        return Eraser(self.theirs, self.edits(request)[0], BaselineConfig(**{"l2": L2, "chunk_size": 3, **config}))
+        return Eraser(self.theirs, self.edits(request)[0], BaselineConfig(**{"chunk_size": 3, **config}), l2=L2)
 
     def as_lora(self, vector: Params) -> Lora:
         """A vector of PyTorch's adapter space as one of ours."""

@@ -8,10 +8,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
+from llmeraser_jax.convert import dequantize_base, quantize_base  # noqa: E402
 from llmeraser_jax.export import write_merged  # noqa: E402
 from llmeraser_jax.lora import load_adapter, merge_lora, save_adapter  # noqa: E402
 from llmeraser_jax.models import load_model  # noqa: E402
-from llmeraser_jax.models.quantization import dequantize_base, quantize_base  # noqa: E402
 from tests.golden.cases import CASES, QUANTIZED_CASE, case_tokens, largest_relative_difference  # noqa: E402
 from tests.models.tiny import random_lora  # noqa: E402
 

@@ -78,9 +78,9 @@ def test_half_precision_checkpoints_load_without_loss(dtype, tmp_path):
 
 
 def test_module_names_are_those_of_pytorch():
-    from llmeraser_jax.models import ModelConfig, hf_module_names
+    from llmeraser_jax.models import ModelConfig
     from tests.torch_parity import reference
 
     for case in CASES.values():
         theirs = {name for name, _ in reference.build(case).named_modules() if name}
-        assert set(hf_module_names(ModelConfig.from_hf(case))) == theirs
+        assert set(ModelConfig.from_hf(case).module_names) == theirs

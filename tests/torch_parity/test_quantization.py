@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.torch
 
-from llmeraser_jax.models.quantization import DYNAMIC_TABLE, NF4_TABLE, NF4Kernel, quantize  # noqa: E402
+from llmeraser_jax.convert.quantization import DYNAMIC_TABLE, NF4_TABLE, NF4Kernel, quantize  # noqa: E402
 
 quantized = jax.jit(quantize, static_argnums=1)
 # Whole blocks per row; blocks that reach over rows; a last block that is not full; more than one group of scales.

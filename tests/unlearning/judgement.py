@@ -15,12 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax.losses import Objective, cross_entropy_log_odds, example_losses
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.problem import EditProblem
+from llmeraser_jax.unlearning import (
+    Auto,
+    CurvatureSpec,
+    EditProblem,
+    Method,
+    Path,
+    Result,
+    Step,
+    TargetMatching,
+    UnlearningTask,
+    erase,
+)
 from tests.problems import ArrayExamples
 
 D, CLASSES = 128, 24
-CONFIG = EraseConfig(damping=1e-3, chunk_size=8, sample_size=32)
+CHUNK_SIZE = 8
+CURVATURE = CurvatureSpec(damping=1e-3)
+MATCHING = TargetMatching(damping=1e-3, sample_size=32)
+PATH, STEP = Path(curvature=CURVATURE), Step(curvature=CURVATURE)
+AUTO = Auto(first=MATCHING, fallback=PATH)
 
 
 def logits(frozen, params, batch):
@@ -77,22 +91,31 @@ class Setting:
         return make_objective(self.l2)
 
     @property
-    def config(self) -> EraseConfig:
-        return dataclasses.replace(CONFIG, l2=self.l2)
+    def task(self) -> UnlearningTask:
+        return UnlearningTask(
+            model=self.objective,
+            adapter=self.before,
+            requests=self.problem,
+            calibration=self.calibration,
+            modified=self.modified,
+        )
+
+    def erase(self, method: Method = AUTO, budget: float | None = None, *, seed: int = 0, **changes) -> Result:
+        """The package's answer, with changes to the task."""
+        task = dataclasses.replace(self.task, **changes)
+        return erase(task, method, budget, seed=seed, chunk_size=CHUNK_SIZE)
 
     def losses(self, params, indices) -> np.ndarray:
         """In the order of `indices`."""
         indices = np.asarray(indices, np.int64)
-        stack = ArrayExamples(self.problem.examples.inputs, self.problem.examples.targets).stack(
-            indices, np.ones(len(indices)), chunk_size=max(len(indices), 1)
-        )
-        return example_losses(self.objective, params, stack) if len(indices) else np.zeros(0)
+        if not len(indices):
+            return np.zeros(0)
+        stack = self.problem.examples.stack(indices, np.ones(len(indices)), chunk_size=len(indices))
+        return example_losses(self.objective, params, stack)
 
     def unseen(self, params) -> np.ndarray:
         count = len(self.calibration)
-        stack = ArrayExamples(self.calibration.inputs, self.calibration.targets).stack(
-            np.arange(count), np.ones(count), chunk_size=count
-        )
+        stack = self.calibration.stack(np.arange(count), np.ones(count), chunk_size=count)
         return example_losses(self.objective, params, stack)
 
 
@@ -141,7 +164,7 @@ def make_setting(
     classes = np.concatenate([targets, np.array(new_targets, targets.dtype)])
     look_alikes = tuple(np.array([copies[i]] if i in copies else [], np.int64) for i in named)
     problem = EditProblem(ArrayExamples(everything, classes), n, named, np.array(replacements))
-    if copies and "look_alikes" in {f.name for f in dataclasses.fields(problem)}:
+    if copies:
         problem = dataclasses.replace(problem, look_alikes=look_alikes)
     after = np.concatenate([problem.retained, problem.wanted])
     retrained = fit(everything[after], classes[after], l2)
@@ -186,16 +209,14 @@ def is_right(setting: Setting, params) -> bool:
     return bool(setting.unseen(params).mean() <= setting.unseen(setting.retrained).mean() + 0.4)
 
 
-Make = Callable[[Setting], object]  # an adapter, or what `unlearn` returns
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A name, a setting and how its adapter is made: by `unlearn` with these changes, or by hand."""
+    """A name, a setting and how its adapter is made: by a method of the package, or by hand."""
 
     name: str
     setting: dict
-    erase: dict | None = None  # changes to the configuration; key `calibration`: whether rows are given
+    method: Method = AUTO
+    calibration: bool = True  # whether the method is given calibration rows
     by_hand: Callable[[Setting], dict] | None = None
 
 
@@ -305,12 +326,8 @@ CASES = (
     Case("copies forgotten too", {"remove": FOUR, "copy": FOUR}, by_hand=ascend(25, 0.5)),
     # Methods of the package.
     *(
-        Case(f"{label}: {kind}", setting, changes)
-        for label, changes in {
-            "auto": {},
-            "path": {"method": "path", "sample_size": None, "damping": 1e-3},
-            "step": {"method": "step", "sample_size": None},
-        }.items()
+        Case(f"{label}: {kind}", setting, method)
+        for label, method in {"auto": AUTO, "path": PATH, "step": STEP}.items()
         for kind, setting in {
             "4 removals": {"remove": FOUR},
             "12 removals": {"remove": TWELVE},
@@ -318,17 +335,17 @@ CASES = (
             "mixed": {"remove": (3, 10, 11, 30, 40, 41), "correct": (20,)},
         }.items()
     ),
-    Case("auto: 4 queries", {"modify": FOUR}, {}),
-    Case("auto: 1 removal", {"remove": (5,)}, {}),
-    Case("auto: copies stay", {"remove": FOUR, "copy": FOUR}, {}),
-    Case("auto: half of the rows have copies", {"remove": FOUR, "copy": FOUR[:2]}, {}),
-    Case("auto: a well-known row", {"remove": FOUR, "deep": 10}, {}),
-    Case("auto: every row corrected", {"n": 16, "correct": tuple(range(16))}, {}),
-    Case("path without calibration: 6 removals", {"remove": (3, 10, 11, 30, 40, 41)}, {"calibration": False}),
+    Case("auto: 4 queries", {"modify": FOUR}),
+    Case("auto: 1 removal", {"remove": (5,)}),
+    Case("auto: copies stay", {"remove": FOUR, "copy": FOUR}),
+    Case("auto: half of the rows have copies", {"remove": FOUR, "copy": FOUR[:2]}),
+    Case("auto: a well-known row", {"remove": FOUR, "deep": 10}),
+    Case("auto: every row corrected", {"n": 16, "correct": tuple(range(16))}),
+    Case("path without calibration: 6 removals", {"remove": (3, 10, 11, 30, 40, 41)}, calibration=False),
     Case(
         "path without calibration: mixed",
         {"remove": (3, 10, 11, 30, 40, 41), "correct": (20,)},
-        {"calibration": False},
+        calibration=False,
     ),
     # Heads that have not memorised: retraining moves the rows little, and then hardly at all.
     *(
@@ -336,5 +353,5 @@ CASES = (
         for kind, l2 in {"little to forget": 3.0, "nothing to forget": 30.0}.items()
         for label, make in {"retrained": mix(1.0), "unchanged": mix(0.0)}.items()
     ),
-    Case("nothing to forget, step", {"remove": FOUR, "l2": 30.0}, {"method": "step", "sample_size": None}),
+    Case("nothing to forget, step", {"remove": FOUR, "l2": 30.0}, STEP),
 )

@@ -1,13 +1,15 @@
 """Steps of groups add up to the step of all, and each is what a dense solve gives."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from llmeraser_jax.unlearning.attribution import attribute
-from llmeraser_jax.unlearning.dispatch import unlearn
-from tests.problems import join_params, ridge_objective, split_params
-from tests.unlearning.test_path_on_ridge import L2, D, N, config, make_problem
+from llmeraser_jax.solvers import BlockConjugateGradients
+from llmeraser_jax.unlearning import CurvatureSpec, attribute
+from tests.problems import join_params, ridge_task
+from tests.unlearning.test_path_on_ridge import CURVATURE, L2, STEP, D, N, make_problem, run
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +20,10 @@ def _float64():
 
 def test_the_steps_of_groups_are_dense_solves_and_add_up_to_the_step_of_all():
     problem, before, _ = make_problem("rqc")
-    settings = config(method="step", trust_region=False)
-    objective, params = ridge_objective(L2), split_params(before)
-    whole = join_params(unlearn(objective, params, problem, settings).params) - before
+    whole = run(problem, before, dataclasses.replace(STEP, trust_region=None)) - before
     groups = {"first": [int(problem.named[0])], "others": [int(i) for i in problem.named[1:]]}
-    parts = attribute(objective, params, problem, groups, settings)
+    solver = BlockConjugateGradients(rtol=1e-14, max_steps=50)
+    parts = attribute(ridge_task(problem, before, L2), groups, curvature=CURVATURE, solver=solver)
     assert [part.name for part in parts] == ["first", "others"] and [part.num_rows for part in parts] == [1, 2]
     np.testing.assert_allclose(sum(join_params(part.delta) for part in parts), whole, rtol=1e-9, atol=1e-13)
     assert sum(part.share for part in parts) == pytest.approx(1)
@@ -39,4 +40,15 @@ def test_the_steps_of_groups_are_dense_solves_and_add_up_to_the_step_of_all():
 def test_groups_that_do_not_share_out_the_request_are_refused(groups):
     problem, before, _ = make_problem("r")
     with pytest.raises(ValueError, match="each once"):
-        attribute(ridge_objective(L2), split_params(before), problem, groups, config(method="step"))
+        attribute(ridge_task(problem, before, L2), groups, curvature=CURVATURE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "auto"}, {"damping_kind": "per-matrix"}, {"matmul_precision": "bfloat16"}, {"stream": True}],
+    ids=str,
+)
+def test_a_curvature_that_a_block_solve_does_not_know_is_refused(changes):
+    problem, before, _ = make_problem("r")
+    with pytest.raises(ValueError, match="attribution takes one of hessian, gauss-newton"):
+        attribute(ridge_task(problem, before, L2), {"all": [2, 9, 16]}, curvature=CurvatureSpec(**changes))

@@ -7,16 +7,32 @@ import jax
 import numpy as np
 import pytest
 
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.problem import EditProblem
-from llmeraser_jax.unlearning.steps import UnlearningError
+from llmeraser_jax.solvers import ConjugateGradients, Lissa, Minres, QuadraticDescent
+from llmeraser_jax.types import Solver
+from llmeraser_jax.unlearning import (
+    Auto,
+    Corrected,
+    EditProblem,
+    Path,
+    RowPreconditioner,
+    TargetMatching,
+    UnlearningError,
+    ValidityCheck,
+    Verdict,
+    Workspace,
+)
 from llmeraser_jax.unlearning.targets import find_targets
-from llmeraser_jax.unlearning.validity import Validity, ValidityCheck, Verdict
-from tests.problems import ArrayBatch, ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
+from llmeraser_jax.unlearning.validity import Validity
+from tests.problems import ArrayBatch, ArrayExamples, join_params, receipt_of, ridge_solution
 from tests.unlearning.judgement import (
+    AUTO,
     CASES,
+    CHUNK_SIZE,
+    CURVATURE,
     FOUR,
+    MATCHING,
+    PATH,
+    STEP,
     Case,
     Setting,
     cross_entropy,
@@ -26,7 +42,9 @@ from tests.unlearning.judgement import (
     logits,
     make_setting,
 )
-from tests.unlearning.test_path_on_ridge import L2, config
+from tests.unlearning.test_path_on_ridge import L2, erase_ridge
+from tests.unlearning.test_path_on_ridge import PATH as RIDGE_PATH
+from tests.unlearning.test_path_on_ridge import STEP as RIDGE_STEP
 from tests.unlearning.test_path_on_ridge import make_problem as make_ridge
 
 
@@ -37,28 +55,18 @@ def _float64():
 
 
 def look(setting: Setting, params) -> ValidityCheck:
-    evaluator = Evaluator(setting.objective, setting.problem, setting.config)
-    targets = find_targets(
-        evaluator, setting.before, calibration=setting.calibration, modified=setting.modified, diagnostic=True
-    )
-    return Validity(evaluator, setting.before, targets, setting.calibration).check(params)
+    task, workspace = setting.task, Workspace(chunk_size=CHUNK_SIZE)
+    targets = find_targets(task, workspace, diagnostic=True)
+    return Validity(task, workspace, targets).check(params)
 
 
 def verdict_of(case: Case, setting: Setting) -> tuple[Verdict, object]:
     if case.by_hand is not None:
         params = case.by_hand(setting)
         return look(setting, params).verdict, params
-    changes = dict(case.erase or {})
-    calibration = setting.calibration if changes.pop("calibration", True) else None
-    result = unlearn(
-        setting.objective,
-        setting.before,
-        setting.problem,
-        dataclasses.replace(setting.config, **changes),
-        heldout=calibration,
-        modified=setting.modified,
-    )
-    return (Verdict.COMPLETE if result.validity is None else result.validity.verdict), result.params
+    result = setting.erase(case.method, calibration=setting.calibration if case.calibration else None)
+    check = receipt_of(result).validity
+    return (Verdict.COMPLETE if check is None else check.verdict), result.params
 
 
 def test_what_is_called_complete_is_right_and_what_is_right_is_rarely_refused():
@@ -139,66 +147,63 @@ def test_rows_that_are_remembered_better_were_not_forgotten():
 def test_a_row_known_below_rounding_moves():
     setting = make_setting(remove=FOUR, deep=10)
     assert setting.losses(setting.before, [10])[0] < 1e-12
-    result = unlearn(
-        setting.objective, setting.before, setting.problem, setting.config, heldout=setting.calibration
-    )
-    assert result.complete and setting.losses(result.params, [10])[0] > 1.0
+    result = setting.erase()
+    assert receipt_of(result).complete and setting.losses(result.params, [10])[0] > 1.0
 
 
 def test_copies_in_the_retain_set_are_named_and_kept():
     setting = make_setting(remove=FOUR, copy=FOUR[:2])
-    result = unlearn(
-        setting.objective, setting.before, setting.problem, setting.config, heldout=setting.calibration
-    )
-    assert result.validity is not None and result.complete
+    result = setting.erase()
+    receipt = receipt_of(result)
+    assert receipt.validity is not None and receipt.complete
     places = [int(found[0]) if len(found) else None for found in setting.problem.look_alikes or ()]
-    assert [row.copies for row in result.validity.rows] == [(str(p),) if p is not None else () for p in places]
+    assert [row.copies for row in receipt.validity.rows] == [(str(p),) if p is not None else () for p in places]
     after = setting.losses(result.params, setting.problem.named)
     oracle = setting.losses(setting.retrained, setting.problem.named)
     assert np.all(after[:2] < oracle[:2] + 0.1) and np.all(after[2:] > 1.0)
 
 
-@pytest.mark.parametrize("method", ["step", "path"])
+@pytest.mark.parametrize("method", [RIDGE_STEP, RIDGE_PATH], ids=["step", "path"])
 @pytest.mark.parametrize("action", ["r", "q", "c", "rqc"])
 def test_the_exact_answer_on_ridge_is_no_failure(method, action):
     problem, before, _ = make_ridge(action)
-    result = unlearn(ridge_objective(L2), split_params(before), problem, config(method=method))
-    assert result.validity is not None and not result.validity.failed
+    result = erase_ridge(problem, before, method)
+    check = receipt_of(result).validity
+    assert check is not None and not check.failed
     after = np.concatenate([problem.retained, problem.wanted])
     exact = ridge_solution(problem.examples.inputs[after], problem.examples.targets[after], L2)
-    assert method == "step" or np.linalg.norm(join_params(result.params) - exact) < 1e-6
+    assert method is RIDGE_STEP or np.linalg.norm(join_params(result.params) - exact) < 1e-6
+
+
+CG = ConjugateGradients(rtol=0.05, max_steps=15)
+
+
+def steps_with(solver: Solver = CG, **changes):
+    """A single step with another solver or curvature."""
+    return dataclasses.replace(STEP, solver=solver, curvature=dataclasses.replace(CURVATURE, **changes))
+
+
+METHODS = {
+    "auto": AUTO,
+    "target matching, corrected": Corrected(method=MATCHING, max_steps=3, curvature=CURVATURE),
+    "path": PATH,
+    "path, auto curvature": Path(curvature=dataclasses.replace(CURVATURE, kind="auto", memory_budget_bytes=0)),
+    "step, corrected": Corrected(method=STEP, max_steps=2, curvature=CURVATURE),
+    "descent": steps_with(QuadraticDescent(num_steps=40, rtol=0.05)),
+    "lissa": steps_with(Lissa(num_steps=40, rtol=0.05)),
+    "minres": steps_with(Minres(rtol=0.05, max_steps=15), damping_kind="mean-eigenvalue"),
+    "row preconditioner": steps_with(dataclasses.replace(CG, preconditioner=RowPreconditioner())),
+    "bfloat16": steps_with(matmul_precision="bfloat16"),
+}
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3, 1.0])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"correctors": 3},
-        {"method": "path", "sample_size": None},
-        {"method": "path", "curvature": "auto", "memory_budget_bytes": 0},
-        {"method": "step", "correctors": 2},
-        {"method": "step", "solver": "descent", "solver_steps": 40},
-        {"method": "step", "solver": "lissa", "solver_steps": 40},
-        {"method": "step", "solver": "minres", "damping_kind": "mean-eigenvalue"},
-        {"method": "step", "preconditioner": "factored"},
-        {"method": "step", "operands": "bfloat16"},
-    ],
-    ids=str,
-)
-def test_no_budget_is_exceeded(changes, share):
+@pytest.mark.parametrize("name", METHODS)
+def test_no_budget_is_exceeded(name, share):
     setting = _budget_setting()
     price = 60.0 * len(setting.problem.retained)
-    settings = dataclasses.replace(setting.config, budget=share, **changes)
     try:
-        result = unlearn(
-            setting.objective,
-            setting.before,
-            setting.problem,
-            settings,
-            heldout=setting.calibration,
-            retrain_cost=price,
-        )
+        result = setting.erase(METHODS[name], share, retraining_cost=price)
     except UnlearningError as error:
         assert "budget" in str(error)
     else:
@@ -216,12 +221,11 @@ def _budget_setting() -> Setting:
 
 def test_nothing_costs_more_than_a_retraining_unless_it_may():
     setting = _budget_setting()
-    settings = dataclasses.replace(setting.config, method="path", sample_size=None, cg_rtol=1e-9)
+    method = dataclasses.replace(PATH, solver=ConjugateGradients(rtol=1e-9, max_steps=15))
     price = 400.0
 
     def run(budget):
-        changed = dataclasses.replace(settings, budget=budget)
-        return unlearn(setting.objective, setting.before, setting.problem, changed, retrain_cost=price)
+        return setting.erase(method, budget, calibration=None, retraining_cost=price)
 
     assert run(None).cost.total <= price < run(np.inf).cost.total
 
@@ -235,13 +239,7 @@ def test_a_row_that_is_not_finite_is_named_before_anything_is_computed(where):
     (unseen if where == "calibration" else inputs)[row, 0] = np.nan
     problem = dataclasses.replace(problem, examples=ArrayExamples(inputs, problem.examples.targets))
     with pytest.raises(ValueError, match=rf"{where} row '{row}'.* is nan"):
-        unlearn(
-            setting.objective,
-            setting.before,
-            problem,
-            setting.config,
-            heldout=ArrayExamples(unseen, calibration.targets),
-        )
+        setting.erase(requests=problem, calibration=ArrayExamples(unseen, calibration.targets))
 
 
 def test_the_only_row_can_be_corrected():
@@ -250,40 +248,36 @@ def test_the_only_row_can_be_corrected():
     problem = EditProblem(ArrayExamples(inputs, np.array([1, 2])), 1, np.array([0]), np.array([1]))
     setting = make_setting(remove=(0,), n=2)
     before = fit(inputs[:1], np.array([1]), setting.l2)
-    for method in ("auto", "path"):
-        changed = dataclasses.replace(setting.config, method=method)
-        result = unlearn(setting.objective, before, problem, changed)
-        assert result.validity is not None and result.validity.retained is None
-        assert method == "path" or result.complete
+    for method in (AUTO, PATH):
+        result = setting.erase(method, requests=problem, adapter=before, calibration=None, modified=None)
+        receipt = receipt_of(result)
+        assert receipt.validity is not None and receipt.validity.retained is None
+        assert method is PATH or receipt.complete
 
 
 def test_the_first_step_reports_its_standard_error():
     setting = _budget_setting()
-    for method in ("auto", "path"):
-        settings = dataclasses.replace(setting.config, method=method, max_standard_error=np.inf, num_steps=4)
-        steps = [
-            unlearn(
-                setting.objective,
-                setting.before,
-                setting.problem,
-                dataclasses.replace(settings, seed=seed),
-                heldout=setting.calibration,
-            ).steps[0]
-            for seed in range(2)
-        ]
-        assert all(0.01 < step.standard_error < 1.0 for step in steps)
+    sample = dataclasses.replace(CURVATURE, sample_size=32)
+    for method in (
+        Auto(first=dataclasses.replace(MATCHING, max_standard_error=np.inf, num_steps=4), fallback=PATH),
+        Path(num_steps=4, curvature=sample),
+    ):
+        receipts = [receipt_of(setting.erase(method, seed=seed)) for seed in range(2)]
+        assert all(0.01 < receipt.steps[0].standard_error < 1.0 for receipt in receipts)
+        assert all(receipt.step_standard_error == receipt.steps[0].standard_error for receipt in receipts)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("make", "named"),
     [
-        ({"log_odds_range": 40.0}, "log_odds_range"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**32}, "seed"),
-        ({"target_loss": np.inf}, "target_loss"),
-        ({"max_standard_error": 0.0}, "max_standard_error"),
+        (lambda task: Workspace(seed=-1), "seed"),
+        (lambda task: Workspace(seed=2**32), "seed"),
+        (lambda task: Workspace(chunk_size=0), "chunk_size"),
+        (lambda task: dataclasses.replace(task, target_loss=np.inf), "target_loss"),
+        (lambda task: TargetMatching(max_standard_error=0.0), "max_standard_error"),
+        (lambda task: dataclasses.replace(CURVATURE, max_standard_error=0.0), "max_standard_error"),
     ],
 )
-def test_bad_values_are_refused_by_name(changes, named):
+def test_bad_values_are_refused_by_name(make, named):
     with pytest.raises(ValueError, match=named):
-        dataclasses.replace(_budget_setting().config, **changes)
+        make(_budget_setting().task)

@@ -1,20 +1,38 @@
 """On ridge regression the method's signs and constants have a closed-form oracle: retraining."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.path import log_odds_weights, next_weight
-from llmeraser_jax.unlearning.problem import EditProblem
-from llmeraser_jax.unlearning.steps import UnlearningError
-from tests.problems import ArrayExamples, join_params, ridge_objective, ridge_solution, split_params
+from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.unlearning import (
+    Corrected,
+    CurvatureSpec,
+    EditProblem,
+    Method,
+    Path,
+    Result,
+    Step,
+    TrustRegion,
+    UnlearningError,
+    erase,
+    log_odds_weights,
+)
+from llmeraser_jax.unlearning.path import next_weight
+from tests.problems import ArrayExamples, join_params, receipt_of, ridge_solution, ridge_task, solves_of
 
 L2 = 0.1
 N, D = 40, 5
+
+# Exact solves on all data: nothing between the formula and the answer.
+CURVATURE = CurvatureSpec(data="all", damping=0.0)
+SOLVER = ConjugateGradients(rtol=1e-14, max_steps=50)
+TRUST_REGION = TrustRegion(max_step_ratio=0.0)
+PATH = Path(curvature=CURVATURE, solver=SOLVER, trust_region=TRUST_REGION)
+STEP = Step(curvature=CURVATURE, solver=SOLVER, trust_region=TRUST_REGION)
 
 
 @pytest.fixture(autouse=True)
@@ -52,31 +70,21 @@ def make_problem(actions: str, num_buckets: int = 1, num_named: int = 3):
     return problem, before, retrained
 
 
-def config(**changes) -> EraseConfig:
-    """Exact solves on all data: nothing between the formula and the answer."""
-    exact = {
-        "method": "path",
-        "damping": 0.0,
-        "l2": L2,
-        "curvature_data": "all",
-        "cg_rtol": 1e-14,
-        "cg_max_steps": 50,
-        "max_step_ratio": 0.0,
-        "chunk_size": 4,
-    }
-    return EraseConfig(**{**exact, **changes})
+def erase_ridge(problem, before, method: Method = PATH, budget=None, *, l2=L2, chunk_size=4, **fields) -> Result:
+    return erase(ridge_task(problem, before, l2, **fields), method, budget, chunk_size=chunk_size)
 
 
-def run(problem, before, **changes) -> np.ndarray:
-    return join_params(unlearn(ridge_objective(L2), split_params(before), problem, config(**changes)).params)
+def run(problem, before, method: Method = PATH, **settings) -> np.ndarray:
+    return join_params(erase_ridge(problem, before, method, **settings).params)
 
 
 @pytest.mark.parametrize("actions", ["r", "q", "c", "rqc"])
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
-@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
-def test_path_lands_on_the_retrained_solution_for_every_number_of_steps(actions, num_steps, curvature):
+@pytest.mark.parametrize("kind", ["gauss-newton", "hessian"])
+def test_path_lands_on_the_retrained_solution_for_every_number_of_steps(actions, num_steps, kind):
     problem, before, retrained = make_problem(actions)
-    after = run(problem, before, num_steps=num_steps, curvature=curvature)
+    curvature = dataclasses.replace(CURVATURE, kind=kind)
+    after = run(problem, before, dataclasses.replace(PATH, num_steps=num_steps, curvature=curvature))
     np.testing.assert_allclose(after, retrained, rtol=0, atol=1e-12)
     assert np.linalg.norm(before - retrained) > 1e-2
 
@@ -84,7 +92,7 @@ def test_path_lands_on_the_retrained_solution_for_every_number_of_steps(actions,
 @pytest.mark.parametrize("actions", ["r", "q", "c", "rqc"])
 def test_newton_lands_on_the_retrained_solution(actions):
     problem, before, retrained = make_problem(actions)
-    after = run(problem, before, method="step", rhs="newton")
+    after = run(problem, before, dataclasses.replace(STEP, rhs="newton"))
     np.testing.assert_allclose(after, retrained, rtol=0, atol=1e-12)
 
 
@@ -93,7 +101,7 @@ def test_single_step_errs_in_second_order_of_the_named_share(actions):
     errors = []
     for num_named in (1, 2, 4):
         problem, before, retrained = make_problem(actions, num_named=num_named)
-        after = run(problem, before, method="step")
+        after = run(problem, before, STEP)
         gap = np.linalg.norm(before - retrained)
         errors.append(np.linalg.norm(after - retrained))
         assert errors[-1] < 0.6 * gap, "the step must move towards the retrained solution"
@@ -111,7 +119,7 @@ def test_single_step_error_is_quadratic_in_the_size_of_a_response_change():
         keep = np.arange(len(x)) != 3
         retrained = ridge_solution(x[keep], y[keep], L2)
         before = ridge_solution(x, y, L2)
-        errors.append(np.linalg.norm(run(problem, before, method="step") - retrained))
+        errors.append(np.linalg.norm(run(problem, before, STEP) - retrained))
         gaps.append(np.linalg.norm(before - retrained))
     rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     assert np.all((rates > 1.7) & (rates < 2.6)), rates
@@ -120,19 +128,19 @@ def test_single_step_error_is_quadratic_in_the_size_of_a_response_change():
 
 def test_response_correction_is_exact_in_a_single_step_because_the_curvature_does_not_change():
     problem, before, retrained = make_problem("c")
-    np.testing.assert_allclose(run(problem, before, method="step"), retrained, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(run(problem, before, STEP), retrained, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("trust_region", [True, False])
+@pytest.mark.parametrize("trust_region", [TRUST_REGION, None])
 def test_trust_region_leaves_quadratics_alone(trust_region):
     problem, before, retrained = make_problem("rqc")
-    result = unlearn(
-        ridge_objective(L2), split_params(before), problem, config(num_steps=4, trust_region=trust_region)
-    )
-    assert [step.scale for step in result.steps] == [1.0] * 4
-    assert result.final_weight == 0
+    method = dataclasses.replace(PATH, num_steps=4, trust_region=trust_region)
+    result = erase_ridge(problem, before, method)
+    receipt = receipt_of(result)
+    assert [step.scale for step in receipt.steps] == [1.0] * 4
+    assert receipt.left == 0
     if trust_region:
-        for step in result.steps:
+        for step in solves_of(result):
             assert step.actual_reduction == pytest.approx(step.predicted_reduction, rel=1e-9)
     np.testing.assert_allclose(join_params(result.params), retrained, rtol=0, atol=1e-12)
 
@@ -140,10 +148,15 @@ def test_trust_region_leaves_quadratics_alone(trust_region):
 def test_limit_on_the_step_norm_holds_and_the_remainder_is_taken_up_again():
     problem, before, retrained = make_problem("r")
     limit = 0.1
-    result = unlearn(ridge_objective(L2), split_params(before), problem, config(num_steps=6, max_step_ratio=limit))
-    assert max(step.delta_norm for step in result.steps) <= limit * 1.05 * np.linalg.norm(before)
-    assert min(step.scale for step in result.steps) < 1
-    assert result.final_weight == 0
+    result = erase_ridge(
+        problem,
+        before,
+        Path(num_steps=6, curvature=CURVATURE, solver=SOLVER, trust_region=TrustRegion(max_step_ratio=limit)),
+    )
+    receipt = receipt_of(result)
+    assert max(step.delta_norm for step in receipt.steps) <= limit * 1.05 * np.linalg.norm(before)
+    assert min(step.scale for step in receipt.steps) < 1
+    assert receipt.left == 0
     gap = np.linalg.norm(before - retrained)
     assert np.linalg.norm(join_params(result.params) - retrained) < 0.1 * gap
 
@@ -152,7 +165,7 @@ def test_results_do_not_depend_on_buckets_or_chunks():
     results = []
     for num_buckets, chunk_size in ((1, 4), (3, 5), (1, 64)):
         problem, before, _ = make_problem("rqc", num_buckets)
-        results.append(run(problem, before, num_steps=3, chunk_size=chunk_size))
+        results.append(run(problem, before, dataclasses.replace(PATH, num_steps=3), chunk_size=chunk_size))
     np.testing.assert_allclose(results[1], results[0], atol=1e-12)
     np.testing.assert_allclose(results[2], results[0], atol=1e-12)
 
@@ -174,10 +187,10 @@ def test_sampled_curvature_is_unbiased_over_seeds():
 @pytest.mark.parametrize(("budget_bytes", "per_product", "setup"), [(0, 1.5, 0.0), (2**30, 1.0, 1 / 3)])
 def test_cost_counts_right_hand_sides_products_and_checks(budget_bytes, per_product, setup):
     problem, before, _ = make_problem("rqc")
-    settings = config(num_steps=2, memory_budget_bytes=budget_bytes)
-    result = unlearn(ridge_objective(L2), split_params(before), problem, settings)
+    curvature = dataclasses.replace(CURVATURE, memory_budget_bytes=budget_bytes)
+    result = erase_ridge(problem, before, dataclasses.replace(PATH, num_steps=2, curvature=curvature))
     data = N + 2
-    products = sum(step.iterations + 1 for step in result.steps)
+    products = sum(step.iterations + 1 for step in solves_of(result))
     assert result.cost.rhs == pytest.approx(2 * (1 + 2 + 2))
     assert result.cost.curvature == pytest.approx((per_product * products + 2 * setup) * data)
     assert result.cost.trust_region == pytest.approx(2 * (2 / 3 + 1 / 3) * data)
@@ -187,7 +200,7 @@ def test_a_request_that_changes_no_gradient_fails_instead_of_writing_a_zero_step
     problem, before, _ = make_problem("r", num_named=1)
     problem.examples.inputs[problem.named[0]] = 0
     with pytest.raises(UnlearningError, match="right-hand side is zero"):
-        unlearn(ridge_objective(0.0), split_params(before), problem, config(l2=0.0))
+        erase_ridge(problem, before, l2=0.0)
 
 
 def test_log_odds_weights_are_as_stated():
@@ -214,15 +227,17 @@ def test_next_weight_follows_the_schedule_and_keeps_its_stride_in_between(num_st
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("make", "named"),
     [
-        ({"rhs": "newton"}, "newton"),
-        ({"method": "leap"}, "method"),
-        ({"damping": -1.0}, "damping"),
-        ({"cg_rtol": 1.0}, "cg_rtol"),
-        ({"num_steps": 0}, "num_steps"),
+        (lambda: Step(rhs="jump"), "rhs"),  # pyright: ignore[reportArgumentType]
+        (lambda: CurvatureSpec(damping=-1.0), "damping"),
+        (lambda: ConjugateGradients(rtol=1.0), "rtol"),
+        (lambda: Path(num_steps=0), "num_steps"),
+        (lambda: Path(log_odds_range=40.0), "log_odds_range"),
+        (lambda: TrustRegion(min_ratio=1.0), "min_ratio"),
+        (lambda: Corrected(max_steps=0), "max_steps"),
     ],
 )
-def test_bad_configuration_is_refused_by_name(changes, named):
+def test_bad_choices_are_refused_by_name(make, named):
     with pytest.raises((ValueError, TypeError), match=named):
-        EraseConfig(**changes)
+        make()

@@ -7,10 +7,9 @@ import pytest
 from scipy.optimize import minimize
 
 from llmeraser_jax.losses import Objective
-from llmeraser_jax.unlearning.config import EraseConfig
-from llmeraser_jax.unlearning.dispatch import unlearn
-from llmeraser_jax.unlearning.problem import EditProblem
-from tests.problems import ArrayExamples
+from llmeraser_jax.solvers import ConjugateGradients
+from llmeraser_jax.unlearning import CurvatureSpec, EditProblem, Path, TrustRegion, UnlearningTask, erase
+from tests.problems import ArrayExamples, receipt_of
 
 N, D, CLASSES, L2 = 60, 4, 3, 1e-2
 
@@ -61,22 +60,19 @@ def test_path_error_falls_at_least_as_one_over_the_number_of_steps(action):
     with jax.enable_x64(True):
         problem, before, retrained = make_problem(action)
         objective = Objective((), None, logits, cross_entropy, L2)
+        task = UnlearningTask(model=objective, adapter={"w": jnp.asarray(before)}, requests=problem)
         errors = []
         for num_steps in (4, 8, 16, 32):
-            config = EraseConfig(
-                method="path",
-                damping=0.0,
-                l2=L2,
-                curvature_data="all",
-                cg_rtol=1e-12,
-                cg_max_steps=60,
-                max_step_ratio=0.0,
+            path = Path(
                 num_steps=num_steps,
-                chunk_size=80,
+                curvature=CurvatureSpec(data="all", damping=0.0),
+                solver=ConjugateGradients(rtol=1e-12, max_steps=60),
+                trust_region=TrustRegion(max_step_ratio=0.0),
             )
-            result = unlearn(objective, {"w": jnp.asarray(before)}, problem, config)
-            assert result.final_weight == 0
-            assert [step.scale for step in result.steps] == [1.0] * num_steps
+            result = erase(task, path, chunk_size=80)
+            receipt = receipt_of(result)
+            assert receipt.left == 0
+            assert [step.scale for step in receipt.steps] == [1.0] * num_steps
             errors.append(np.linalg.norm(np.asarray(result.params["w"]) - retrained))
         gap = np.linalg.norm(before - retrained)
         rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))

@@ -2,16 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from llmeraser_jax.data import TokenSubsets, align_tokens, encode_examples, find_look_alikes, load_examples
 from llmeraser_jax.data.requests import parse_requests
-from llmeraser_jax.losses import lm_objective
+from llmeraser_jax.losses import lm_objective, per_example
 from llmeraser_jax.models import load_model
-from llmeraser_jax.unlearning import EraseConfig, make_problem
-from llmeraser_jax.unlearning.evaluator import Evaluator
-from llmeraser_jax.unlearning.targets import Role, differing_tokens, find_targets
+from llmeraser_jax.unlearning import UnlearningTask, Workspace, make_problem
+from llmeraser_jax.unlearning.targets import Role, _tokens_and_losses, differing_tokens, find_targets
 from tests.training import tiny
 
 
@@ -66,28 +66,33 @@ def problem(tmp_path_factory):
     return model, dataset, make_problem(model, dataset, requests)
 
 
-def evaluator_of(problem) -> Evaluator:
+WORKSPACE = Workspace(chunk_size=4)
+
+
+def task_of(problem) -> UnlearningTask:
+    """The request on an adapter that does nothing yet."""
     model, _, edits = problem
-    return Evaluator(lm_objective(model.apply, model.base, l2=1e-3), edits, EraseConfig(l2=1e-3, chunk_size=4))
+    objective = lm_objective(model.apply, model.base, l2=1e-3)
+    return UnlearningTask(model=objective, adapter=model.init_lora(jax.random.key(0), tiny.LORA), requests=edits)
 
 
-def zero_adapter(model):
-    import jax
-
-    return model.init_lora(jax.random.key(0), tiny.LORA)
+def token_values(task: UnlearningTask, rows) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and losses of each row's loss tokens."""
+    stack = WORKSPACE.stack(task.problem.examples, rows)
+    found = per_example(_tokens_and_losses, stack, task.objective, task.adapter)
+    return [(ids[~np.isnan(losses)], losses[~np.isnan(losses)]) for ids, losses in zip(*found, strict=True)]
 
 
 def test_the_loss_at_some_tokens_is_their_mean(problem):
-    model, _, edits = problem
-    evaluator, lora = evaluator_of(problem), zero_adapter(model)
+    edits, task = problem[2], task_of(problem)
     rows = np.array([5, int(edits.named[1]), 0, int(edits.wanted[0])])
-    tokens = evaluator.token_values(lora, rows)
+    tokens = token_values(task, rows)
     masks = []
     for row, (ids, losses) in zip(rows, tokens, strict=True):
         np.testing.assert_array_equal(ids, edits.examples.encoded[row].tokens[-len(ids) :])
         masks.append(np.arange(len(losses)) % 2 == 0)
     view = TokenSubsets(edits.examples, rows, (masks[0], masks[1], None, masks[3]))
-    found = evaluator.row_values(lora, view, np.arange(4))
+    found = WORKSPACE.row_values(task.objective, task.adapter, view, np.arange(4))
     for k, (_, losses) in enumerate(tokens):
         expected = losses.mean() if k == 2 else losses[masks[k]].mean()
         assert found.losses[k] == pytest.approx(expected, rel=1e-5)
@@ -98,13 +103,12 @@ def test_the_loss_at_some_tokens_is_their_mean(problem):
 
 
 def test_an_edit_has_rows_for_what_goes_what_is_wanted_and_what_stays(problem):
-    model, _, edits = problem
-    evaluator, lora = evaluator_of(problem), zero_adapter(model)
-    targets = find_targets(evaluator, lora, calibration=None, modified=np.zeros(2, bool))
+    edits, task = problem[2], task_of(problem)
+    targets = find_targets(task, WORKSPACE)
     of_edit = targets.owners == 1
     by_role = {Role(int(role)): k for k, role in enumerate(targets.roles) if of_edit[k]}
     assert set(by_role) == {Role.GOES, Role.WANTED, Role.STAYS}
-    (old_ids, old), (_, new) = evaluator.token_values(lora, np.array([edits.named[1], edits.wanted[0]]))
+    (old_ids, old), (_, new) = token_values(task, np.array([edits.named[1], edits.wanted[0]]))
     word = len(old_ids) - 2  # the last word, before the end of sequence
     assert isinstance(targets.examples, TokenSubsets)
     mask = targets.examples.masks[by_role[Role.GOES]]

@@ -1,0 +1,194 @@
+"""Rows of examples that are never stored: computed when they are summed up or multiplied, and known by sketches.
+
+A row is the gradient of one example's loss or log-odds, or a random curvature row `J'c`. A million-parameter
+adapter has rows of 4 MB each, a 7-billion-parameter base's of 80. `RowSet` keeps what they are computed from.
+Their linear combination is one weighted backward pass, their products with a vector are one forward pass with a
+tangent, and random projections of each leaf (as LoGra, arXiv 2405.13954, and TrackStar, arXiv 2410.17413, use
+them) give inner products approximately: a sketch's Gram matrix is within a factor of the exact one in every
+direction, whatever its conditioning, so that it serves as a preconditioner.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llmeraser_jax import trees
+from llmeraser_jax.losses import Objective, sum_over_examples
+from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+RowKind = Literal["loss", "log-odds", "roots"]
+
+
+@flax.struct.dataclass
+class RowSet:
+    """The rows of a stack's examples, in its order, padding included: [examples * roots].
+
+    Attributes:
+        objective: with an `output_root_fn` for kind `roots`.
+        params: where.
+        stack: the examples; its weights do not enter.
+        key: of the random roots.
+        kind: `loss` and `log-odds` are gradients, `roots` curvature rows.
+        num_roots: rows of each example; 1 of gradients.
+    """
+
+    objective: Objective
+    params: LoraParams
+    stack: ExampleStack
+    key: Key
+    kind: RowKind = flax.struct.field(pytree_node=False)
+    num_roots: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are, padding included."""
+        return sum(weights.size for weights in self.stack.weights) * self.num_roots
+
+    def _keyed_batches(self) -> tuple[Any, ...]:
+        """Each bucket's batches with a key for every example, [chunks, batch]."""
+        return tuple(
+            (batches, jax.random.split(jax.random.fold_in(self.key, place), weights.shape))
+            for place, (batches, weights) in enumerate(zip(self.stack.batches, self.stack.weights, strict=True))
+        )
+
+    def sketch(self, key: Key, width: int) -> tuple[Float[Array, " examples"], Float[Array, "rows size"]]:
+        """Values (loss or log-odds) of the examples, and random projections of the rows; a backward pass each.
+
+        Args:
+            key: of the projections; equal for all row sets whose inner products are wanted.
+            width: numbers that the longest axis of each leaf is projected to.
+        """
+        projections = _projections(self.params, key, width)
+
+        def of_example(batch: Batch, key: Key):
+            outputs, pull_back = jax.vjp(lambda p: self.objective.outputs(p, batch), self.params)
+            value_of = partial(_values, self.objective, self.kind)
+            value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
+            cotangents = jax.tree.map(lambda x: x[None], slope)
+            if self.kind == "roots":
+                cotangents = _roots(self.objective, outputs, batch, key, self.num_roots)
+            return value, jax.vmap(lambda c: _project(projections, pull_back(c)[0]))(cotangents)
+
+        values, rows = [], []
+        for batches, keys in self._keyed_batches():
+            alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
+            value, sketch = jax.lax.map(lambda chunk: jax.vmap(of_example)(*chunk), (alone, keys))
+            values.append(value.reshape(-1))
+            rows.append(sketch.reshape(-1, sketch.shape[-1]))
+        return jnp.concatenate(values), jnp.concatenate(rows)
+
+    def combine(self, coefficients: Float[Array, " rows"]) -> LoraParams:
+        """`sum_i a_i row_i`: one weighted backward pass."""
+        parts, start = [], 0
+        for weights in self.stack.weights:
+            size = weights.size * self.num_roots
+            parts.append(coefficients[start : start + size].reshape(*weights.shape, self.num_roots))
+            start += size
+        batches = tuple((*keyed, part) for keyed, part in zip(self._keyed_batches(), parts, strict=True))
+        stack = self.stack.replace(batches=batches)
+        chunk = partial(_combine_chunk, self.kind, self.num_roots)
+        zero = trees.tree_zeros_like(self.params)
+        return sum_over_examples(chunk, stack, self.objective, self.params, zero=zero)[1]
+
+    def products(self, v: LoraParams) -> Float[Array, " rows"]:
+        """`row_i . v` of every row: one forward pass with a tangent."""
+
+        def of_chunk(chunk):
+            batch, keys = chunk
+            outputs, tangent = jax.jvp(lambda p: self.objective.outputs(p, batch), (self.params,), (v,))
+            if self.kind == "roots":
+                roots = _roots_of_batch(self.objective, outputs, batch, keys, self.num_roots)
+                return _inner_products(roots, tangent)
+            values = partial(_values, self.objective, self.kind)
+            return jax.jvp(lambda o: values(o, batch), (outputs,), (tangent,))[1][:, None]
+
+        return jnp.concatenate([jax.lax.map(of_chunk, part).reshape(-1) for part in self._keyed_batches()])
+
+
+def _values(objective: Objective, kind: RowKind, outputs, batch: Batch) -> Float[Array, " batch"]:
+    return (objective.output_log_odds if kind == "log-odds" else objective.output_loss_fn)(outputs, batch)
+
+
+def _roots(objective: Objective, outputs, batch: Batch, key: Key, num_roots: int):
+    """`num_roots` random roots of one example, on a leading axis; those of `factor.example_rows` for its key."""
+    root_fn = objective.output_root_fn
+    if root_fn is None:
+        msg = "This objective has no output_root_fn; its curvature cannot be factored. Use a product instead."
+        raise ValueError(msg)
+    return jax.vmap(lambda k: root_fn(outputs, batch, k))(jax.random.split(key, num_roots))
+
+
+def _roots_of_batch(objective: Objective, outputs, batch: Batch, keys: Key, num_roots: int):
+    """Roots of each example of a micro-batch, leaves [batch, roots, ...]."""
+
+    def of_example(outputs, batch, key):
+        return jax.tree.map(lambda x: x[:, 0], _roots(objective, outputs, batch, key, num_roots))
+
+    alone = jax.tree.map(lambda x: x[:, None], (outputs, batch))  # batches of one
+    return jax.vmap(of_example)(*alone, keys)
+
+
+def _inner_products(roots, tangent) -> Float[Array, "batch roots"]:
+    def leaf(r, x):
+        return jnp.einsum("bkx,bx->bk", r.reshape(*r.shape[:2], -1), x.reshape(len(x), -1), precision=_EXACT)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, roots, tangent)), start=jnp.zeros(()))
+
+
+def _combine_chunk(
+    kind: RowKind,
+    num_roots: int,
+    objective: Objective,
+    params: LoraParams,
+    keyed: tuple[Batch, Key, Float[Array, "batch roots"]],
+    weights: Float[Array, " batch"],
+) -> LoraParams:
+    batch, keys, coefficients = keyed
+    outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
+    if kind == "roots":
+        roots = _roots_of_batch(objective, outputs, batch, keys, num_roots)
+        cotangent = jax.tree.map(
+            lambda r: jnp.einsum("bk,bk...->b...", coefficients.astype(r.dtype), r, precision=_EXACT), roots
+        )
+    else:
+        cotangent = jax.grad(lambda o: jnp.sum(coefficients[:, 0] * _values(objective, kind, o, batch)))(outputs)
+    return pull_back(cotangent)[0]
+
+
+def _projections(like: LoraParams, key: Key, width: int) -> list[tuple[int, Array] | None]:
+    """For each leaf the axis that is projected and the matrix of signs; None for a leaf that is short already.
+
+    Leaves stacked over layers [layers, ., .] have a matrix for each layer: the same one would add up the same
+    errors.
+    """
+    found = []
+    for place, leaf in enumerate(jax.tree.leaves(like)):
+        stacked = leaf.ndim == 3
+        inside = leaf.shape[1:] if stacked else leaf.shape
+        axis = max(range(len(inside)), key=inside.__getitem__)
+        if inside[axis] <= width:
+            found.append(None)
+            continue
+        shape = (leaf.shape[0] if stacked else 1, inside[axis], width)
+        signs = jax.random.rademacher(jax.random.fold_in(key, place), shape, leaf.dtype)
+        found.append((axis, signs / jnp.sqrt(jnp.asarray(width, leaf.dtype))))
+    return found
+
+
+def _project(projections: list[tuple[int, Array] | None], row: LoraParams) -> Float[Array, " size"]:
+    parts = []
+    for projection, leaf in zip(projections, jax.tree.leaves(row), strict=True):
+        if projection is not None:
+            axis, matrix = projection
+            leaf = jnp.moveaxis(leaf if leaf.ndim == 3 else leaf[None], axis + 1, -1)
+            leaf = jnp.einsum("l...d,ldk->l...k", leaf, matrix, precision=_EXACT)
+        parts.append(leaf.reshape(-1))
+    return jnp.concatenate(parts)

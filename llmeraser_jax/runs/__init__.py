@@ -1,0 +1,40 @@
+"""Run directories: an adapter, how it was trained, and on what."""
+
+from llmeraser_jax.runs.directory import (
+    ADAPTER_DIRECTORY,
+    EXAMPLES_FILE,
+    FORMAT_VERSION,
+    INITIAL_ADAPTER_DIRECTORY,
+    KINDS,
+    RUN_FILE,
+    TOKENIZER_DIRECTORY,
+    Run,
+    RunError,
+    differing_settings,
+    load_run,
+    run_settings,
+    write_run,
+)
+from llmeraser_jax.runs.model_files import base_dtype, copy_tokenizer, model_directory, model_fingerprint
+from llmeraser_jax.runs.train_config import TrainConfig
+
+__all__ = [
+    "ADAPTER_DIRECTORY",
+    "EXAMPLES_FILE",
+    "FORMAT_VERSION",
+    "INITIAL_ADAPTER_DIRECTORY",
+    "KINDS",
+    "RUN_FILE",
+    "TOKENIZER_DIRECTORY",
+    "Run",
+    "RunError",
+    "TrainConfig",
+    "base_dtype",
+    "copy_tokenizer",
+    "differing_settings",
+    "load_run",
+    "model_directory",
+    "model_fingerprint",
+    "run_settings",
+    "write_run",
+]

@@ -1,0 +1,539 @@
+"""The run directory: an adapter, and everything that a later erasure needs to know about it.
+
+A run directory holds
+
+    run.json            the record: model and its fingerprint, recipe, configurations, versions, training
+                        examples by id with the hashes of content and tokens, final losses, the parent run, the
+                        receipts since
+    adapter/            the adapter, in PEFT's format, and the tokenizer where it is not the base model's
+    initial_adapter/    the adapter that training started from; absent where it is not known
+    tokenizer/          the tokenizer, where it is not the base model's
+    metrics.jsonl       one line per training step; absent where the training was not ours
+    train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
+
+`run.json` is written last: a directory without it is no run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmeraser_jax import data, files
+from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
+from llmeraser_jax.environment import library_versions
+from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
+from llmeraser_jax.models import MatmulPrecision, Model, load_model, load_tokenizer
+from llmeraser_jax.runs.model_files import (
+    base_dtype,
+    copy_tokenizer,
+    file_sha256,
+    model_fingerprint,
+    tokenizer_source,
+)
+from llmeraser_jax.runs.train_config import TrainConfig
+
+_log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+KINDS = ("finetune", "adopt", "erase", "retrain")
+RUN_FILE = "run.json"
+ADAPTER_DIRECTORY = "adapter"
+INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
+TOKENIZER_DIRECTORY = "tokenizer"
+EXAMPLES_FILE = "train.jsonl"
+_MAX_LISTED = 10
+
+
+class RunError(ValueError):
+    """A run directory, its data or its model is missing, damaged or changed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run directory, read and validated. Its arrays, examples and model are loaded on demand.
+
+    Attributes:
+        path: the directory.
+        kind: "finetune", "adopt", "erase" or "retrain".
+        model_path: directory or hub id of the base model.
+        model_dtype: the dtype that the base was stored in while it was used.
+        model_sha256: fingerprint of the base model, see `model_fingerprint`.
+        model_quantization: how its kernels were quantised, one of `convert.QUANTIZATIONS`, or None.
+        matmul_precision: the setting for products with its matrices, see `models.precision`.
+        recipe: how examples become tokens, resolved.
+        normalizer: with reduction "token", the constant that sums over tokens are divided by; else None.
+        lora_config: of the adapter.
+        train_config: how it was trained.
+        unstated: fields of `train_config` that the recipe of an adopted adapter left out: nobody knows them.
+        data_path: the training examples; inside the directory where it holds them.
+        data_ids: their ids, in order.
+        data_sha256: their content hashes, in the same order.
+        token_sha256: hashes of their tokens and loss masks, in the same order, None for an example that cutting
+            left without a token under the loss; or None altogether, where they were not recorded.
+        knows_initial_adapter: whether `initial_adapter/` is there.
+        result: final losses, gradient norms and cost.
+        parent: path and `run.json` hash of the run that this one was derived from, or None.
+        receipts: of all erasures since the training, earliest first.
+        versions: of Python and of the packages that computed it.
+    """
+
+    path: Path
+    kind: str
+    model_path: str
+    model_dtype: str
+    model_sha256: str
+    model_quantization: str | None
+    matmul_precision: MatmulPrecision
+    recipe: Recipe
+    normalizer: float | None
+    lora_config: LoraConfig
+    train_config: TrainConfig
+    unstated: tuple[str, ...]
+    data_path: Path
+    data_ids: tuple[str, ...]
+    data_sha256: tuple[str, ...]
+    knows_initial_adapter: bool
+    result: Mapping[str, Any]
+    parent: Mapping[str, str] | None
+    receipts: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str | None]
+    token_sha256: tuple[str | None, ...] | None = None
+
+    def load_examples(self, data_path: str | os.PathLike[str] | None = None) -> tuple[Example, ...]:
+        """The examples that the adapter was trained on, in the order of training's indices.
+
+        Args:
+            data_path: where they are now; None is where they were.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RunError: they are not those that were trained on; missing, additional and changed ids are named.
+        """
+        path = self.data_path if data_path is None else Path(data_path)
+        if not path.exists():
+            msg = f"{path}: the training data of {self.path} is not there; say where it is now."
+            raise FileNotFoundError(msg)
+        examples = data.load_examples(path)
+        self.verify_examples(examples, source=str(path))
+        by_id = {example.id: example for example in examples}
+        return tuple(by_id[id_] for id_ in self.data_ids)
+
+    def verify_examples(self, examples: Iterable[Example], *, source: str = "the data given") -> None:
+        """Refuses examples that are not those that were trained on; their order does not matter.
+
+        Raises:
+            RunError: names missing, additional and changed ids.
+        """
+        now = {example.id: data.content_hash(example) for example in examples}
+        then = dict(zip(self.data_ids, self.data_sha256, strict=True))
+        problems = [
+            f"{len(ids)} {what}: {_listed(ids)}"
+            for what, ids in (
+                ("missing", [id_ for id_ in then if id_ not in now]),
+                ("that were not there", [id_ for id_ in now if id_ not in then]),
+                ("changed", [id_ for id_ in then if id_ in now and now[id_] != then[id_]]),
+            )
+            if ids
+        ]
+        if problems:
+            msg = (
+                f"{source} is not what {self.path} was trained on ({len(then)} examples). Examples "
+                f"{'; '.join(problems)}. Give the data as it was, or train on the data as it is."
+            )
+            raise RunError(msg)
+
+    def load_unseen(self, path: str | os.PathLike[str]) -> tuple[Example, ...]:
+        """Held-out examples, without those whose content this run was trained on: they are not unseen.
+
+        Raises:
+            RunError: all of them were trained on.
+        """
+        examples = data.load_examples(path)
+        known = frozenset(self.data_sha256)
+        unseen = tuple(example for example in examples if data.content_hash(example) not in known)
+        if not unseen:
+            msg = f"{path}: {self.path} was trained on all its {len(examples)} examples; give some that it was not."
+            raise RunError(msg)
+        if len(unseen) < len(examples):
+            dropped = [example.id for example in examples if data.content_hash(example) in known]
+            _log.warning(
+                "%s: %d of its %d examples were trained on (%s) and are left out.",
+                path,
+                len(dropped),
+                len(examples),
+                _listed(dropped),
+            )
+        return unseen
+
+    def encode(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        *,
+        buckets: Sequence[BucketShape] | None = None,
+    ) -> TokenDataset:
+        """Examples as this run's training saw them: its recipe, and its normaliser of sums over tokens.
+
+        Args:
+            examples: any, such as the edited or the held-out ones.
+            tokenizer: the model's; ignored where the run has its own.
+            buckets: shapes to share with another data set.
+
+        Raises:
+            RunError: an example that was trained on does not become the tokens that it was.
+        """
+        if self.tokenizer is not None:
+            tokenizer = self.tokenizer
+        dataset = data.encode_examples(
+            examples, self.recipe, tokenizer, buckets=buckets, normalizer=self.normalizer
+        )
+        self._verify_tokens(examples, dataset)
+        return dataset
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer; None where it is the base model's."""
+        directory = self.path / TOKENIZER_DIRECTORY
+        return load_tokenizer(directory) if directory.is_dir() else None
+
+    def _verify_tokens(self, examples: Sequence[Example], dataset: TokenDataset) -> None:
+        """Refuses trained examples whose tokens or loss masks are not those of the training."""
+        then = dict(zip(self.data_ids, zip(self.data_sha256, self._token_hashes, strict=True), strict=True))
+        known = [e for e in examples if e.id in then and then[e.id][0] == data.content_hash(e)]
+        if self.token_sha256 is None:
+            if known:
+                _log.warning(
+                    "%s records no token hashes: it is not checked that the examples become the tokens that it was "
+                    "trained on.",
+                    self.path,
+                )
+            return
+        now = dataset.token_sha256
+        differing = [e.id for e in known if now.get(e.id) != then[e.id][1]]
+        if differing:
+            version, version_now = (v.get("transformers") for v in (self.versions, library_versions()))
+            msg = (
+                f"{len(differing)} of {len(known)} examples do not become the tokens that {self.path} was trained "
+                f"on: {_listed(differing)}. Tokenizer, chat template or date is another, or transformers is "
+                f"({version} then, {version_now} now). Give the run what it was trained with; `llmeraser preview` "
+                "shows the tokens."
+            )
+            raise RunError(msg)
+
+    @property
+    def _token_hashes(self) -> Sequence[str | None]:
+        return (None,) * len(self.data_ids) if self.token_sha256 is None else self.token_sha256
+
+    def load_model(self, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+        """The base model, after comparing its files with those that were used.
+
+        Args:
+            dtype: None is the dtype it had.
+            mesh: devices to shard it over.
+
+        Raises:
+            RunError: the files have changed.
+        """
+        self._verify_fingerprint(self.model_path)
+        model = load_model(
+            self.model_path,
+            dtype=dtype or self.model_dtype,
+            mesh=mesh,
+            quantization=self.model_quantization,
+            matmul_precision=self.matmul_precision,
+        )
+        return model if self.tokenizer is None else dataclasses.replace(model, tokenizer=self.tokenizer)
+
+    def verify_model(self, model: Model) -> None:
+        """Refuses a loaded base model that is not the one that was used.
+
+        Raises:
+            RunError: its files, its dtype or its quantisation differ.
+        """
+        self._verify_fingerprint(model.path)
+        if base_dtype(model) != self.model_dtype:
+            msg = f"The base model is in {base_dtype(model)}; {self.path} was trained in {self.model_dtype}."
+            raise RunError(msg)
+        if model.quantization != self.model_quantization:
+            msg = (
+                f"The base model's quantisation is {model.quantization}; {self.path} was trained with "
+                f"{self.model_quantization}."
+            )
+            raise RunError(msg)
+        if self.tokenizer is not None and tokenizer_source(model) is None:
+            msg = (
+                f"{self.path} has a tokenizer of its own, and the model given has the base's; use run.load_model()."
+            )
+            raise RunError(msg)
+
+    def _verify_fingerprint(self, model_path: str) -> None:
+        found = model_fingerprint(model_path)
+        if found != self.model_sha256:
+            msg = (
+                f"The base model at {model_path} is not the one that {self.path} was trained on: its "
+                f"fingerprint is {found[:16]}, expected {self.model_sha256[:16]}."
+            )
+            raise RunError(msg)
+
+    def load_adapter(self, model: Model) -> Lora:
+        """The adapter of this run."""
+        return load_adapter(self.path / ADAPTER_DIRECTORY, model)
+
+    def load_initial_adapter(self, model: Model) -> Lora | None:
+        """The adapter that training started from, or None where it is not known."""
+        if not self.knows_initial_adapter:
+            return None
+        return load_adapter(self.path / INITIAL_ADAPTER_DIRECTORY, model)
+
+    def reference(self) -> dict[str, str]:
+        """The `parent` entry of a run derived from this one."""
+        return {"path": str(self.path.resolve()), "sha256": file_sha256(self.path / RUN_FILE)}
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines the adapter; runs with equal settings are the same run."""
+        return run_settings(
+            kind=self.kind,
+            model_sha256=self.model_sha256,
+            model_dtype=self.model_dtype,
+            model_quantization=self.model_quantization,
+            matmul_precision=self.matmul_precision,
+            recipe=self.recipe,
+            lora_config=self.lora_config,
+            train_config=self.train_config,
+            data_ids=self.data_ids,
+            data_sha256=self.data_sha256,
+            parent=self.parent,
+        )
+
+
+def run_settings(
+    *,
+    kind: str,
+    model_sha256: str,
+    model_dtype: str,
+    model_quantization: str | None,
+    matmul_precision: str,
+    recipe: Recipe,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    data_ids: Sequence[str],
+    data_sha256: Sequence[str],
+    parent: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Names and values of all that determines a trained adapter, one level deep, for comparing runs."""
+    examples = hashlib.sha256("\n".join(map(repr, zip(data_ids, data_sha256, strict=True))).encode())
+    flat = {
+        **recipe.to_mapping(),
+        **{f"lora.{k}": v for k, v in dataclasses.asdict(lora_config).items()},
+        **train_config.to_mapping(),
+        "kind": kind,
+        "model_sha256": model_sha256,
+        "model_dtype": model_dtype,
+        "model_quantization": model_quantization,
+        "matmul_precision": matmul_precision,
+        "training data": examples.hexdigest(),
+        "parent": None if parent is None else parent["sha256"],
+    }
+    # How often a checkpoint is written changes nothing in the result.
+    return {k: v for k, v in flat.items() if k != "checkpoint_every_steps"}
+
+
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The differences between two settings, in words; empty when they are equal."""
+    return [
+        f"{key} ({found.get(key)!r} there, {wanted.get(key)!r} now)"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def write_run(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    model: Model,
+    recipe: Recipe,
+    normalizer: float | None,
+    train_config: TrainConfig,
+    examples: Sequence[Example],
+    data_path: str | os.PathLike[str] | None,
+    lora: Lora,
+    initial_lora: Lora | None,
+    result: Mapping[str, Any],
+    unstated: Sequence[str] = (),
+    parent: Mapping[str, str] | None = None,
+    receipts: Sequence[Mapping[str, Any]] = (),
+    dataset: TokenDataset | None = None,
+) -> Run:
+    """Writes everything of a run directory but `metrics.jsonl`.
+
+    The directory may hold other files. What an interrupted call left of the parts named here is replaced.
+
+    Args:
+        path: the directory; it must not be a finished run.
+        kind: one of `KINDS`.
+        model: the base model.
+        recipe: resolved.
+        normalizer: `TokenDataset.normalizer` of the training set.
+        train_config: how the adapter was trained.
+        examples: the training examples, in order.
+        data_path: the file they are in; None writes them to `train.jsonl` inside the directory.
+        lora: the adapter.
+        initial_lora: the adapter that training started from, or None where it is not known.
+        result: JSON-like; final losses, gradient norms, cost.
+        unstated: fields of `train_config` that are not known.
+        parent: `Run.reference` of the run that this one was derived from.
+        receipts: of all erasures since the training, earliest first.
+        dataset: `examples`, encoded; None encodes them here, for the hashes of their tokens.
+
+    Returns:
+        The run as `load_run` reads it back.
+
+    Raises:
+        FileExistsError: `path` is a finished run.
+        ValueError: unknown kind, or a recipe that is not resolved.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        msg = f"kind is {kind!r}; it must be one of {', '.join(KINDS)}."
+        raise ValueError(msg)
+    if not recipe.is_resolved:
+        msg = "The recipe is not resolved; pass TokenDataset.recipe."
+        raise ValueError(msg)
+    if (path / RUN_FILE).exists():
+        msg = f"{path} is a finished run; name another directory."
+        raise FileExistsError(msg)
+    if dataset is None:
+        dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
+    path.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
+    for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
+        shutil.rmtree(path / name, ignore_errors=True)
+        if adapter is not None:
+            save_adapter(path / name, adapter, model)
+    source = tokenizer_source(model)
+    if source is not None:
+        copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
+        copy_tokenizer(source, path / ADAPTER_DIRECTORY)  # servers look for it beside the adapter
+    if data_path is None:
+        data.save_examples(path / EXAMPLES_FILE, examples)
+    recorded = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": {
+            "path": _absolute_if_local(model.path),
+            "dtype": base_dtype(model),
+            "sha256": model_fingerprint(model.path),
+            "quantization": model.quantization,
+            "matmul_precision": model.config.matmul_precision,
+        },
+        "recipe": recipe.to_mapping(),
+        "normalizer": normalizer,
+        "lora": dataclasses.asdict(lora.config),
+        "train": train_config.to_mapping(),
+        "unstated": list(unstated),
+        "seed": None if "seed" in unstated else train_config.seed,
+        "initial_adapter_known": initial_lora is not None,
+        "result": dict(result),
+        "parent": None if parent is None else dict(parent),
+        "receipts": [dict(receipt) for receipt in receipts],
+        "versions": library_versions(),
+        "data": {
+            "path": EXAMPLES_FILE if data_path is None else str(Path(data_path).resolve()),
+            "ids": [example.id for example in examples],
+            "sha256": [data.content_hash(example) for example in examples],
+            "token_sha256": [dataset.token_sha256.get(example.id) for example in examples],
+        },
+    }
+    files.atomic_write_json(path / RUN_FILE, recorded)
+    return load_run(path)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Reads and validates `run.json`; loads no arrays.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        RunError: no run, an unfinished one, one of another format version, or a damaged one.
+    """
+    path = Path(path)
+    if not (path / RUN_FILE).is_file():
+        state = "holds an unfinished training" if (path / "training.json").exists() else "is not a run directory"
+        msg = f"{path} {state}: there is no {RUN_FILE}."
+        raise RunError(msg)
+    recorded = files.read_json(path / RUN_FILE)
+    version = recorded.get("format_version") if isinstance(recorded, dict) else None
+    if version != FORMAT_VERSION:
+        msg = f"{path / RUN_FILE} has format_version {version!r}; this package reads {FORMAT_VERSION}."
+        raise RunError(msg)
+    try:
+        run = _from_recorded(path, recorded)
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {error}."
+        raise RunError(msg) from error
+    if run.kind not in KINDS or not len(run.data_ids) == len(run.data_sha256) == len(run._token_hashes):
+        msg = f"{path / RUN_FILE} is damaged: kind {run.kind!r}, {len(run.data_ids)} ids."
+        raise RunError(msg)
+    expected = [ADAPTER_DIRECTORY] + [INITIAL_ADAPTER_DIRECTORY] * run.knows_initial_adapter
+    missing = [name for name in expected if not (path / name).is_dir()]
+    if missing:
+        msg = f"{path} is damaged: {' and '.join(missing)} is missing."
+        raise RunError(msg)
+    return run
+
+
+def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
+    token_sha256 = recorded["data"].get("token_sha256")
+    return Run(
+        path=path,
+        kind=recorded["kind"],
+        model_path=recorded["model"]["path"],
+        model_dtype=recorded["model"]["dtype"],
+        model_sha256=recorded["model"]["sha256"],
+        model_quantization=recorded["model"].get("quantization"),
+        matmul_precision=recorded["model"].get("matmul_precision", "auto"),
+        recipe=_read_recipe(recorded["recipe"]),
+        normalizer=recorded["normalizer"],
+        lora_config=LoraConfig.from_mapping(recorded["lora"]),
+        train_config=TrainConfig.from_mapping(recorded["train"]),
+        unstated=tuple(recorded["unstated"]),
+        data_path=path / recorded["data"]["path"],  # an absolute path stays as it is
+        data_ids=tuple(recorded["data"]["ids"]),
+        data_sha256=tuple(recorded["data"]["sha256"]),
+        knows_initial_adapter=recorded["initial_adapter_known"],
+        result=recorded["result"],
+        parent=recorded["parent"],
+        receipts=tuple(recorded["receipts"]),
+        versions=recorded["versions"],
+        token_sha256=None if token_sha256 is None else tuple(token_sha256),
+    )
+
+
+def _read_recipe(recorded: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run; without the key `truncate` it is of a time when only prompts were cut."""
+    if "truncate" not in recorded:
+        recorded = {**recorded, "truncate": "prompt"}
+        if recorded["template"] == "chat":
+            recorded["tokenization"] = "joint"
+    return Recipe.from_mapping(recorded)
+
+
+def _listed(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(id_) for id_ in ids[:_MAX_LISTED])
+    return shown + (f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else "")
+
+
+def _absolute_if_local(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).is_dir() else path

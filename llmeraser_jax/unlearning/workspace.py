@@ -1,0 +1,87 @@
+"""Where a method computes: devices, micro-batches, seed, budget; gradients and losses of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from llmeraser_jax.losses import Objective, gradient_sum, losses_and_log_odds, per_example
+from llmeraser_jax.parallel import place_stack
+from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
+from llmeraser_jax.unlearning.budget import Budget
+from llmeraser_jax.unlearning.problem import Weighted
+
+
+class RowValues(NamedTuple):
+    """Of some rows in the order asked for: data losses [rows], and their log-odds `log(exp(l) - 1)` [rows]."""
+
+    losses: Float[np.ndarray, " rows"]
+    log_odds: Float[np.ndarray, " rows"]
+
+
+def _ignore(record: Any) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """What a method computes with, besides the task. Callers book costs in `budget` themselves.
+
+    Attributes:
+        budget: what may be spent; counts what was.
+        mesh: devices; None is one.
+        chunk_size: examples in a micro-batch; memory grows with it, results do not change.
+        seed: of every sample.
+        directory: where long work keeps its state, so that it goes on after a kill; None keeps nothing.
+        audit: whether gradient norms are reported of all examples instead of a sample.
+        on_step: called with the record of every step taken.
+    """
+
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    mesh: Mesh | None = None
+    chunk_size: int = 16
+    seed: int = 0
+    directory: Path | None = None
+    audit: bool = False
+    on_step: Callable[[Any], None] = _ignore
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.chunk_size, int) and self.chunk_size >= 1):
+            msg = f"chunk_size is {self.chunk_size!r}; it must be a whole number of at least 1."
+            raise ValueError(msg)
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            msg = f"seed is {self.seed!r}; it must be a whole number from 0 to 2**32 - 1."
+            raise ValueError(msg)
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """Random numbers of a stream of their own."""
+        return np.random.default_rng([self.seed, *stream])
+
+    def stack(
+        self, examples: ExampleSet, indices: np.ndarray | Weighted, *, chunk_size: int | None = None
+    ) -> ExampleStack:
+        """Rows on the device(s), in micro-batches, with the coefficients given or 1 each."""
+        if not isinstance(indices, Weighted):
+            indices = Weighted(indices, np.ones(len(indices)))
+        stack = examples.stack(indices.indices, indices.weights, chunk_size=chunk_size or self.chunk_size)
+        return place_stack(stack, self.mesh)
+
+    def gradient(
+        self, objective: Objective, params: LoraParams, examples: ExampleSet, weighted: Weighted
+    ) -> LoraParams:
+        """`sum_i c_i grad l_i`."""
+        return gradient_sum(objective, params, self.stack(examples, weighted))
+
+    def row_values(
+        self, objective: Objective, params: LoraParams, examples: ExampleSet, indices: np.ndarray
+    ) -> RowValues:
+        """Losses and log-odds of rows, in the order of `indices`."""
+        if len(indices) == 0:
+            return RowValues(np.zeros(0), np.zeros(0))
+        return RowValues(*per_example(losses_and_log_odds, self.stack(examples, indices), objective, params))

@@ -1,0 +1,112 @@
+"""The constrained solve with stored rows and with rows that are not stored, on a softmax head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmeraser_jax import trees
+from llmeraser_jax.losses import Objective, example_places, losses_and_log_odds
+from llmeraser_jax.unlearning import matching_rows
+from llmeraser_jax.unlearning.budget import Budget, BudgetSpent
+from llmeraser_jax.unlearning.matching_rows import SketchedRows, StoredRows
+from tests.problems import ArrayExamples
+from tests.unlearning.judgement import log_odds as head_log_odds
+from tests.unlearning.test_path_on_softmax import cross_entropy, logits
+
+D, CLASSES = 40, 4
+OPTIONS = {"damping": 1e-2, "row_ridge": 0.01, "num_roots": 2}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def root(z, batch, key):
+    p = jax.nn.softmax(z)
+    noisy = jnp.sqrt(p) * jax.random.rademacher(key, z.shape, z.dtype)
+    return noisy - p * noisy.sum(-1, keepdims=True)
+
+
+def objective():
+    return Objective((), None, logits, cross_entropy, 1e-3, root, head_log_odds)
+
+
+@pytest.fixture
+def head():
+    """Parameters, rows to constrain, rows to protect, and rows behind the curvature."""
+    rng = np.random.default_rng(0)
+    examples = ArrayExamples(rng.normal(size=(40, D)), rng.integers(0, CLASSES, 40), 2)
+    params = {"w": jnp.asarray(0.3 * rng.normal(size=(D, CLASSES)))}
+
+    def stack(indices, weight=1.0):
+        return examples.stack(np.asarray(indices), np.full(len(indices), weight), chunk_size=4)
+
+    return params, stack([3, 10, 11, 30, 5]), stack([1, 2, 20]), stack(np.arange(12, 30), 1 / 40)
+
+
+def solve(rows, head, constraints=True):
+    params, targets, protected, sample = head
+    rows.add_curvature(params, sample, jax.random.key(2))
+    _, normals = rows.measure(params, targets, "log-odds")
+    _, others = rows.measure(params, protected, "loss")
+    demand = np.array([1.0, -0.5, 2.0, 0.3, 0.7])
+    return rows.solve(normals, demand, (others, np.array([-0.1, 0.0, -0.2])) if constraints else None)
+
+
+def sketched(**options):
+    return SketchedRows(objective(), Budget(), seed=0, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("constraints", [False, True])
+def test_sketches_that_lose_nothing_give_the_step_of_stored_rows(head, monkeypatch, constraints):
+    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", D)
+    expected = solve(StoredRows(objective(), None, **OPTIONS), head, constraints)
+    step = solve(sketched(), head, constraints)
+    np.testing.assert_allclose(step.delta["w"], expected.delta["w"], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(step.predicted, expected.predicted, rtol=1e-6)
+    assert step.relative_residual < 1e-8
+
+
+def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
+    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", D)
+    steps = []
+    for rows in (StoredRows(objective(), None, **OPTIONS), sketched()):
+        elsewhere = jax.tree.map(lambda x: 0.5 * x, head[0])
+        rows.add_curvature(elsewhere, head[2], jax.random.key(9))
+        steps.append(solve(rows, head))
+    # Padding rows have weight 0 in stored rows' shares of samples and no row in sketched ones.
+    np.testing.assert_allclose(steps[1].delta["w"], steps[0].delta["w"], rtol=0.1, atol=0.01)
+
+
+def test_narrow_sketches_meet_the_constraints_all_the_same(head, monkeypatch):
+    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", 24)
+    rows = sketched()
+    step = solve(rows, head, constraints=False)
+    params, targets, *_ = head
+
+    def log_odds(p):
+        flat = [
+            jax.lax.map(lambda batch: losses_and_log_odds(objective(), p, batch)[1], batches).reshape(-1)
+            for batches in targets.batches
+        ]
+        return jnp.concatenate(flat)[example_places(targets)]
+
+    predicted = jax.jvp(log_odds, (params,), (step.delta,))[1]
+    np.testing.assert_allclose(step.predicted, predicted, rtol=1e-8)
+    assert step.relative_residual <= 0.1
+    exact = solve(StoredRows(objective(), None, **OPTIONS), head, constraints=False)
+    assert float(trees.tree_norm(step.delta)) < 1.5 * float(trees.tree_norm(exact.delta))
+
+
+def test_directions_are_paid_before_they_are_computed(head):
+    params, targets, _, sample = head
+    rows = SketchedRows(objective(), Budget(10.0), seed=0, **OPTIONS)
+    rows.add_curvature(params, sample, jax.random.key(2))
+    _, normals = rows.measure(params, targets, "log-odds")
+    with pytest.raises(BudgetSpent, match="no room"):
+        rows.solve(normals, np.ones(5), None)
+    assert rows.budget.cost.total == 0
+    assert rows.solve_cost(5) == pytest.approx(3 * (5 * 5 / 3 + 18))
