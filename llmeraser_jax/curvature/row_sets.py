@@ -16,6 +16,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
@@ -25,6 +26,21 @@ from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
 _EXACT = jax.lax.Precision.HIGHEST
 
 RowKind = Literal["loss", "log-odds", "roots"]
+ROW_MEMORY_BYTES = 2**33  # per device, for rows that are stored
+SKETCH_WIDTH = 64  # numbers that the longest axis of each leaf's rows is projected to
+
+
+def rows_fit(num_rows: int, like: LoraParams, mesh: Mesh | None, memory_bytes: int = ROW_MEMORY_BYTES) -> bool:
+    """Whether so many stored rows fit, each device holding its share of their numbers.
+
+    Args:
+        num_rows: how many.
+        like: a vector of adapter space.
+        mesh: the devices; None is one.
+        memory_bytes: for rows, per device.
+    """
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    return num_rows * row_bytes <= memory_bytes * (1 if mesh is None else mesh.size)
 
 
 @flax.struct.dataclass
