@@ -209,8 +209,7 @@ class TokenDataset:
                 chosen = np.flatnonzero(self._bucket_of[indices] == bucket)
                 batch, row_weights = self._lay_out(indices[chosen], weights[chosen], shape, chunks, chunk_size)
                 parts.append((batch, row_weights, place_rows(chosen, chunks, chunk_size)))
-        batches, stacked_weights, places = zip(*parts, strict=True)
-        return ExampleStack(batches, stacked_weights, places)
+        return ExampleStack(*map(tuple, zip(*parts, strict=True)))
 
     def stack_uniform(
         self, indices: np.ndarray, weights: np.ndarray, *, chunk_size: int, num_chunks: int | None = None
