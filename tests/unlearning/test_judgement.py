@@ -9,7 +9,6 @@ import pytest
 
 from llmeraser_jax.solvers import ConjugateGradients, Lissa, Minres, QuadraticDescent
 from llmeraser_jax.types import Solver
-from llmeraser_jax.unlearning import targets
 from llmeraser_jax.unlearning import (
     Auto,
     Corrected,
@@ -21,6 +20,7 @@ from llmeraser_jax.unlearning import (
     ValidityCheck,
     Verdict,
     Workspace,
+    targets,
 )
 from llmeraser_jax.unlearning.targets import find_targets
 from llmeraser_jax.unlearning.validity import Validity
