@@ -10,6 +10,7 @@ direction, whatever its conditioning, so that it serves as a preconditioner.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ class RowSet:
             parts.append(coefficients[start : start + size].reshape(*weights.shape, self.num_roots))
             start += size
         batches = tuple((*keyed, part) for keyed, part in zip(self._keyed_batches(), parts, strict=True))
-        stack = self.stack.replace(batches=batches)
+        stack = dataclasses.replace(self.stack, batches=batches)
         chunk = partial(_combine_chunk, self.kind, self.num_roots)
         zero = trees.tree_zeros_like(self.params)
         return sum_over_examples(chunk, stack, self.objective, self.params, zero=zero)[1]
@@ -148,8 +149,8 @@ def _roots_of_batch(objective: Objective, outputs, batch: Batch, keys: Key, num_
     def of_example(outputs, batch, key):
         return jax.tree.map(lambda x: x[:, 0], _roots(objective, outputs, batch, key, num_roots))
 
-    alone = jax.tree.map(lambda x: x[:, None], (outputs, batch))  # batches of one
-    return jax.vmap(of_example)(*alone, keys)
+    outputs, batch = (jax.tree.map(lambda x: x[:, None], tree) for tree in (outputs, batch))  # batches of one
+    return jax.vmap(of_example)(outputs, batch, keys)
 
 
 def _inner_products(roots, tangent) -> Float[Array, "batch roots"]:

@@ -72,7 +72,10 @@ class MatchingStep:
 class MatchingRows(Protocol):
     """Rows of the targets, of retained constraints and of the curvature, and the solve with them."""
 
-    has_curvature: bool
+    @property
+    def has_curvature(self) -> bool:
+        """Whether there is one to solve with."""
+        ...
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, Any]:
         """Values of a stack's examples in the order asked for, and their rows."""
