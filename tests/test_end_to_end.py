@@ -370,6 +370,8 @@ def test_one_step_equals_a_dense_solve_for_the_three_actions_together_on_one_and
             mesh=mesh,
         )
         task = dataclasses.replace(task, model=sharded)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(task.adapter))
+        assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(task.adapter))
         eight = jax.device_get(erase(task, step, np.inf, chunk_size=8).delta)
         error = trees.tree_norm(trees.tree_sub(eight, expected)) / trees.tree_norm(expected)
         assert float(error) < 1e-5

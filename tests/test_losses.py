@@ -1,5 +1,6 @@
 """Log-odds of losses far below rounding, against decimal arithmetic; values of single examples, in order."""
 
+import dataclasses
 from decimal import Decimal, getcontext
 
 import jax
@@ -123,4 +124,4 @@ def test_rows_of_other_widths_end_in_what_is_no_number():
 def test_a_stack_that_does_not_know_its_rows_is_refused():
     stack = ArrayExamples(np.ones((2, 2)), np.ones(2)).stack(np.arange(2), np.ones(2), chunk_size=2)
     with pytest.raises(ValueError, match=r"make it with ExampleSet\.stack"):
-        per_example(_rows_and_numbers, stack.replace(places=None))
+        per_example(_rows_and_numbers, dataclasses.replace(stack, places=None))

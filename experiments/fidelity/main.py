@@ -70,7 +70,7 @@ def within_paper_share(cell: study.Study) -> study.Budgeted:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
-    """Normalised steps along the right-hand side, as long together as `matched` of the same cell moved.
+    """Normalised steps along the right-hand side, as long together as target matching of the same cell moved.
 
     Attributes:
         num_steps: how many.

@@ -10,12 +10,14 @@ direction, whatever its conditioning, so that it serves as a preconditioner.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
@@ -25,6 +27,21 @@ from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
 _EXACT = jax.lax.Precision.HIGHEST
 
 RowKind = Literal["loss", "log-odds", "roots"]
+ROW_MEMORY_BYTES = 2**33  # per device, for rows that are stored
+SKETCH_WIDTH = 64  # numbers that the longest axis of each leaf's rows is projected to
+
+
+def rows_fit(num_rows: int, like: LoraParams, mesh: Mesh | None, memory_bytes: int = ROW_MEMORY_BYTES) -> bool:
+    """Whether so many stored rows fit, each device holding its share of their numbers.
+
+    Args:
+        num_rows: how many.
+        like: a vector of adapter space.
+        mesh: the devices; None is one.
+        memory_bytes: for rows, per device.
+    """
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    return num_rows * row_bytes <= memory_bytes * (1 if mesh is None else mesh.size)
 
 
 @flax.struct.dataclass
@@ -93,7 +110,7 @@ class RowSet:
             parts.append(coefficients[start : start + size].reshape(*weights.shape, self.num_roots))
             start += size
         batches = tuple((*keyed, part) for keyed, part in zip(self._keyed_batches(), parts, strict=True))
-        stack = self.stack.replace(batches=batches)
+        stack = dataclasses.replace(self.stack, batches=batches)
         chunk = partial(_combine_chunk, self.kind, self.num_roots)
         zero = trees.tree_zeros_like(self.params)
         return sum_over_examples(chunk, stack, self.objective, self.params, zero=zero)[1]
@@ -132,8 +149,8 @@ def _roots_of_batch(objective: Objective, outputs, batch: Batch, keys: Key, num_
     def of_example(outputs, batch, key):
         return jax.tree.map(lambda x: x[:, 0], _roots(objective, outputs, batch, key, num_roots))
 
-    alone = jax.tree.map(lambda x: x[:, None], (outputs, batch))  # batches of one
-    return jax.vmap(of_example)(*alone, keys)
+    outputs, batch = (jax.tree.map(lambda x: x[:, None], tree) for tree in (outputs, batch))  # batches of one
+    return jax.vmap(of_example)(outputs, batch, keys)
 
 
 def _inner_products(roots, tangent) -> Float[Array, "batch roots"]:

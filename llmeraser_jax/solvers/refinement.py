@@ -77,6 +77,11 @@ class Refined:
     def __post_init__(self) -> None:
         common.check_hyper_parameters(self)
 
+    @property
+    def max_products(self) -> int:
+        """The most products that a solve takes, with the approximation and with the operator together."""
+        return (1 + MAX_CORRECTIONS) * (self.solver.max_products + 1)
+
     def solve(self, operator: Operator, rhs: LoraParams) -> RefinedSolution:
         """Solves `operator x = rhs` with products of the approximation, and one of `operator` for each residual.
 

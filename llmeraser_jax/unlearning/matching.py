@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.curvature.row_sets import ROW_MEMORY_BYTES, rows_fit
 from llmeraser_jax.losses import data_losses, per_example
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, GRADIENT, BudgetSpent
@@ -95,7 +96,7 @@ class TargetMatching:
     row_ridge: float = 0.01
     restoration_steps: int = 5
     restoration_rows: int | None = None
-    memory_budget_bytes: int = 2**33
+    memory_budget_bytes: int = ROW_MEMORY_BYTES
 
     needs_targets = True
 
@@ -177,16 +178,15 @@ class _Matching:
         wanted = method.sample_size
         self.sample = None if wanted == "all" else default if wanted is None else wanted
         num_sampled = self.num_retained if self.sample is None else min(self.sample, self.num_retained)
+        self.num_sampled = num_sampled
         self.curvature_cost = (FORWARD + method.num_roots * BACKWARD) * num_sampled
         default = int(np.clip(len(problem.named), 128, 256))
         self.restoration_rows = default if method.restoration_rows is None else method.restoration_rows
         self.least_constraints = min(_LEAST_CONSTRAINTS, self.restoration_rows, self.num_retained)
         samples = math.ceil((method.num_steps or _DEFAULT_STEPS) / method.refresh_every)
         num_rows = 2 * self.num_rows + self.restoration_rows + samples * num_sampled * method.num_roots
-        row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(task.adapter))
         options = {"damping": method.damping, "row_ridge": method.row_ridge, "num_roots": method.num_roots}
-        num_devices = 1 if workspace.mesh is None else workspace.mesh.size
-        self.stores = num_rows * row_bytes <= num_devices * method.memory_budget_bytes
+        self.stores = rows_fit(num_rows, task.adapter, workspace.mesh, method.memory_budget_bytes)
         self.rows: MatchingRows = (
             StoredRows(task.objective, workspace.mesh, **options)
             if self.stores
@@ -265,7 +265,7 @@ class _Matching:
 
     def restoration_cost(self, num_constraints: int) -> float:
         """Gradient equivalents of a last restoration step that is accepted at once; its gradients are there."""
-        solve = self.rows.solve_cost(self.num_rows + num_constraints)
+        solve = self.rows.solve_cost(self.num_rows + num_constraints, self.num_sampled)
         return FORWARD * self.num_rows + _CONSTRAINT_COST * num_constraints + solve
 
     def affordable_steps(self) -> int:
@@ -279,7 +279,7 @@ class _Matching:
         for num_steps in range(wanted, 2, -1):
             samples = math.ceil(num_steps / method.refresh_every)
             needed = (num_steps + 1) * GRADIENT * self.num_rows + samples * self.curvature_cost
-            needed += num_steps * self.rows.solve_cost(self.num_rows)
+            needed += num_steps * self.rows.solve_cost(self.num_rows, self.num_sampled)
             if needed + self.restoration_cost(num_constraints) <= self.workspace.budget.left:
                 return num_steps
         return 2
@@ -360,7 +360,7 @@ class _Matching:
         for number in range(1, _MAX_SAMPLES + 1):
             error = self.rows.standard_error(point.rows, demand, solved)
             solved = dataclasses.replace(solved, standard_error=error)
-            another = self.curvature_cost + self.rows.solve_cost(self.num_rows)
+            another = self.curvature_cost + self.rows.solve_cost(self.num_rows, self.num_sampled)
             half_spent = budget.cost.total + another > 0.5 * budget.limit
             enough = not error > method.max_standard_error or error > _LEAST_GAIN * before
             if enough or number == _MAX_SAMPLES or half_spent:

@@ -36,7 +36,7 @@ from llmeraser_jax.curvature import (
     factored_curvature,
     factorise,
 )
-from llmeraser_jax.curvature.row_sets import RowKind, RowSet
+from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowKind, RowSet
 from llmeraser_jax.losses import Objective, example_places
 from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
@@ -44,7 +44,6 @@ from llmeraser_jax.unlearning.budget import FORWARD_WITH_TANGENT, GRADIENT, Budg
 from llmeraser_jax.unlearning.records import NoStepError
 
 _RETAIN_RIDGE = 0.1  # how softly retained rows are constrained, relative to their mean influence on themselves
-_SKETCH_WIDTH = 64  # numbers that the longest axis of each leaf's rows is projected to
 _SKETCHED_RTOL = 0.1  # of the constraints; rows count as arrived within this share of their way
 _MAX_DIRECTIONS = 3
 
@@ -73,7 +72,10 @@ class MatchingStep:
 class MatchingRows(Protocol):
     """Rows of the targets, of retained constraints and of the curvature, and the solve with them."""
 
-    has_curvature: bool
+    @property
+    def has_curvature(self) -> bool:
+        """Whether there is one to solve with."""
+        ...
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, Any]:
         """Values of a stack's examples in the order asked for, and their rows."""
@@ -91,8 +93,13 @@ class MatchingRows(Protocol):
         """The step's standard error over its norm; nan where the sample has no halves."""
         ...
 
-    def solve_cost(self, num_examples: int) -> float:
-        """Gradient equivalents of a solve besides the rows' own, at most."""
+    def solve_cost(self, num_examples: int, num_sampled: int) -> float:
+        """Gradient equivalents of a solve besides the rows' own, at most.
+
+        Args:
+            num_examples: behind the constraints.
+            num_sampled: behind the curvature, where there is none yet.
+        """
         ...
 
 
@@ -231,7 +238,7 @@ class StoredRows:
         distance = float(trees.tree_norm(trees.tree_sub(*steps)))
         return 0.5 * distance / float(trees.tree_norm(step.delta))
 
-    def solve_cost(self, num_examples: int) -> float:
+    def solve_cost(self, num_examples: int, num_sampled: int) -> float:
         """None: the rows are there."""
         return 0.0
 
@@ -290,7 +297,7 @@ class SketchedRows:
         self, params: LoraParams, stack: ExampleStack, kind: RowKind, key: jax.Array, num_roots: int = 1
     ) -> tuple[np.ndarray, _Sketched]:
         rows = RowSet(self.objective, params, stack, key, kind, num_roots)
-        values, sketches = _sketch(rows, self.sketch_key, width=_SKETCH_WIDTH)
+        values, sketches = _sketch(rows, self.sketch_key, width=SKETCH_WIDTH)
         examples = example_places(stack)
         places = (examples[:, None] * num_roots + np.arange(num_roots)).reshape(-1)
         values = to_host(values).astype(np.float64)[examples]
@@ -363,9 +370,9 @@ class SketchedRows:
         whole = system.sketches.T @ scipy.linalg.cho_solve(system.factor(), system.rhs) / self.mu
         return 0.5 * float(np.linalg.norm(moves[0] - moves[1]) / np.linalg.norm(whole))
 
-    def solve_cost(self, num_examples: int) -> float:
-        """Passes of all iterations over so many examples and the curvature's."""
-        sampled = sum(sample.num_examples for sample in self.samples)
+    def solve_cost(self, num_examples: int, num_sampled: int) -> float:
+        """Passes of all directions over so many examples and the curvature's."""
+        sampled = sum(sample.num_examples for sample in self.samples) or num_sampled
         return _MAX_DIRECTIONS * ((GRADIENT + FORWARD_WITH_TANGENT) * num_examples + GRADIENT * sampled)
 
 

@@ -24,13 +24,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from functools import partial
 from typing import Literal
 
 import jax
 import numpy as np
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.factor import ExampleRows, example_rows
+from llmeraser_jax.curvature import example_rows
+from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet, rows_fit
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 from llmeraser_jax.losses import Objective, example_places, per_example
 from llmeraser_jax.parallel import to_host
@@ -388,9 +390,15 @@ def _exchange(old: np.ndarray, new: np.ndarray, known: float) -> tuple[np.ndarra
     return old_ends, new_ends
 
 
-@jax.jit
-def _gradient_rows(objective, params, stack) -> ExampleRows:
-    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0)
+@partial(jax.jit, static_argnames="stored")
+def _gradient_gram(objective, params, stack, stored: bool) -> jax.Array:
+    """Inner products of the gradients of a stack's examples, padding included; of rows or of their sketches."""
+    key = jax.random.key(0)
+    if stored:
+        rows = example_rows(objective, params, stack, key, num_roots=0).gradients
+        return trees.rows_gram(rows, rows)
+    _, sketches = RowSet(objective, params, stack, key, "loss").sketch(key, SKETCH_WIDTH)
+    return trees.rows_gram(sketches, sketches)
 
 
 def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> tuple[Copy, ...]:
@@ -404,9 +412,9 @@ def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", 
     rows = np.unique([*(int(problem.named[s]) for s, _ in pairs), *(j for _, j in pairs)])
     workspace.budget.spend(on, GRADIENT * len(rows))
     stack = workspace.stack(problem.examples, rows)
-    found = _gradient_rows(task.objective, task.adapter, stack)
+    stored = rows_fit(len(rows), task.adapter, workspace.mesh)
     place = dict(zip(rows.tolist(), example_places(stack).tolist(), strict=True))
-    gram = to_host(trees.rows_gram(found.gradients, found.gradients)).astype(np.float64)
+    gram = to_host(_gradient_gram(task.objective, task.adapter, stack, stored=stored)).astype(np.float64)
     length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     copies = []
     for s, j in pairs:

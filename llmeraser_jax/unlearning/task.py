@@ -24,6 +24,7 @@ from llmeraser_jax.data import (
 )
 from llmeraser_jax.losses import Objective, lm_objective
 from llmeraser_jax.models import Model
+from llmeraser_jax.parallel import replicate
 from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.types import ExampleSet, LoraParams
@@ -39,7 +40,7 @@ class UnlearningTask:
 
     Attributes:
         model: the base, or the objective that was trained.
-        adapter: the parameters trained on the data as they stood.
+        adapter: the parameters trained on the data as they stood; replicated over the model's devices.
         requests: validated against the data (`data.load_requests`), or the edit problem itself.
         data: the training set as it stood, encoded, with its texts; None where `requests` is an edit problem.
         training: how the adapter was trained; its `l2` is the objective's lambda. None where `model` is an
@@ -87,6 +88,8 @@ class UnlearningTask:
         if self.users is not None and len(self.users) != len(self.dataset):
             msg = f"There are {len(self.users)} users for {len(self.dataset)} examples; give one per example."
             raise ValueError(msg)
+        # Beside the base, on every device: programs refuse arguments on some of the devices of several processes.
+        object.__setattr__(self, "adapter", replicate(self.adapter, self.mesh))
 
     @property
     def language_model(self) -> Model:

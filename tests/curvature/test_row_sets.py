@@ -71,8 +71,11 @@ def test_the_gram_matrix_of_sketches_is_unbiased_and_its_error_falls_with_their_
     exact = np.asarray(trees.rows_gram(*(stored(problem, "loss", 1)[1],) * 2))
 
     def grams(width, count):
-        sketches = (rows.sketch(jax.random.key(k), width)[1] for k in range(count))
-        return np.stack([np.asarray(s @ s.T) for s in sketches])
+        def gram(key):
+            sketch = rows.sketch(key, width)[1]
+            return sketch @ sketch.T
+
+        return np.asarray(jax.jit(lambda keys: jax.lax.map(gram, keys))(jax.random.split(jax.random.key(8), count)))
 
     narrow, wide = grams(2, 40), grams(8, 40)
     spread = lambda g: np.linalg.norm(g - exact, axis=(1, 2)).mean() / np.linalg.norm(exact)  # noqa: E731

@@ -416,7 +416,7 @@ def test_comparisons_and_runs_share_a_page(directory, tmp_path):
         "comparison1-cost.png", "comparison2-cost.png", "comparison3-cost.png",
     ]  # fmt: skip
     (receipts,) = [b for b in page.blocks if isinstance(b, Table) and b.header[:2] == ("", "run_a")]
-    assert receipts.header[2] == f"{tmp_path.name}/colours: llmeraser-step"
+    assert receipts.header[2] == f"{tmp_path.name}/colours: step"
     assert text.count("**hits**: how many arrows hit.") == 2
 
 

@@ -20,6 +20,7 @@ from llmeraser_jax.unlearning import (
     ValidityCheck,
     Verdict,
     Workspace,
+    targets,
 )
 from llmeraser_jax.unlearning.targets import find_targets
 from llmeraser_jax.unlearning.validity import Validity
@@ -151,7 +152,9 @@ def test_a_row_known_below_rounding_moves():
     assert receipt_of(result).complete and setting.losses(result.params, [10])[0] > 1.0
 
 
-def test_copies_in_the_retain_set_are_named_and_kept():
+@pytest.mark.parametrize("stored", [True, False])
+def test_copies_in_the_retain_set_are_named_and_kept(monkeypatch, stored):
+    monkeypatch.setattr(targets, "rows_fit", lambda *_: stored)  # else cosines are those of sketches
     setting = make_setting(remove=FOUR, copy=FOUR[:2])
     result = setting.erase()
     receipt = receipt_of(result)

@@ -62,7 +62,7 @@ def sketched(**options):
 
 @pytest.mark.parametrize("constraints", [False, True])
 def test_sketches_that_lose_nothing_give_the_step_of_stored_rows(head, monkeypatch, constraints):
-    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", D)
+    monkeypatch.setattr(matching_rows, "SKETCH_WIDTH", D)
     expected = solve(StoredRows(objective(), None, **OPTIONS), head, constraints)
     step = solve(sketched(), head, constraints)
     np.testing.assert_allclose(step.delta["w"], expected.delta["w"], rtol=1e-6, atol=1e-8)
@@ -71,7 +71,7 @@ def test_sketches_that_lose_nothing_give_the_step_of_stored_rows(head, monkeypat
 
 
 def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
-    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", D)
+    monkeypatch.setattr(matching_rows, "SKETCH_WIDTH", D)
     steps = []
     for rows in (StoredRows(objective(), None, **OPTIONS), sketched()):
         elsewhere = jax.tree.map(lambda x: 0.5 * x, head[0])
@@ -82,7 +82,7 @@ def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
 
 
 def test_narrow_sketches_meet_the_constraints_all_the_same(head, monkeypatch):
-    monkeypatch.setattr(matching_rows, "_SKETCH_WIDTH", 24)
+    monkeypatch.setattr(matching_rows, "SKETCH_WIDTH", 24)
     rows = sketched()
     step = solve(rows, head, constraints=False)
     params, targets, *_ = head
@@ -109,4 +109,4 @@ def test_directions_are_paid_before_they_are_computed(head):
     with pytest.raises(BudgetSpent, match="no room"):
         rows.solve(normals, np.ones(5), None)
     assert rows.budget.cost.total == 0
-    assert rows.solve_cost(5) == pytest.approx(3 * (5 * 5 / 3 + 18))
+    assert rows.solve_cost(5, 7) == pytest.approx(3 * (5 * 5 / 3 + 18))

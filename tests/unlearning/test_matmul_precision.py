@@ -95,14 +95,14 @@ def test_without_residuals_in_float32_the_tolerance_is_missed(ridge):
 
 def test_products_of_corrections_are_counted(ridge, monkeypatch):
     problem, before, _, _ = ridge
-    solves, solve = [], inverse._solve_with_bfloat16_products
+    solves, solve = [], inverse._solve
 
     def recorded(*args):
-        solution, num_solves = solve(*args)
-        solves.append(int(num_solves))
-        return solution, num_solves
+        solution = solve(*args)
+        solves.append(int(solution.num_exact_products))
+        return solution
 
-    monkeypatch.setattr(inverse, "_solve_with_bfloat16_products", recorded)
+    monkeypatch.setattr(inverse, "_solve", recorded)
     result = erase(ridge_task(problem, before, L2), dataclasses.replace(STEP, curvature=UNCACHED), chunk_size=4)
     # Each inner solve has two residuals besides its steps: its own, and the exact one.
     assert result.cost.curvature / (1.5 * N) == pytest.approx(solves_of(result)[0].iterations + 2 * solves[0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax.unlearning import Receipt, Result, TargetMatching, Workspace, matching
+from llmeraser_jax.unlearning.matching_rows import MatchingStep
 from llmeraser_jax.unlearning.targets import Role, RowTargets
 from tests.problems import matching_steps_of, receipt_of
 from tests.unlearning.test_target_matching import MATCHING, N, draw, erase_head, losses, make, memorise
@@ -119,7 +120,7 @@ def test_a_restoration_step_that_takes_rows_away_from_their_ends_is_shortened(mo
     constraints = object.__new__(matching._RetainConstraints)
     for name, value in {"stack": None, "trained": np.zeros(1), "losses": np.zeros(1)}.items():
         object.__setattr__(constraints, name, value)
-    step = matching._Step(jnp.ones(()), jnp.ones(()), np.ones(1))
+    step = MatchingStep(jnp.ones(()), np.ones(1), 1.0, 0.0, 0.0)
     for off, scale in ((0.2, 0.25), (0.3, 0.5), (0.5, 1.0)):
         before = matching._Point(np.array([1 - off]), None)
         found, _ = bare.accepted(jnp.zeros(()), step, before, constraints, gradients=False)

@@ -177,6 +177,6 @@ def test_rows_that_depend_on_each_other_are_refused_in_words(memorised, monkeypa
     with pytest.raises(NoStepError, match="row_ridge"):
         erase_head(problem, params, MATCHING, calibration)
     assert receipt_of(erase_head(problem, params, AUTO, calibration)).method == "path"
-    monkeypatch.setattr("llmeraser_jax.unlearning.matching.factorise", singular)
+    monkeypatch.setattr("llmeraser_jax.unlearning.matching_rows.factorise", singular)
     with pytest.raises(NoStepError, match="raise damping"):
         erase_head(problem, params, MATCHING, calibration)
