@@ -189,6 +189,24 @@ def test_taps_give_every_tokens_share_of_the_gradient(decoder):
             assert np.linalg.eigvalsh(np.asarray(factor)).min() > -1e-12 and np.trace(np.asarray(factor)[0]) > 0
 
 
+def test_a_layer_s_own_scale_acts_on_token_factors_as_rows_of_a_times_it(decoder):
+    """Where only `S A` is read, the network and B's factors are those of that A, and A's pseudo-gradient is S's."""
+    objective, lora, stack, _ = decoder
+    first = r".*layers\.0\..*"
+    config = dataclasses.replace(lora.config, alpha_pattern={first: 3 * lora.config.alpha})
+    scales = np.array([3.0, 1.0])[:, None, None]
+    scaled = {name: {**leaves, "a": scales * leaves["a"]} for name, leaves in lora.params["layers"].items()}
+    of = jax.jit(lambda adapter: token_factors(objective, adapter, stack, jax.random.key(9)))
+    found, plain = (
+        of(dataclasses.replace(lora, config=config)),
+        of(dataclasses.replace(lora, params={"layers": scaled})),
+    )
+    for side, leaf, factor in (("left", "a", scales**2), ("left", "b", 1), ("right", "a", 1), ("right", "b", 1)):
+        got, expected = getattr(found, side).params["layers"], getattr(plain, side).params["layers"]
+        for name in scaled:
+            np.testing.assert_allclose(got[name][leaf], factor * expected[name][leaf], rtol=1e-9, atol=1e-12)
+
+
 def test_factors_of_tokens_and_of_examples_agree_on_the_eigenbasis_of_one_token(linear):
     """One token, one output: `G = u x'`, so both bases hold `u / |u|` and the eigenvectors of `E[x x']`."""
     found = make_linear(linear)
