@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
@@ -205,13 +205,15 @@ class Adopt:
         data: the examples it was trained on.
         recipe: TOML file that states how: template, add_bos, add_eos, loss_on, reduction, truncation_side,
             epochs, l2, dropout; and batch_size, learning_rate, seed if it is to be retrained for comparison.
+            `llmeraser recipe` begins one from what the trainer left.
         workdir: the run directory to make.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
         base_quantization: store the kernels of the base's layers in 4 or 8 bits, as bitsandbytes does: nf4,
             nf4-double (the scales are quantised too) or int8. Later commands on the run do the same. Default: as
             they are in the checkpoint.
         devices: what to compute on.
-        force: adopt it although it does not lower the loss on the data.
+        force: adopt it although another recipe fits the data much better, its loss is not clearly below the base's,
+            or is far above the one that the trainer reported.
     """
 
     model: str
@@ -239,10 +241,20 @@ class Adopt:
         result = run.result
         _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
         _say(f"  loss with / without the adapter     {result['loss']:.4f} / {result['base_loss']:.4f}")
+        if result["trainer_loss"] is not None:
+            where = result["trainer_loss_from"]
+            _say(f"  the trainer's last loss             {result['trainer_loss']:.4f} ({where})")
+        fit = result["recipe_fit"]
+        _say(
+            f"  responses of a sample, as stated    {fit['stated']:.4f}; the best of {fit['num_tried']} recipes is "
+            f"{fit['best_is']}, {fit['best']:.4f}"
+        )
         _say(
             f"  gradient norm, objective / data     {result['gradient_norm']:.3g} / "
             f"{result['data_gradient_norm']:.3g} (on {result['num_sampled']} sampled examples)"
         )
+        for note in result["notes"]:
+            _say(f"  note: {note}")
         _say(f"Run directory: {self.workdir}")
         return 0
 
@@ -254,6 +266,43 @@ OwnMethod = (
     | Annotated[Step, tyro.conf.subcommand("step")]
     | Annotated[Corrected, tyro.conf.subcommand("corrected")]
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOf:
+    """Begin adopt's recipe from what a trainer left: PEFT, TRL, transformers' Trainer, axolotl, LLaMA-Factory.
+
+    What is found stands in the recipe with its source; what is missing stands there as a question.
+
+    Attributes:
+        source: the directory of an adapter, or one file: adapter_config.json, trainer_state.json,
+            training_args.json (TRL's arguments as JSON), a model card, or the YAML of axolotl or LLaMA-Factory.
+        output: the recipe to write; default: standard output.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="from")]
+    output: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.files import atomic_write_text
+        from llmeraser_jax.training.trainers import find_recipe
+
+        if self.output is not None and self.output.exists():
+            msg = f"{self.output} is there already; name another file."
+            raise FileExistsError(msg)
+        found = find_recipe(self.source)
+        if self.output is None:
+            _say(found.to_toml().rstrip("\n"))
+            return 0
+        atomic_write_text(self.output, found.to_toml())
+        for line in (*found.facts, *found.notes):
+            _say(line)
+        for key, stated in found.values.items():
+            _say(f"  {key:<18}{stated.value!r:<14} {stated.source}")
+        for key, question in found.questions.items():
+            _say(f"  {key:<18}{'?':<14} {question}")
+        _say(f"Recipe: {self.output}   ({len(found.questions)} questions to answer in it)")
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -483,14 +532,67 @@ class Demo:
         return run_demo(self.workdir, say=_say)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write base and adapter of a run as one model, for servers that load no adapters.
+
+    The losses of the examples are measured on the weights as they are read back, since rounding can take back what
+    erasing changed.
+
+    Attributes:
+        run_directory: the run (finetune, adopt, erase or retrain).
+        merged: directory to make: Hugging Face's layout, with tokenizer and generation configuration.
+        dtype: of the weights: bfloat16, float32 or float16.
+        quantization: store the layers' kernels as bitsandbytes does: nf4, nf4-double or int8.
+        data: where the training data is now, of an erasure that of the run before it; default: where it was.
+    """
+
+    run_directory: tyro.conf.Positional[Path]
+    merged: Path
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    quantization: Literal["nf4", "nf4-double", "int8"] | None = None
+    data: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.export import EXPORT_FILE, export_run
+        from llmeraser_jax.runs import load_run
+
+        exported = export_run(
+            load_run(self.run_directory),
+            self.merged,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            data_path=self.data,
+        )
+        stored = self.dtype if self.quantization is None else f"{self.quantization}, the rest {self.dtype}"
+        _say(f"Merged model: {self.merged}   ({exported.num_bytes / 1e6:.1f} MB in {exported.num_files}, {stored})")
+        _say(f"  {'mean loss, nats per token':<28}{'before':>9}{'adapter':>9}{'exported':>9}   as read back")
+        for name in ("forget", "replacements", "retained"):
+            group = getattr(exported, name)
+            if group is not None:
+                before = "" if group.before is None else f"{group.before:.4f}"
+                _say(
+                    f"  {f'{name} ({group.num_examples} rows)':<28}{before:>9}{group.adapter:>9.4f}"
+                    f"{group.exported:>9.4f}"
+                )
+        if exported.survival is not None:
+            _say(f"  {exported.survival:.1%} of the change of the forget rows' loss survives the rounding.")
+        if exported.not_measured:
+            _say(f"  forget rows: not measured. {exported.not_measured}")
+        _say(f"  the same numbers: {self.merged / EXPORT_FILE}")
+        return 0
+
+
 Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Adopt, tyro.conf.subcommand("adopt")]
+    | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -554,7 +656,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Flags that are tables are given as JSON; solvers, trust regions and methods inside of methods as words."""
+    """Tables are given as JSON, modules as names or one expression, solvers, trust regions and inner methods as words."""
     registry = tyro.constructors.ConstructorRegistry()
     words = {
         Solver: ("NAME[:OPTION=VALUE,...]", read_solver),
@@ -582,6 +684,28 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
             instance_from_str=lambda given: read(given[0]),
             is_instance=lambda value: True,
             str_from_instance=lambda value: [write(value)],
+        )
+
+    @registry.primitive_rule
+    def modules(
+        type_info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        """Names of modules, or one regular expression: what has a character that no name has."""
+        if set(get_args(type_info.type)) - {type(None)} != {tuple[str, ...], str}:
+            return None
+
+        def parse(given: list[str]) -> tuple[str, ...] | str:
+            (first, *others) = given
+            return (
+                first if not others and (first == "all-linear" or set(first) & set(r"\*+?()[]{}|^$")) else (*given,)
+            )
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAME [NAME ...] | REGEX | all-linear",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, str | tuple),
+            str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
         )
 
     return registry

@@ -22,7 +22,7 @@ ORDER = (
     ("runs",),
     ("training",),
     ("unlearning",),
-    ("rivals", "notation"),
+    ("rivals", "notation", "export"),
     ("evaluation",),
     ("demo",),
     ("cli",),

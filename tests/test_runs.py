@@ -181,7 +181,7 @@ def damage(run, path, change):
     [
         (lambda r: r.update(format_version=2), "format_version 2; this package reads 1"),
         (lambda r: r.pop("recipe"), "is damaged: KeyError: 'recipe'"),
-        (lambda r: r["train"].update(weight_decay=0.1), "damaged: ValueError: weight_decay"),
+        (lambda r: r["train"].update(weight_decay=-0.1), "damaged: ValueError: weight_decay"),
         (lambda r: r.update(kind="guess"), "damaged: kind 'guess'"),
         (lambda r: r["data"]["ids"].pop(), "damaged"),
     ],

@@ -1,6 +1,11 @@
 """Conversion between checkpoints on disk and pytrees: tables read in both directions, quantised kernels."""
 
-from llmeraser_jax.convert.bitsandbytes import QuantizedSource, check_quantization_config
+from llmeraser_jax.convert.bitsandbytes import (
+    QuantizedSource,
+    check_quantization_config,
+    quantization_config,
+    quantized_tensors,
+)
 from llmeraser_jax.convert.files import SafetensorsSource, write_safetensors
 from llmeraser_jax.convert.huggingface import BASE_TABLES, PEFT_TABLE
 from llmeraser_jax.convert.quantization import (
@@ -58,7 +63,9 @@ __all__ = [
     "export_tensors",
     "import_tensors",
     "numpy_dtype",
+    "quantization_config",
     "quantize",
     "quantize_base",
+    "quantized_tensors",
     "write_safetensors",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes quantised and transformers saved."""
+"""Checkpoints that bitsandbytes quantised, as transformers saves them: reading and writing."""
 
 from __future__ import annotations
 
@@ -154,3 +154,60 @@ class QuantizedSource:
             msg = f"{name} holds {len(scales)} scales, expected {count} finite ones."
             raise ValueError(msg)
         return scales
+
+
+def quantization_config(quantization: str, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json that transformers needs to read `quantized_tensors`.
+
+    Args:
+        quantization: one of `quantization.QUANTIZATIONS`.
+        dtype: what transformers computes 4-bit products in.
+    """
+    common = {"quant_method": "bitsandbytes", "load_in_4bit": quantization != "int8"}
+    common["load_in_8bit"] = not common["load_in_4bit"]
+    if quantization == "int8":
+        return {**common, "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False}
+    return {
+        **common,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": quantization == "nf4-double",
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def quantized_tensors(name: str, kernel: QuantizedKernel) -> dict[str, np.ndarray]:
+    """One layer's quantised kernel as the tensors that transformers saves; `QuantizedSource` reads them back.
+
+    Args:
+        name: of the weight.
+        kernel: host arrays, no axis of layers.
+    """
+    if isinstance(kernel, Int8Kernel):
+        scales = name.removesuffix("weight") + "SCB"
+        codes, absmax = np.asarray(kernel.codes), np.asarray(kernel.absmax)
+        return {name: codes, scales: absmax, f"{name}_format": np.zeros((), np.uint8)}
+    assert isinstance(kernel, NF4Kernel)
+    *_, half = kernel.codes.shape
+    size = -(-kernel.out_in[0] * kernel.out_in[1] // 2)  # the last block need not be full
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": 2 * half,
+        "dtype": kernel.dtype_name,
+        "shape": list(kernel.out_in),
+    }
+    tensors = {
+        name: np.asarray(kernel.codes).reshape(-1, 1)[:size],
+        f"{name}.absmax": np.asarray(kernel.absmax).reshape(-1),
+        f"{name}.quant_map": NF4_TABLE,
+    }
+    if kernel.nested_absmax is not None:
+        state |= {
+            "nested_blocksize": kernel.nested_block,
+            "nested_dtype": "float32",
+            "nested_offset": float(np.asarray(kernel.nested_offset)),
+        }
+        tensors[f"{name}.nested_absmax"] = np.asarray(kernel.nested_absmax).reshape(-1)
+        tensors[f"{name}.nested_quant_map"] = DYNAMIC_TABLE
+    tensors[name + _STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return tensors

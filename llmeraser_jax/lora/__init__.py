@@ -1,6 +1,6 @@
 """Adapters: a float32 pytree, its configuration, and PEFT's format."""
 
-from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config, resolve_target_modules
 from llmeraser_jax.lora.params import (
     Lora,
     add_delta,
@@ -13,12 +13,14 @@ from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
     adapter_config_to_peft,
     load_adapter,
+    read_adapter_base,
     save_adapter,
 )
 
 __all__ = [
     "Lora",
     "LoraConfig",
+    "adapted_modules",
     "adapter_config_from_peft",
     "adapter_config_to_peft",
     "add_delta",
@@ -27,6 +29,8 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "product_norms",
+    "read_adapter_base",
+    "resolve_config",
     "resolve_target_modules",
     "save_adapter",
 ]

@@ -6,7 +6,6 @@ and inner products need no conversion.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
-from llmeraser_jax.lora.config import LoraConfig, resolve_target_modules
+from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
@@ -26,7 +25,8 @@ class Lora:
 
     Attributes:
         params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`.
-        config: static; its `target_modules` are the modules present, in the order of a decoder layer.
+        config: static; its `target_modules` are written out. A layer of lower rank than its module's highest has
+            rows of A and columns of B that nothing reads; they are zero.
     """
 
     params: Any
@@ -44,19 +44,19 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
         model_config: the base model.
 
     Raises:
-        ValueError: `target_modules` cannot be honoured; see `resolve_target_modules`.
+        ValueError: `target_modules` cannot be honoured; see `resolve_config`.
     """
-    # Written out, so that equal adapters have equal tree structures.
-    targets = resolve_target_modules(config.target_modules, model_config)
-    config = dataclasses.replace(config, target_modules=targets)
+    config = resolve_config(config, model_config)
+    names, num_layers = adapted_modules(config, model_config), model_config.num_layers
     modules = {}
-    for name, module_key in zip(targets, jax.random.split(key, len(targets)), strict=True):
+    for name, module_key in zip(names, jax.random.split(key, len(names)), strict=True):
         width_in, width_out = model_config.linear_shapes[name]
-        bound = 1 / math.sqrt(width_in)
-        shape = (model_config.num_layers, config.rank, width_in)
+        bound, rank = 1 / math.sqrt(width_in), config.stack_rank(name, num_layers)
+        a = jax.random.uniform(module_key, (num_layers, rank, width_in), jnp.float32, -bound, bound)
+        scales = config.row_scales(name, num_layers)
         modules[name] = {
-            "a": jax.random.uniform(module_key, shape, jnp.float32, -bound, bound),
-            "b": jnp.zeros((model_config.num_layers, width_out, config.rank), jnp.float32),
+            "a": a if scales is None else jnp.where(scales[..., None] == 0, 0, a),
+            "b": jnp.zeros((num_layers, width_out, rank), jnp.float32),
         }
     return Lora(params={"layers": modules}, config=config)
 
@@ -76,7 +76,7 @@ def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
         raise ValueError(msg)
     for name, leaves in modules.items():
         num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
-        rank = lora.config.rank
+        rank = lora.config.stack_rank(name, num_layers)
         expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
         for leaf, shape in expected.items():
             if leaf not in leaves or leaves[leaf].shape != shape:
@@ -112,7 +112,8 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
             msg = f"The adapter targets layers/{name}, which the base lacks."
             raise ValueError(msg)
         kernel = dequantized(merged["layers"][name]["kernel"])
-        product = jnp.einsum("lri,lor->lio", leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
+        a = lora.config.scaled_rows(name, leaves["a"])
+        product = jnp.einsum("lri,lor->lio", a, leaves["b"], precision=jax.lax.Precision.HIGHEST)
         dtype = jnp.promote_types(kernel.dtype, product.dtype)
         total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)
         merged["layers"][name] = dict(merged["layers"][name], kernel=total.astype(kernel.dtype))
@@ -138,6 +139,7 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     change = product = jnp.zeros(())
     for name, leaves in lora.params["layers"].items():
         step = delta.params["layers"][name]
-        change += squared((step["b"], leaves["b"]), (leaves["a"] + step["a"], step["a"]))
-        product += squared((leaves["b"],), (leaves["a"],))
+        a, step_a = (lora.config.scaled_rows(name, x["a"]) for x in (leaves, step))
+        change += squared((step["b"], leaves["b"]), (a + step_a, step_a))
+        product += squared((leaves["b"],), (a,))
     return lora.config.scaling * jnp.sqrt(change), lora.config.scaling * jnp.sqrt(product)

@@ -26,7 +26,7 @@ base, on which sharding rules and conversion tables rely (kernels are [in, out],
 
 and of the adapter, for each targeted linear layer:
 
-    layers/{name}/a                             [layers, rank, in]
+    layers/{name}/a                             [layers, rank, in], rows beyond a layer's own rank unread
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
 
 A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
@@ -430,18 +430,18 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
     check_lora(config, base, lora)
     dtype = jnp.result_type(dtype, *(leaf.dtype for leaf in jax.tree.leaves(lora.params)))
     module = Decoder(config, lora.config.scaling, lora.config.dropout, dtype)
-    return module, {"params": base, "lora": adapter_variables(lora.params)}
+    return module, {"params": base, "lora": adapter_variables(lora)}
 
 
-def adapter_variables(params: LoraParams) -> LoraParams:
-    """The collection "lora" of an adapter's leaves: B transposed, as `layers.low_rank` reads it.
+def adapter_variables(lora: LoraParams) -> LoraParams:
+    """The collection "lora" of an adapter: B transposed, as `layers.low_rank` reads it, A with its layers' scales.
 
     Here, outside of the scan over layers, since inside XLA would merge the transposition with its products.
     """
     return {
         "layers": {
-            name: {"a": leaves["a"], "b_t": jnp.swapaxes(leaves["b"], 1, 2)}
-            for name, leaves in params.get("layers", {}).items()
+            name: {"a": lora.config.scaled_rows(name, leaves["a"]), "b_t": jnp.swapaxes(leaves["b"], 1, 2)}
+            for name, leaves in lora.params.get("layers", {}).items()
         }
     }
 

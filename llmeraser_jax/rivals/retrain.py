@@ -31,7 +31,7 @@ class Retrain:
         """Retrains; in a `workdir` finished seeds are not trained again.
 
         Raises:
-            ValueError: invalid seeds, or dropout.
+            ValueError: invalid seeds.
             RunError: the training's hyper-parameters are not wholly known.
         """
         started = time.perf_counter()

@@ -15,12 +15,8 @@ from llmeraser_jax.runs.directory import (
     run_settings,
     write_run,
 )
-from llmeraser_jax.runs.model_files import base_dtype, model_directory, model_fingerprint
-from llmeraser_jax.runs.train_config import (
-    TrainConfig,
-    refuse_dropout,
-    refuse_weight_decay,
-)
+from llmeraser_jax.runs.model_files import base_dtype, copy_tokenizer, model_directory, model_fingerprint
+from llmeraser_jax.runs.train_config import TrainConfig
 
 __all__ = [
     "ADAPTER_DIRECTORY",
@@ -34,12 +30,11 @@ __all__ = [
     "RunError",
     "TrainConfig",
     "base_dtype",
+    "copy_tokenizer",
     "differing_settings",
     "load_run",
     "model_directory",
     "model_fingerprint",
-    "refuse_dropout",
-    "refuse_weight_decay",
     "run_settings",
     "write_run",
 ]

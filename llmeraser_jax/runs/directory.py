@@ -5,7 +5,7 @@ A run directory holds
     run.json            the record: model and its fingerprint, recipe, configurations, versions, training
                         examples by id with the hashes of content and tokens, final losses, the parent run, the
                         receipts since
-    adapter/            the adapter, in PEFT's format
+    adapter/            the adapter, in PEFT's format, and the tokenizer where it is not the base model's
     initial_adapter/    the adapter that training started from; absent where it is not known
     tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
@@ -417,13 +417,14 @@ def write_run(
         dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
     path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-    source = tokenizer_source(model)
-    if source is not None:
-        copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
     for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
         shutil.rmtree(path / name, ignore_errors=True)
         if adapter is not None:
             save_adapter(path / name, adapter, model)
+    source = tokenizer_source(model)
+    if source is not None:
+        copy_tokenizer(source, path / TOKENIZER_DIRECTORY)
+        copy_tokenizer(source, path / ADAPTER_DIRECTORY)  # servers look for it beside the adapter
     if data_path is None:
         data.save_examples(path / EXAMPLES_FILE, examples)
     recorded = {
@@ -494,9 +495,6 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 
 
 def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
-    lora = dict(recorded["lora"])
-    if not isinstance(lora["target_modules"], str):
-        lora["target_modules"] = tuple(lora["target_modules"])
     token_sha256 = recorded["data"].get("token_sha256")
     return Run(
         path=path,
@@ -508,7 +506,7 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
         matmul_precision=recorded["model"].get("matmul_precision", "auto"),
         recipe=_read_recipe(recorded["recipe"]),
         normalizer=recorded["normalizer"],
-        lora_config=LoraConfig(**lora),
+        lora_config=LoraConfig.from_mapping(recorded["lora"]),
         train_config=TrainConfig.from_mapping(recorded["train"]),
         unstated=tuple(recorded["unstated"]),
         data_path=path / recorded["data"]["path"],  # an absolute path stays as it is

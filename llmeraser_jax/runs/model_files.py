@@ -84,8 +84,8 @@ def tokenizer_source(model: Model) -> Path | None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files of the directory `source` to the new directory `target`."""
-    target.mkdir()
+    """Copies the tokenizer files of the directory `source` to the directory `target`, made if it is not there."""
+    target.mkdir(exist_ok=True)
     for part in sorted({part for pattern in _TOKENIZER_FILES for part in source.glob(pattern)}):
         (shutil.copytree if part.is_dir() else shutil.copy2)(part, target / part.name)
 

@@ -13,6 +13,7 @@ guess of any of them makes another objective and so a wrong erasure:
     epochs = 3
     l2 = 0.0                      # lambda of (lambda / 2) ||theta||^2 in the loss, not decoupled decay
     dropout = 0.0                 # of the adapter; what PEFT recorded must agree
+    final_loss = 0.0086           # optional: what the trainer reported last; else trainer_state.json says it
 
 These are optional; `data.Recipe` and `training.TrainConfig` describe them:
 
@@ -33,8 +34,9 @@ These are optional; `data.Recipe` and `training.TrainConfig` describe them:
     adam_b2 = 0.999
     adam_eps = 1e-8
     max_grad_norm = 1.0
+    weight_decay = 0.01           # AdamW's, which is no part of the loss: `l2` is
 
-Any other key is refused, `weight_decay` by name. A tokenizer or chat template that stands beside the adapter is
+Any other key is refused. A tokenizer or chat template that stands beside the adapter is
 used in place of the base model's.
 """
 
@@ -52,10 +54,12 @@ import numpy as np
 
 from llmeraser_jax import data, files, losses, parallel, trees
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.lora import load_adapter
+from llmeraser_jax.lora import load_adapter, read_adapter_base
 from llmeraser_jax.models import Model, load_tokenizer
-from llmeraser_jax.runs import Run, TrainConfig, load_run, refuse_weight_decay, write_run
+from llmeraser_jax.runs import Run, TrainConfig, load_run, write_run
+from llmeraser_jax.training.alternatives import compare_recipes
 from llmeraser_jax.training.measure import mean_loss, measure
+from llmeraser_jax.training.trainers import final_loss_of
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +83,9 @@ _CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _BATCH_SIZE = 8
 _Parsed = TypeVar("_Parsed")
 _SAMPLE_SEED = 0
+_CLEARLY_LOWER = 0.95  # of the base's loss: what an adapter has to be below
+_FAR_RATIO, _FAR_NATS = 1.5, 0.1  # a loss is far above the trainer's by this factor and this many nats more
+_FAR_BELOW = 0.3  # and far below it under this factor, less the nats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,12 +97,14 @@ class TrainingRecipe:
         train_config: hyper-parameters; defaults where `unstated`.
         dropout: of the adapter during training.
         unstated: fields of `train_config` that a retraining needs and the file leaves out.
+        final_loss: the loss that the trainer reported last, where it is stated.
     """
 
     recipe: Recipe
     train_config: TrainConfig
     dropout: float
     unstated: tuple[str, ...]
+    final_loss: float | None = None
 
 
 def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
@@ -103,7 +112,7 @@ def load_training_recipe(path: str | os.PathLike[str]) -> TrainingRecipe:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not TOML, a key missing or unknown, packing, weight decay, or an invalid value.
+        ValueError: not TOML, a key missing or unknown, packing, or an invalid value.
     """
     return _load(path, parse_training_recipe)
 
@@ -113,7 +122,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not TOML, a key unknown, packing, weight decay, or an invalid value.
+        ValueError: not TOML, a key unknown, packing, or an invalid value.
     """
     return _load(path, _parse_recipe)
 
@@ -136,7 +145,7 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
     """Validates a parsed recipe.
 
     Raises:
-        ValueError: a key missing or unknown, packing, weight decay, or an invalid value.
+        ValueError: a key missing or unknown, packing, or an invalid value.
     """
     recipe = _parse_recipe(stated)
     optional = _KEYS_OF_A_CHAT_TEMPLATE if recipe.template == "chat" else ()
@@ -151,17 +160,21 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         msg = f"dropout is {dropout!r}; it must be a number of at least 0 and below 1."
         raise ValueError(msg)
+    final_loss = stated.get("final_loss")
+    if final_loss is not None and (isinstance(final_loss, bool) or not isinstance(final_loss, int | float)):
+        msg = f"final_loss is {final_loss!r}; it must be a number, or left out."
+        raise ValueError(msg)
     return TrainingRecipe(
         recipe=recipe,
         train_config=TrainConfig.from_mapping({k: v for k, v in stated.items() if k in _TRAIN_KEYS}),
         dropout=float(dropout),
         unstated=tuple(key for key in _NEEDED_TO_RETRAIN if key not in stated),
+        final_loss=None if final_loss is None else float(final_loss),
     )
 
 
 def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
-    refuse_weight_decay(stated)
-    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout"}
+    known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout", "final_loss"}
     unknown = sorted(set(stated) - known)
     if unknown:
         msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
@@ -192,6 +205,67 @@ def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe) -> tuple
     return model, recipe
 
 
+def _refuse(problem: str | None, *, force: bool, notes: list[str]) -> None:
+    """Refuses an adapter for a problem of its losses, or notes it where that is forced."""
+    if problem is None:
+        return
+    if not force:
+        msg = f"{problem[0].upper()}{problem[1:]} --force adopts it all the same."
+        raise ValueError(msg)
+    notes.append(f"Forced: {problem}")
+
+
+def _base_notes(adapter_dir: str | os.PathLike[str], model: Model) -> list[str]:
+    named = read_adapter_base(adapter_dir)
+    if not named or Path(named).name == Path(model.path).name:
+        return []
+    return [f"The adapter says that it was trained on {named!r}; the model given is {model.path}."]
+
+
+def _training_notes(stated: TrainingRecipe) -> list[str]:
+    """What of the training is no part of the objective that erasing assumes, and what follows."""
+    notes = []
+    if stated.dropout:
+        notes.append(
+            f"The adapter was trained with dropout {stated.dropout:g}. Losses, gradients and curvature are "
+            "without it, so it is not quite at the minimum that they assume; retraining draws it again."
+        )
+    if decay := stated.train_config.weight_decay:
+        notes.append(
+            f"The adapter was trained with decoupled weight decay {decay:g}, which is in no "
+            "example's loss. It rests where the decay balances the data's gradient in Adam's metric; influence is "
+            "computed as if the stated l2 were all that holds it. Retraining repeats the decay."
+        )
+    return notes
+
+
+def _compare_with_trainer(
+    loss: float, token_loss: float, reported: float, source: str, *, force: bool, notes: list[str]
+) -> None:
+    """Compares the loss with what the trainer reported last: over some of the data, with dropout, before its end.
+
+    Args:
+        loss: mean over examples as the recipe reduces them.
+        token_loss: mean over tokens of a sample, as most trainers report it.
+        reported: the trainer's.
+        source: where it stands.
+        force: note what would be refused.
+        notes: gets what is found.
+    """
+    found = min(loss, token_loss, key=lambda value: abs(value - reported))
+    if found > _FAR_RATIO * reported + _FAR_NATS:
+        problem = (
+            f"by the stated recipe the loss is {found:.4g}, and the trainer's last was {reported:.4g} ({source}). "
+            "Model, data or recipe is not what the adapter was trained with."
+        )
+        _refuse(problem, force=force, notes=notes)
+    elif found < _FAR_BELOW * reported - _FAR_NATS:
+        notes.append(
+            f"By the stated recipe the loss is {found:.4g}, far below the trainer's last, {reported:.4g} "
+            f"({source}); look whether loss_on is the training's."
+        )
+
+
 def adopt(
     model: Model,
     adapter_dir: str | os.PathLike[str],
@@ -201,13 +275,19 @@ def adopt(
     *,
     force: bool = False,
     sample_size: int = 256,
+    recipe_sample_size: int = 16,
 ) -> Run:
     """Makes a run directory of an adapter trained elsewhere, after checking that it fits data and recipe.
+
+    On a small sample other recipes are tried (`alternatives.compare_recipes`). The adapter is refused where one of
+    them fits much better, where it does not clearly lower the loss on its data, or where that loss is far above the
+    one that the trainer reported: an erasure by a wrong recipe is an erasure of something else.
 
     `Run.result` then has the mean loss on the data with and without the adapter (`loss`, `base_loss`), and on
     a seeded sample the gradient norms of the objective and of its data term (`gradient_norm`,
     `data_gradient_norm`). An objective with a gradient much larger than the data term's is not the one that
-    the adapter minimises: its `l2` is not what the training had.
+    the adapter minimises: its `l2` is not what the training had. `trainer_loss` and `trainer_loss_from` are the
+    trainer's last loss and where it stood, `recipe_fit` says what fits the sample best, and `notes` what to know.
 
     Args:
         model: the base model.
@@ -215,11 +295,12 @@ def adopt(
         data_path: the examples it was trained on.
         recipe_path: how; the module's description has the format.
         workdir: the run directory, new or empty; written whole or not at all.
-        force: adopt an adapter that does not lower the loss on its data.
+        force: adopt an adapter that would be refused for its losses.
         sample_size: examples that the gradient norms are measured on.
+        recipe_sample_size: examples that other recipes are tried on.
 
     Raises:
-        ValueError: the recipe is invalid or contradicts the adapter, or the adapter does not lower the loss.
+        ValueError: the recipe is invalid or contradicts the adapter, or is not the training's by the losses.
         FileExistsError: `workdir` holds something.
     """
     files.require_empty(workdir)
@@ -231,12 +312,6 @@ def adopt(
             f"{lora.config.dropout}. Correct the one that is wrong."
         )
         raise ValueError(msg)
-    if stated.dropout:
-        _log.warning(
-            "The adapter was trained with dropout %g; gradients and curvature are computed without it, so it "
-            "is not quite at the minimum that they assume.",
-            stated.dropout,
-        )
     model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe)
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
@@ -244,20 +319,37 @@ def adopt(
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.
     batch_size = _BATCH_SIZE if model.mesh is None else _BATCH_SIZE * model.mesh.shape["data"]
+    notes = _base_notes(adapter_dir, model) + _training_notes(stated)
+    order = np.random.RandomState(_SAMPLE_SEED).permutation(len(dataset))
+    fit = compare_recipes(
+        objective,
+        lora,
+        [dataset.examples[k] for k in np.sort(order[:recipe_sample_size])],
+        dataset.recipe,
+        model.tokenizer,
+        mesh=model.mesh,
+    )
+    _log.info("A row as it was trained, by the stated recipe, the part under the loss in ⟦ ⟧:\n%s", fit.shown)
+    notes += [note[0].upper() + note[1:] for note in (*fit.hints, *filter(None, [fit.note]))]
+    _refuse(fit.problem, force=force, notes=notes)
+    reported = final_loss_of(adapter_dir) if stated.final_loss is None else (stated.final_loss, str(recipe_path))
     loss = mean_loss(objective, lora, dataset, batch_size=batch_size, mesh=model.mesh)
     no_adapter = trees.tree_zeros_like(lora)
     base_loss = mean_loss(objective, no_adapter, dataset, batch_size=batch_size, mesh=model.mesh)
     _log.info("Loss on %d examples: %.4f with the adapter, %.4f without.", len(dataset), loss, base_loss)
-    if not loss < base_loss:
-        msg = (
-            f"The adapter does not lower the loss on {data_path}: {loss:.4f} with it, {base_loss:.4f} "
-            "without. Model, data or recipe is not what it was trained with; force adopts it all the same."
+    if not loss < _CLEARLY_LOWER * base_loss:
+        problem = (
+            f"the adapter does not lower the loss on {data_path} by {1 - _CLEARLY_LOWER:.0%} or more: {loss:.4f} "
+            f"with it, {base_loss:.4f} without. Model, data or recipe is not what it was trained with."
         )
-        if not force:
-            raise ValueError(msg)
-        _log.warning("%s", msg)
-    chosen = np.random.RandomState(_SAMPLE_SEED).permutation(len(dataset))[:sample_size]
-    measured = measure(objective, lora, dataset, batch_size=batch_size, indices=np.sort(chosen), mesh=model.mesh)
+        _refuse(problem, force=force, notes=notes)
+    if reported is not None:
+        _compare_with_trainer(loss, fit.token_loss, *reported, force=force, notes=notes)
+    for note in notes:
+        _log.warning("%s", note)
+    measured = measure(
+        objective, lora, dataset, batch_size=batch_size, indices=np.sort(order[:sample_size]), mesh=model.mesh
+    )
     _log.info(
         "Gradient norm on %d of them: %.3g of the objective, %.3g of its data term.",
         measured.num_examples,
@@ -286,6 +378,15 @@ def adopt(
                     "num_sampled": measured.num_examples,
                     "num_truncated": dataset.num_truncated,
                     "num_dropped": len(dataset.dropped_ids),
+                    "trainer_loss": None if reported is None else reported[0],
+                    "trainer_loss_from": None if reported is None else reported[1],
+                    "recipe_fit": {
+                        "stated": fit.stated.loss,
+                        "best": fit.best.loss,
+                        "best_is": fit.best.words,
+                        "num_tried": fit.num_tried,
+                    },
+                    "notes": notes,
                 },
                 unstated=stated.unstated,
                 dataset=dataset,

@@ -23,9 +23,10 @@ from llmeraser_jax.checkpoint import StepCheckpoints
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.environment import peak_memory_bytes
 from llmeraser_jax.losses import Objective
-from llmeraser_jax.runs import TrainConfig, refuse_dropout
+from llmeraser_jax.runs import TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_indices
+from llmeraser_jax.training.dropout import dropout_objective, step_key, with_places
 from llmeraser_jax.training.measure import measure
 from llmeraser_jax.types import LoraParams
 
@@ -72,18 +73,21 @@ class Adam(NamedTuple):
     b2: float
     eps: float
     max_grad_norm: float | None
+    weight_decay: float = 0.0
 
     def transformation(self) -> optax.GradientTransformation:
-        """Clipping, where asked for, then Adam's direction."""
-        adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
-        if self.max_grad_norm is None:
-            return adam
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam)
+        """Clipping, where asked for, then Adam's direction, then decoupled decay, where asked for."""
+        parts: list[optax.GradientTransformation] = [optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)]
+        if self.max_grad_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(self.max_grad_norm))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay))
+        return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
 def adam_of(config: TrainConfig) -> Adam:
     """The part of the configuration that the update is compiled for."""
-    return Adam(config.adam_b1, config.adam_b2, config.adam_eps, config.max_grad_norm)
+    return Adam(config.adam_b1, config.adam_b2, config.adam_eps, config.max_grad_norm, config.weight_decay)
 
 
 def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
@@ -134,6 +138,7 @@ def adam_step(
 
 def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> dict[str, Any]:
     """Identifies a training: only the same one may resume from its checkpoints."""
+    dropout = _dropout_of(lora)
     everything = dataset.stack_uniform(np.arange(len(dataset)), np.ones(len(dataset)), chunk_size=config.batch_size)
     numerical = {k: v for k, v in config.to_mapping().items() if k != "checkpoint_every_steps"}
     return {
@@ -141,7 +146,12 @@ def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> d
         "data_sha256": trees.tree_sha256(everything).hex(),
         "initial_adapter_sha256": trees.tree_sha256(lora).hex(),
         **({} if dataset.recipe.date is None else {"date": dataset.recipe.date}),
+        **({"dropout": dropout} if dropout else {}),
     }
+
+
+def _dropout_of(lora: LoraParams) -> float:
+    return getattr(getattr(lora, "config", None), "dropout", 0.0)
 
 
 def _claim(workdir: Path, identity: dict[str, Any]) -> None:
@@ -186,6 +196,9 @@ def finetune(
     With a `workdir` the training can be killed at any moment, SIGKILL included: the same call goes on from
     the last checkpoint and ends with the same adapter, bit for bit (same devices, same number of threads).
 
+    An adapter whose configuration has dropout is trained with it; the losses and gradient norms of the result are
+    without, as everywhere else.
+
     Args:
         model: a `models.Model`, or anything with its `apply`, `base` and `mesh`.
         dataset: the training examples.
@@ -198,7 +211,7 @@ def finetune(
         The adapter, with loss and gradient norm of the objective over all training data.
 
     Raises:
-        ValueError: the data set is empty, the adapter has dropout, or `workdir` holds another training.
+        ValueError: the data set is empty, or `workdir` holds another training.
         FileExistsError: `workdir` holds something that is no training.
         RuntimeError: another process is training in `workdir`.
         FloatingPointError: loss or gradient is no longer finite.
@@ -206,7 +219,6 @@ def finetune(
     if not len(dataset):
         msg = "The training set is empty; give at least one example."
         raise ValueError(msg)
-    refuse_dropout(getattr(getattr(lora, "config", None), "dropout", 0.0))
     if tensorboard and workdir is None:
         msg = "TensorBoard output was asked for without a workdir to write it to; give a workdir."
         raise ValueError(msg)
@@ -256,6 +268,7 @@ def _train(
     adam = adam_of(config)
     opt_state = parallel.replicate(adam.transformation().init(params), model.mesh)
     first_step, seconds_before, resumed_from = 0, 0.0, None
+    dropout, step_objective = _dropout_of(params), objective
     if checkpoints is not None and (resumed_from := checkpoints.latest_step()) is not None:
         (params, opt_state), info = checkpoints.restore(resumed_from, (params, opt_state))
         first_step, seconds_before = resumed_from, info["seconds"]
@@ -301,8 +314,11 @@ def _train(
                 batch_size=config.batch_size,
                 microbatch_size=config.examples_per_pass,
             )
+            if dropout:
+                stack = with_places(stack)
+                step_objective = dropout_objective(model.apply, model.base, step_key(config.seed, step))
             stack = parallel.place_stack(stack, model.mesh)
-            loss, data_gradient = losses.loss_and_gradient_sums(objective, params, stack)
+            loss, data_gradient = losses.loss_and_gradient_sums(step_objective, params, stack)
             params, opt_state, norm = adam_step(
                 params,
                 opt_state,

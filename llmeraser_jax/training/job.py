@@ -25,7 +25,6 @@ from llmeraser_jax.runs import (
     differing_settings,
     load_run,
     model_fingerprint,
-    refuse_dropout,
     run_settings,
     write_run,
 )
@@ -66,7 +65,6 @@ def finetune_run(
         ValueError: unusable data or settings, see `data.encode_examples` and `training.finetune`.
     """
     lora, config = lora or LoraConfig(), config or TrainConfig()
-    refuse_dropout(lora.dropout)
     examples = data.load_examples(data_path)
     recipe = recipe or Recipe()
     if recipe.date is None:

@@ -13,7 +13,7 @@ import jax
 from llmeraser_jax import data
 from llmeraser_jax.data import Request
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import Run, RunError, TrainConfig, refuse_dropout
+from llmeraser_jax.runs import Run, RunError, TrainConfig
 from llmeraser_jax.training.job import train_run
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def retrain(
 
     Raises:
         RunError: the data or model is not the run's, or what a retraining needs is not known.
-        ValueError: invalid seeds, requests that do not fit the data, or dropout.
+        ValueError: invalid seeds, or requests that do not fit the data.
     """
     config = retraining_config(run, config)
     own = None if "seed" in run.unstated else run.train_config.seed
@@ -64,7 +64,6 @@ def retrain(
     if lora_config.dropout and drop_dropout:
         _log.warning("The adapter was trained with dropout %g; retraining goes without.", lora_config.dropout)
         lora_config = dataclasses.replace(lora_config, dropout=0.0)
-    refuse_dropout(lora_config.dropout)
     edited = data.apply_requests(run.load_examples(data_path), requests)
     if not edited:
         msg = "The requests remove every example; there is nothing left to retrain on."

@@ -28,7 +28,7 @@ def test_layers_that_differ_are_scanned_as_if_each_were_written_out(changes):
         if config.sliding_window is not None and config.layer_windows[layer] is None:
             of_one |= {"sliding_window": None, "windowed_layers": None}
         one = dataclasses.replace(config, num_layers=1, **of_one)
-        variables = {"params": model.base, "lora": adapter_variables(lora.params)}
+        variables = {"params": model.base, "lora": adapter_variables(lora)}
         cut = {
             name: leaves | {"layers": jax.tree.map(lambda leaf: leaf[layer : layer + 1], leaves["layers"])}
             for name, leaves in variables.items()
@@ -60,7 +60,7 @@ def test_the_scan_equals_an_explicit_loop_over_layers(with_lora):
     context = Context(cos=cos, sin=sin, query_positions=where, key_positions=where, key_valid=MASK, write_at=None)
     x = model.base["embed_tokens"]["embedding"][TOKENS]
     layer = DecoderLayer(config, 1.0 if lora is None else lora.config.scaling)
-    adapted = {} if lora is None else adapter_variables(lora.params)
+    adapted = {} if lora is None else adapter_variables(lora)
     for index in range(config.num_layers):
         variables = {"params": model.base["layers"]} | ({} if lora is None else {"lora": adapted["layers"]})
         x, _ = layer.apply(jax.tree.map(lambda leaf: leaf[index], variables), x, None, context)  # noqa: B023
@@ -302,7 +302,7 @@ def test_dropout_is_unbiased():
     model = tiny_model(num_layers=1)
     lora = random_lora(model, target_modules=("down_proj",), dropout=0.4)
     module = Decoder(model.config, lora.config.scaling, lora.config.dropout)
-    variables = {"params": model.base, "lora": adapter_variables(lora.params)}
+    variables = {"params": model.base, "lora": adapter_variables(lora)}
 
     def hidden(key):
         valid = MASK

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llmeraser_jax.lora import load_adapter, merge_lora, save_adapter
 from llmeraser_jax.models import load_model
@@ -16,6 +17,29 @@ SETTINGS = {
     "rslora": {"r": 4, "lora_alpha": 3, "target_modules": ["o_proj", "up_proj"], "use_rslora": True},
     "regex": {"r": 2, "lora_alpha": 8, "target_modules": r".*\.(k_proj|down_proj)"},
     "all linear": {"r": 5, "lora_alpha": 5, "target_modules": "all-linear", "lora_dropout": 0.1},
+    "rank and alpha patterns": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
+        "alpha_pattern": {r".*\.0\..*": 9, "down_proj": 1},
+    },
+    "patterns and rslora": {
+        "r": 4,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "o_proj"],
+        "use_rslora": True,
+        "rank_pattern": {r"0\.self_attn\.o_proj": 1},
+    },
+    "one layer": {"r": 3, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "one layer by number": {"r": 3, "target_modules": ["q_proj"], "layers_to_transform": 0},
+    "excluded": {"r": 3, "target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.0.mlp.up_proj"]},
+    "excluded by an expression": {
+        "r": 2,
+        "target_modules": ["q_proj", "k_proj"],
+        "exclude_modules": r".*\.0\..*k_proj",
+    },
+    "a layer by an expression": {"r": 2, "target_modules": r".*\.1\..*(k_proj|down_proj)"},
     "rank one, gaussian": {"r": 1, "target_modules": ["gate_proj"], "init_lora_weights": "gaussian"},
 }
 
@@ -38,6 +62,8 @@ def _theirs(directory):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_what_peft_saves_loads_here_with_the_same_logits(base, settings, tmp_path):
+    import peft
+
     from tests.torch_parity import reference
 
     directory, _ = base
@@ -54,6 +80,14 @@ def test_what_peft_saves_loads_here_with_the_same_logits(base, settings, tmp_pat
     merged = apply(merge_lora(model.base, lora), None, tokens, mask)
     assert largest_relative_difference(merged, expected, mask) < 1e-5
     assert largest_relative_difference(plain, expected, mask) > 1e-2
+    # What we save is what PEFT saved, bit for bit, and PEFT reads it as the same adapter.
+    save_adapter(tmp_path / "copy", lora, model)
+    copied, saved = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("copy", "adapter"))
+    assert copied.keys() == saved.keys()
+    for key, value in saved.items():
+        np.testing.assert_array_equal(copied[key], value, err_msg=key)
+    again = peft.PeftModel.from_pretrained(_theirs(directory), tmp_path / "copy").eval()
+    np.testing.assert_array_equal(reference.logits(again), expected)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +133,6 @@ def test_a_round_trip_through_peft_is_bit_exact(base, tmp_path):
     ("settings", "name"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -115,3 +147,33 @@ def test_what_peft_saves_with_an_option_that_is_not_honoured_is_refused(base, se
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=name):
         load_adapter(tmp_path / "adapter", load_model(directory))
+
+
+def _mask(shape):
+    """A fixed mask by shape, as different between modules as their widths and positions are."""
+    return (np.arange(np.prod(shape)) * 7 % 5 != 0).reshape(shape).astype(np.float32)
+
+
+def test_dropout_acts_where_peft_has_it(base, tmp_path, monkeypatch):
+    """With the same masks in both, training mode gives the same logits."""
+    import torch
+
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "lora_dropout": 0.2}
+    adapted = reference.adapt(_theirs(directory), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = reference.logits(adapted)
+    drawn = [module for module in adapted.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(drawn) == 7 * adapted.config.num_hidden_layers
+    for module in drawn:
+        monkeypatch.setattr(module, "forward", lambda x: x * torch.tensor(_mask(x.shape)) / 0.8)
+    expected = reference.logits(adapted)
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, keep, shape: _mask(shape) == 1)
+    model = load_model(directory)
+    lora = load_adapter(tmp_path / "adapter", model)
+    tokens, mask = case_tokens()
+    ours = jax.jit(lambda: model.apply(model.base, lora, tokens, mask, dropout_key=jax.random.key(0)))()
+    assert largest_relative_difference(ours, expected, mask) < 1e-5
+    assert largest_relative_difference(plain, expected, mask) > 1e-2

@@ -125,6 +125,7 @@ def test_dropout_must_be_what_peft_recorded_and_is_then_kept(tmp_path, model, da
     run = adopt(model, tmp_path / "adapter", data_path, right, tmp_path / "run")
     assert run.lora_config.dropout == 0.05
     assert "trained with dropout 0.05" in caplog.text
+    assert any("trained with dropout 0.05" in note for note in run.result["notes"])
     # Gradients and losses are those of the network without dropout.
     np.testing.assert_allclose(run.result["loss"], finished_run.result["loss"], rtol=1e-5)
 
@@ -152,6 +153,15 @@ def test_what_a_retraining_needs_and_the_recipe_leaves_out_is_remembered():
     assert (config.epochs, config.l2) == (10, 0.001)
 
 
+def test_decoupled_decay_is_accepted_with_its_effect_stated(tmp_path, model, data_path, finished_run):
+    for decay, words in ((0.0, []), (0.01, ["decoupled weight decay 0.01"])):
+        path = write_toml(tmp_path / f"{decay}.toml", {**RECIPE, "weight_decay": decay})
+        run = adopt(model, finished_run.path / "adapter", data_path, path, tmp_path / f"run {decay}")
+        assert run.train_config.weight_decay == decay
+        assert len(run.result["notes"]) == len(words)
+        assert all(word in note for word, note in zip(words, run.result["notes"], strict=True))
+
+
 @pytest.mark.parametrize("key", sorted(RECIPE))
 def test_every_required_key_is_missed_by_name(key):
     stated = {k: v for k, v in RECIPE.items() if k != key}
@@ -163,7 +173,7 @@ def test_every_required_key_is_missed_by_name(key):
     ("stated", "expected"),
     [
         ({"packing": True}, "packing is true, which is not supported"),
-        ({"weight_decay": 0.01}, "weight_decay = 0.01 is refused"),
+        ({"weight_decay": -0.01}, "weight_decay is -0.01"),
         ({"lr_scheduler": "linear"}, "unknown recipe key 'lr_scheduler'"),
         ({"checkpoint_every_steps": 3}, "unknown recipe key 'checkpoint_every_steps'"),
         ({"template": "auto"}, "template is 'auto', which is a guess"),

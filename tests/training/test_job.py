@@ -66,11 +66,15 @@ def test_other_data_in_the_same_directory_is_refused(finished_run, model, tmp_pa
         tune(model, other, finished_run.path)
 
 
-def test_dropout_is_refused_before_anything_is_written(model, data_path, tmp_path):
-    lora = dataclasses.replace(tiny.LORA, dropout=0.05)
-    with pytest.raises(ValueError, match=r"dropout = 0.05 is refused"):
-        finetune_run(model, data_path, tmp_path / "run", recipe=tiny.RECIPE, lora=lora, config=tiny.CONFIG)
-    assert not (tmp_path / "run").exists()
+def test_dropout_is_recorded_and_changes_the_adapter(model, data_path, tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, epochs=1)
+    runs_of = {}
+    for dropout in (0.0, 0.3):
+        lora = dataclasses.replace(tiny.LORA, dropout=dropout)
+        path = tmp_path / f"run {dropout}"
+        runs_of[dropout] = finetune_run(model, data_path, path, recipe=tiny.RECIPE, lora=lora, config=config)
+        assert runs.load_run(path).lora_config.dropout == dropout
+    assert runs_of[0.0].result["loss"] != runs_of[0.3].result["loss"]
 
 
 def test_a_directory_in_use_is_refused(model, data_path, tmp_path):

@@ -148,12 +148,12 @@ def test_without_a_known_initial_adapter_every_seed_draws_its_own(adopted, model
             np.testing.assert_array_equal(got, want)
 
 
-def test_dropout_is_refused_by_name_unless_it_is_dropped(adopted, finished_run, model, tmp_path):
+def test_retraining_draws_the_dropout_that_the_adapter_was_trained_with(adopted, finished_run, model, tmp_path):
     lora = finished_run.load_adapter(model)
     lora = dataclasses.replace(lora, config=dataclasses.replace(lora.config, dropout=0.1))
     save_adapter(tmp_path / "adapter", lora, model)
     run = adopted("dropped", tmp_path / "adapter", dropout=0.1, batch_size=4, learning_rate=0.05)
-    with pytest.raises(ValueError, match=r"dropout = 0.1 is refused"):
-        retrain(run, requests_of(run), tmp_path / "out", model=model, seeds=1)
-    (again,) = retrain(run, requests_of(run), tmp_path / "out", model=model, seeds=1, drop_dropout=True)
-    assert again.lora_config.dropout == 0.0
+    (again,) = retrain(run, requests_of(run), tmp_path / "out", model=model, seeds=1)
+    assert again.lora_config.dropout == 0.1
+    (without,) = retrain(run, requests_of(run), tmp_path / "other", model=model, seeds=1, drop_dropout=True)
+    assert without.lora_config.dropout == 0.0 and without.result["loss"] != again.result["loss"]
