@@ -656,7 +656,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Tables are given as JSON, modules as names or one expression, solvers, trust regions and inner methods as words."""
+    """Tables are given as JSON, modules as names or one expression, solvers, trust regions and methods as words."""
     registry = tyro.constructors.ConstructorRegistry()
     words = {
         Solver: ("NAME[:OPTION=VALUE,...]", read_solver),
