@@ -656,7 +656,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Tables are given as JSON, modules as names or one expression, solvers, trust regions and methods as words."""
+    """Tables are given as JSON, modules as names or an expression; solvers, trust regions and methods as words."""
     registry = tyro.constructors.ConstructorRegistry()
     words = {
         Solver: ("NAME[:OPTION=VALUE,...]", read_solver),
@@ -691,10 +691,14 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         type_info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec | None:
         """Names of modules, or one regular expression: what has a character that no name has."""
-        if set(get_args(type_info.type)) - {type(None)} != {tuple[str, ...], str}:
+        choices = set(get_args(type_info.type))
+        if choices - {type(None)} != {tuple[str, ...], str}:
             return None
+        optional = type(None) in choices
 
-        def parse(given: list[str]) -> tuple[str, ...] | str:
+        def parse(given: list[str]) -> tuple[str, ...] | str | None:
+            if optional and given == ["None"]:
+                return None
             (first, *others) = given
             return (
                 first if not others and (first == "all-linear" or set(first) & set(r"\*+?()[]{}|^$")) else (*given,)
@@ -702,10 +706,10 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
-            metavar="NAME [NAME ...] | REGEX | all-linear",
+            metavar="None | NAME [NAME ...] | REGEX" if optional else "NAME [NAME ...] | REGEX | all-linear",
             instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, str | tuple),
-            str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
+            is_instance=lambda value: isinstance(value, str | tuple) or (optional and value is None),
+            str_from_instance=lambda value: list(value) if isinstance(value, tuple) else [str(value)],
         )
 
     return registry

@@ -82,8 +82,10 @@ def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Ke
         left, right = {}, {}
         for name, leaves in lora.params["layers"].items():
             x, g = inputs[name] * real, slopes[name]
-            inner_x = jnp.einsum("lbtn,lrn->lbtr", x, leaves["a"], precision=_EXACT)
-            inner_g = jnp.einsum("lbtm,lmr->lbtr", g, leaves["b"], precision=_EXACT)
+            # A's rows are read times their layers' scales, and so are the columns of B in A's derivative.
+            a, b_t = (lora.config.scaled_rows(name, m) for m in (leaves["a"], jnp.swapaxes(leaves["b"], 1, 2)))
+            inner_x = jnp.einsum("lbtn,lrn->lbtr", x, a, precision=_EXACT)
+            inner_g = jnp.einsum("lbtm,lrm->lbtr", g, b_t, precision=_EXACT)
             left[name] = {"a": gram(inner_g, weights), "b": gram(g, weights)}
             right[name] = {"a": gram(x, weights), "b": gram(inner_x, weights)}
         return KroneckerFactors(*(Lora(params={"layers": side}, config=lora.config) for side in (left, right)))
