@@ -49,7 +49,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
 
     A collective that the compiler overlaps with other work stands in several fusions, under one channel.
 
-    Executions in a loop that may end early, as a solver's, are those of its last step.
+    A loop whose condition names no bound itself, as a solver's, counts once.
 
     Args:
         text: of the scheduled module.

@@ -64,7 +64,7 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
   %constant.1 = s32[] constant(7)
 }
 %body.1 (p: (s32[])) -> (s32[]) {
-  %r.1 = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %r.1 = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0)
 }
 ENTRY %main (p: f32[]) -> f32[] {
   %while.1 = (s32[]) while(%t), condition=%cond.1, body=%body.1
