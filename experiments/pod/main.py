@@ -139,9 +139,9 @@ def table(results: dict[str, dict[str, Any]]) -> list[Block]:
     header = ("program", "GiB", "GFLOP", "GB accessed", "collectives", "compiled in s")
     return [
         Text(
-            "Of each device: arguments and temporaries at their peak, operations and memory traffic as the compiler "
-            "counts them (the body of a loop once), and collectives as often as they are executed, with the bytes "
-            "of all their results."
+            "Of each device: arguments and temporaries at their peak, operations and memory traffic as the "
+            "compiler counts them (the body of a loop once), and collectives as often as they are executed, with "
+            "the bytes of all their results."
         ),
         Table(header, tuple(rows)),
     ]
