@@ -106,7 +106,7 @@ def _compile(settings: dict[str, Any], path: Path) -> None:
     files.atomic_write_json(asked, settings)
     # Settings for programs that run here, such as a test suite's, are not for those that are studied.
     unset = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
-    environment = {name: value for name, value in os.environ.items() if name not in unset} | ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | dict(ENVIRONMENT)
     command = [sys.executable, "-m", "experiments.pod.programs", str(asked), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     asked.unlink()

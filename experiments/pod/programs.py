@@ -84,7 +84,7 @@ class Shapes:
         self.examples = settings["examples"]
         lead = (-(-self.examples // batch), batch)
 
-        def of(dtype, *shape):
+        def of(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=NamedSharding(mesh, P(None, "data")))
 
         whole, end = settings["tokens"], settings["response"]
