@@ -723,7 +723,12 @@ _DESCRIPTION = (
 
 def console() -> None:
     """The console script."""
-    status = main()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     if status in (1, 130) and jax.distributed.is_initialized():
         # An orderly exit would wait for the others, and they may be waiting for this process's share of a sum.
         sys.stdout.flush()

@@ -76,7 +76,8 @@ def streamed_operator(
     return StreamedOperator(
         batches=batches,
         product=partial(_product, data_term, params, kind),
-        shift=damping + objective.l2 * sum(float(np.sum(weights, dtype=np.float64)) for weights in stack.weights),
+        shift=damping
+        + objective.l2 * sum(float(np.asarray(weights, np.float64).sum()) for weights in stack.weights),
         positive_semidefinite=kind.positive_semidefinite,
     )
 

@@ -10,6 +10,7 @@ from llmeraser_jax.parallel.sharding import (
     sharding_for,
     spec_for,
     spread,
+    spread_sharding,
 )
 from llmeraser_jax.parallel.sums import Kept, keep_on_devices, sum_over_devices
 
@@ -27,6 +28,7 @@ __all__ = [
     "sharding_for",
     "spec_for",
     "spread",
+    "spread_sharding",
     "start_processes",
     "sum_over_devices",
     "to_host",

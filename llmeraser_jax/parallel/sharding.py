@@ -91,6 +91,20 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return tree if mesh is None else _put_tree(tree, NamedSharding(mesh, P()))
 
 
+def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding | None:
+    """Where `spread` puts an array: its longest axis that all devices divide is shared out, the first left whole.
+
+    None where there is no such axis.
+    """
+    fitting = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
+    if not fitting:
+        return None
+    longest = max(fitting, key=shape.__getitem__)
+    return NamedSharding(
+        mesh, P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(len(shape))))
+    )
+
+
 def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Shares each leaf out over all devices along its longest axis that they divide, the first axis left whole.
 
@@ -101,12 +115,8 @@ def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
         return tree
 
     def constrained(leaf: jax.Array) -> jax.Array:
-        fitting = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
-        if not fitting:
-            return leaf
-        longest = max(fitting, key=leaf.shape.__getitem__)
-        spec = P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(leaf.ndim)))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        sharding = spread_sharding(leaf.shape, mesh)
+        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
     return jax.tree.map(constrained, tree)
 

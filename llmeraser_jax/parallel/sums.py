@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmeraser_jax.types import ExampleStack, PyTree
@@ -55,13 +56,18 @@ def sum_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTr
             `fn(stack, kept, *args)`.
     """
     if not _shared(stack):
-        return fn(stack, *args) if kept is None else fn(stack, kept, *args)
+        return _replicated(fn(stack, *args) if kept is None else fn(stack, kept, *args), stack)
 
     def local(stack, kept, *args):
         own = () if kept is None else (kept.of_device(),)
         return jax.lax.psum(fn(stack.replace(mesh=None), *own, *args), "data")
 
-    return _on_devices(local, stack, kept, *args, out=P())
+    return _replicated(_on_devices(local, stack, kept, *args, out=P()), stack)
+
+
+def _replicated(tree: PyTree, stack: ExampleStack) -> PyTree:
+    """Left to the compiler, a sum is split over "model", and programs that take it as an adapter compile again."""
+    return tree if stack.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(stack.mesh, P()))
 
 
 def keep_on_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> PyTree:

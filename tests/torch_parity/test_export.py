@@ -80,12 +80,12 @@ def test_a_bfloat16_export_is_the_merged_model_rounded(model, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "int8"])
 def test_transformers_reads_a_quantised_export_through_bitsandbytes(quantization, tmp_path):
+    pytest.importorskip("bitsandbytes")
     import jax
 
     from tests.golden.make_quantization_golden import dequantized
     from tests.torch_parity import reference
 
-    pytest.importorskip("bitsandbytes")
     reference.build(QUANTIZED_CASE).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     lora = random_lora(model)
