@@ -72,19 +72,6 @@ def spread(rows: Sequence[T], count: int) -> tuple[T, ...]:
     return tuple(rows[k] for k in places)
 
 
-def require_at_least(config: Any, **least: int) -> None:
-    """Refuses fields below their least value.
-
-    Raises:
-        ValueError: names the first one.
-    """
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            msg = f"{name} is {value}; it must be at least {bound}."
-            raise ValueError(msg)
-
-
 def require_shares(config: Any, *names: str) -> None:
     """Refuses fields that are no share between 0 and 1.
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.common import claim_settings, log_progress, require_at_least
+from experiments.common import claim_settings, log_progress
 from llmeraser_jax import data, files, trees, unlearning
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Example, Recipe, Request, TokenDataset
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures, robustness
@@ -133,7 +134,7 @@ class StudyOptions:
 
     def __post_init__(self):
         check_methods(self.methods)
-        require_at_least(self, retrain_seeds=2, method_seeds=1, sharded_seeds=1, klom_seeds=0)
+        check_at_least(self, retrain_seeds=2, method_seeds=1, sharded_seeds=1, klom_seeds=0)
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -296,7 +297,7 @@ class Study:
 
     def __init__(self, scenario: Scenario, workdir: Path, *, retrain_seeds: int = 3):
         self.scenario, self.workdir, self.retrain_seeds = scenario, workdir, retrain_seeds
-        require_at_least(self, retrain_seeds=2)  # for the held-out KL
+        check_at_least(self, retrain_seeds=2)  # for the held-out KL
         self.model = scenario.model
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train")}
         recipe = scenario.recipe.to_mapping()

@@ -19,6 +19,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
@@ -101,9 +102,7 @@ class Preview:
         from llmeraser_jax.models import load_tokenizer
         from llmeraser_jax.training.adopt import load_recipe
 
-        if self.rows is not None and self.rows < 1:
-            msg = f"rows is {self.rows}; it must be at least 1."
-            raise ValueError(msg)
+        check_at_least(self, rows=1)
         recipe = Recipe() if self.recipe is None else load_recipe(self.recipe)
         tokenizer = load_tokenizer(self.model)
         dataset = encode_examples(load_examples(self.data), recipe, tokenizer)

@@ -20,8 +20,9 @@ import tyro
 
 from experiments.benchmarks.timing import Worker, measure_group
 from experiments.benchmarks.workload import ERASE_ROWS, GROUPS, SHAPES, Workload
-from experiments.common import log_progress, require_at_least
+from experiments.common import log_progress
 from llmeraser_jax import files
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.evaluation.render import MISSING, Block, Heading, Page, Table, Text, render_text, write_page
 
 logger = logging.getLogger("benchmarks")
@@ -56,7 +57,7 @@ class BenchmarkConfig:
             if unknown:
                 msg = f"{name} has {', '.join(unknown)}; choose from {', '.join(allowed)}."
                 raise ValueError(msg)
-        require_at_least(self, repeats=1, threads=1, devices=1)
+        check_at_least(self, repeats=1, threads=1, devices=1)
 
 
 def run(config: BenchmarkConfig) -> dict[str, Cell]:

@@ -26,10 +26,11 @@ import numpy as np
 import tyro
 
 from experiments import study
-from experiments.common import claim_settings, load_demo_base, log_progress, require_at_least
+from experiments.common import claim_settings, load_demo_base, log_progress
 from experiments.fidelity import profiles
 from experiments.fidelity.profiles import CATEGORIES, LARGE, NUM_HELDOUT_PEOPLE, Category, ProfilesTask
 from llmeraser_jax import files, trees
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.job import held_out_task
@@ -151,7 +152,7 @@ class FidelityConfig:
     subset: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
-        require_at_least(self, retrain_seeds=2)
+        check_at_least(self, retrain_seeds=2)
         for share in (*self.shares, *self.large_shares):
             if not 0 < share <= profiles.MAX_SHARE:
                 msg = f"A share is {share}; it must lie in (0, {profiles.MAX_SHARE}]."

@@ -16,10 +16,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from experiments.common import require_at_least, require_shares
+from experiments.common import require_shares
 from experiments.llara.data import Corpus, Domain, Row
 from experiments.tallrec_movie.prepare import choose_rows
 from llmeraser_jax import files
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Action, Example, Request, request_to_json
 
 Scenario = Literal["removal", "query-removal", "query-replacement", "correction"]
@@ -139,7 +140,7 @@ class Draws:
 
     def __post_init__(self):
         require_shares(self, "removed_share", "removed_interactions", "replaced_interactions", "flipped_share")
-        require_at_least(self, num_candidates=2, max_history=2, num_heldout=1, rows_per_user=1)
+        check_at_least(self, num_candidates=2, max_history=2, num_heldout=1, rows_per_user=1)
         if self.template not in (None, 0, 1, 2):
             msg = f"template is {self.template}; it must be 0, 1, 2 or None."
             raise ValueError(msg)

@@ -20,9 +20,10 @@ from typing import Any
 
 import tyro
 
-from experiments.common import log_progress, require_at_least
+from experiments.common import log_progress
 from experiments.pod.programs import ENVIRONMENT, MODELS, PROGRAMS
 from llmeraser_jax import files
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.evaluation.render import Block, Page, Table, Text, render_text, show_number, write_page
 
 logger = logging.getLogger("pod")
@@ -62,7 +63,7 @@ class PodConfig:
             if unknown:
                 msg = f"{name} has {', '.join(unknown)}; choose from {', '.join(allowed)}."
                 raise ValueError(msg)
-        require_at_least(self, layers=1, tokens=2, response=1, examples=1, microbatch=1)
+        check_at_least(self, layers=1, tokens=2, response=1, examples=1, microbatch=1)
         self.axes()
 
     def axes(self) -> dict[str, int]:

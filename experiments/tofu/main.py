@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from experiments import study
-from experiments.common import command_line, require_at_least, spread
+from experiments.common import command_line, spread
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Action, Example, Recipe, Request
 from llmeraser_jax.evaluation import tofu
 from llmeraser_jax.evaluation.records import MetricMeaning
@@ -83,7 +84,7 @@ class TofuConfig(study.TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(self, num_forgotten=1, num_retained=1, num_shown=1, num_heldout=1, num_utility=1)
+        check_at_least(self, num_forgotten=1, num_retained=1, num_shown=1, num_heldout=1, num_utility=1)
         if self.num_forgotten > NUM_AUTHORS - FIRST_FORGOTTEN:
             msg = f"num_forgotten is {self.num_forgotten}; forget05 has 10 authors."
             raise ValueError(msg)

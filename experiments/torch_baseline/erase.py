@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.common import require_at_least
 from experiments.torch_baseline import curvature, model, solvers
 from experiments.torch_baseline.model import AdaptedModel, Batch, Params
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Request, TokenDataset, edited_example, encode_examples
 from llmeraser_jax.solvers import Status, describe, is_failure
 
@@ -73,7 +73,7 @@ class BaselineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(self, sample_size=1, cg_max_steps=1, descent_steps=1, chunk_size=1, rho=0, weight_decay=0)
+        check_at_least(self, sample_size=1, cg_max_steps=1, descent_steps=1, chunk_size=1, rho=0, weight_decay=0)
         if self.descends and (self.curvature == "gauss-newton" or self.keep_graphs or self.path_weights):
             msg = f"mode {self.mode!r} descends with the Hessian; leave curvature, keep_graphs, path_weights out."
             raise ValueError(msg)

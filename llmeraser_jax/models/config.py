@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.models.fields import Fields, show
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
 from llmeraser_jax.models.rope import RopeConfig
@@ -374,11 +375,8 @@ class ModelConfig:
         if self.model_type not in FAMILIES:
             msg = f"model_type is {self.model_type!r}; supported are {', '.join(FAMILIES)}."
             raise ValueError(msg)
-        sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "max_position"):
-            if getattr(self, name) < 1:
-                msg = f"{name} is {getattr(self, name)}; it must be at least 1."
-                raise ValueError(msg)
+        check_at_least(self, vocab_size=1, width=1, mlp_width=1, num_layers=1)
+        check_at_least(self, num_heads=1, num_kv_heads=1, head_dim=1, max_position=1)
         if self.num_heads % self.num_kv_heads:
             msg = f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}."
             raise ValueError(msg)

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from llmeraser_jax.checks import check_choice
 from llmeraser_jax.rivals.ensemble import AGGREGATIONS, make_ensemble
 from llmeraser_jax.rivals.ensemble_model import ensemble_model, place_ensemble
 from llmeraser_jax.rivals.partition import random_partition
@@ -47,9 +48,7 @@ class SISA:
             if not (isinstance(value, int) and value >= 1):
                 msg = f"{name} is {value!r}; it must be a whole number of at least 1."
                 raise ValueError(msg)
-        if self.aggregation not in AGGREGATIONS:
-            msg = f"aggregation is {self.aggregation!r}; it must be one of {', '.join(AGGREGATIONS)}."
-            raise ValueError(msg)
+        check_choice(self, "aggregation", AGGREGATIONS)
 
     def trainer(self, task: UnlearningTask) -> ShardTrainer:
         """What trains a stage."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.status import Status
 from llmeraser_jax.types import LoraParams, Operator, Preconditioner, Solution
@@ -71,7 +72,8 @@ class ConjugateGradients:
     while_loop: Callable[..., Any] = jax.lax.while_loop
 
     def __post_init__(self) -> None:
-        common.check_hyper_parameters(self, at_least_one=("max_steps",))
+        check_at_least(self, max_steps=1)
+        common.check_rtol(self)
 
     @property
     def max_products(self) -> int:

@@ -12,23 +12,12 @@ from llmeraser_jax.solvers.status import Status
 from llmeraser_jax.types import LoraParams, Operator
 
 
-def check_hyper_parameters(
-    solver: Any, *, at_least_one: tuple[str, ...] = (), positive: tuple[str, ...] = ()
-) -> None:
-    """Checks a solver's `rtol` and the hyper-parameters named.
+def check_rtol(solver: Any) -> None:
+    """Checks a solver's tolerance.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: `rtol` is out of its range.
     """
-    for name in positive:
-        value = getattr(solver, name)
-        if value is not None and not value > 0:
-            msg = f"{name} is {getattr(solver, name)}; it must be above 0."
-            raise ValueError(msg)
-    for name in at_least_one:
-        if getattr(solver, name) < 1:
-            msg = f"{name} is {getattr(solver, name)}; it must be at least 1."
-            raise ValueError(msg)
     if not 0 <= solver.rtol < 1:
         msg = f"rtol is {solver.rtol}; it must be in [0, 1)."
         raise ValueError(msg)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least, check_positive
 from llmeraser_jax.solvers import common, descent
 from llmeraser_jax.types import LoraParams, Operator, Solution
 
@@ -61,9 +62,9 @@ class Lissa:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        common.check_hyper_parameters(
-            self, at_least_one=("num_steps", "repeats", "batch_terms", "batch_size"), positive=("scale",)
-        )
+        check_positive(self, "scale")
+        check_at_least(self, num_steps=1, repeats=1, batch_terms=1, batch_size=1)
+        common.check_rtol(self)
 
     @property
     def max_products(self) -> int:

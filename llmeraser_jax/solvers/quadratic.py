@@ -15,6 +15,7 @@ import jax
 import optax
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least, check_choice, check_positive
 from llmeraser_jax.solvers import common, descent
 from llmeraser_jax.types import LoraParams, Operator, Solution
 
@@ -46,15 +47,13 @@ class QuadraticDescent:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.optimiser not in _OPTIMISERS:
-            msg = f"optimiser is {self.optimiser!r}; it must be one of {', '.join(_OPTIMISERS)}."
-            raise ValueError(msg)
+        check_choice(self, "optimiser", tuple(_OPTIMISERS))
         if self.optimiser == "adam" and self.learning_rate is None:
             msg = "optimiser 'adam' needs a learning_rate: no eigenvalue tells how long its steps should be."
             raise ValueError(msg)
-        common.check_hyper_parameters(
-            self, at_least_one=("num_steps", "batch_terms", "batch_size"), positive=("learning_rate",)
-        )
+        check_positive(self, "learning_rate")
+        check_at_least(self, num_steps=1, batch_terms=1, batch_size=1)
+        common.check_rtol(self)
 
     @property
     def max_products(self) -> int:

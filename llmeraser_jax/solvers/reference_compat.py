@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least, check_positive
 from llmeraser_jax.solvers import common, descent
 from llmeraser_jax.types import LoraParams, Operator, Solution
 
@@ -45,12 +46,10 @@ class ReferenceCompat:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.weight_decay < 0:
-            msg = f"weight_decay is {self.weight_decay}; it must be at least 0."
-            raise ValueError(msg)
-        common.check_hyper_parameters(
-            self, at_least_one=("num_steps", "batch_terms", "batch_size"), positive=("learning_rate",)
-        )
+        check_at_least(self, weight_decay=0)
+        check_positive(self, "learning_rate")
+        check_at_least(self, num_steps=1, batch_terms=1, batch_size=1)
+        common.check_rtol(self)
 
     @property
     def max_products(self) -> int:

@@ -75,7 +75,7 @@ class Refined:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        common.check_hyper_parameters(self)
+        common.check_rtol(self)
 
     @property
     def max_products(self) -> int:

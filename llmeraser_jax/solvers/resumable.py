@@ -16,6 +16,7 @@ import jax
 
 from llmeraser_jax import files, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.solvers import common
 from llmeraser_jax.solvers.cg import CGState, ConjugateGradients, python_while_loop
@@ -45,9 +46,7 @@ class Resumable:
     description: str = ""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            msg = f"every is {self.every}; it must be at least 1."
-            raise ValueError(msg)
+        check_at_least(self, every=1)
 
     def solve(self, operator: Operator, rhs: LoraParams, preconditioner: Preconditioner | None = None) -> Solution:
         """Solves `A x = rhs` from x = 0, or from the saved state.

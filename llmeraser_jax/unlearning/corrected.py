@@ -12,13 +12,13 @@ import dataclasses
 import logging
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning.budget import GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.inverse import (
     CurvatureSpec,
     InverseCurvature,
-    check_at_least,
     check_moves,
     check_solver,
 )
@@ -55,7 +55,7 @@ class Corrected:
     trust_region: TrustRegion = TrustRegion()
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_steps")
+        check_at_least(self, max_steps=1)
         check_solver(self.curvature, self.solver)
         check_moves(self.solver)
 

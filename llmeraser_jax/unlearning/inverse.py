@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least, check_choice, check_positive
 from llmeraser_jax.curvature import (
     CACHED_PRODUCT_COST,
     CURVATURES,
@@ -103,8 +104,7 @@ class CurvatureSpec:
         check_choice(self, "data", ("sample", "all", "retained"))
         check_choice(self, "damping_kind", ("constant", "mean-eigenvalue", "per-matrix"))
         check_choice(self, "matmul_precision", ("float32", "bfloat16"))
-        check_at_least(self, 1, "sample_size")
-        check_at_least(self, 0, "damping", "memory_budget_bytes")
+        check_at_least(self, sample_size=1, damping=0, memory_budget_bytes=0)
         check_positive(self, "max_standard_error")
         if self.data != "sample" and self.sample_size is not None:
             msg = f"sample_size is {self.sample_size}, and data {self.data!r}: only data 'sample' draws one."
@@ -122,43 +122,6 @@ class CurvatureSpec:
         return self.data == "retained"
 
 
-def check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a field that is none of the allowed values.
-
-    Raises:
-        ValueError: the name, the value and what is allowed.
-    """
-    if getattr(config, name) not in allowed:
-        msg = f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(allowed)}."
-        raise ValueError(msg)
-
-
-def check_at_least(config: Any, least: int, *names: str) -> None:
-    """Refuses fields below a bound; None passes.
-
-    Raises:
-        ValueError: the name, the value and the bound.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            msg = f"{name} is {value}; it must be at least {least}."
-            raise ValueError(msg)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Refuses fields that are not above 0.
-
-    Raises:
-        ValueError: the name and the value.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            msg = f"{name} is {value}; it must be above 0."
-            raise ValueError(msg)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowPreconditioner:
     """Inverts a Gauss-Newton matrix estimated from random rows of each example exactly.
@@ -172,7 +135,7 @@ class RowPreconditioner:
     num_roots: int = 8
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_roots")
+        check_at_least(self, num_roots=1)
 
     @property
     def gradient_equivalents(self) -> float:
@@ -195,7 +158,7 @@ class KroneckerPreconditioner:
     directory: Path | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_roots")
+        check_at_least(self, num_roots=1)
 
     @property
     def gradient_equivalents(self) -> float:

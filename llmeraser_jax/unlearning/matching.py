@@ -30,11 +30,12 @@ import jax
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least, check_positive
 from llmeraser_jax.curvature.row_sets import ROW_MEMORY_BYTES, rows_fit
 from llmeraser_jax.losses import data_losses, per_example
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, GRADIENT, BudgetSpent
-from llmeraser_jax.unlearning.inverse import check_at_least, check_positive, measure_asymmetry
+from llmeraser_jax.unlearning.inverse import measure_asymmetry
 from llmeraser_jax.unlearning.judged import run_judged
 from llmeraser_jax.unlearning.matching_rows import MatchingRows, MatchingStep, SketchedRows, StoredRows
 from llmeraser_jax.unlearning.records import MatchingRecord, Moved, NoStepError
@@ -101,8 +102,8 @@ class TargetMatching:
     needs_targets = True
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_steps", "num_roots", "refresh_every", "restoration_rows")
-        check_at_least(self, 0, "damping", "row_ridge", "restoration_steps", "memory_budget_bytes")
+        check_at_least(self, num_steps=1, num_roots=1, refresh_every=1, restoration_rows=1)
+        check_at_least(self, damping=0, row_ridge=0, restoration_steps=0, memory_budget_bytes=0)
         check_positive(self, "max_standard_error")
         size = self.sample_size
         if not (size is None or size == "all" or (isinstance(size, int) and size >= 1)):

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import Solver
@@ -20,7 +21,6 @@ from llmeraser_jax.unlearning.budget import GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.inverse import (
     CurvatureSpec,
     InverseCurvature,
-    check_at_least,
     check_moves,
     check_solver,
 )
@@ -58,7 +58,7 @@ class Path:
     trust_region: TrustRegion | None = TrustRegion()
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_steps")
+        check_at_least(self, num_steps=1)
         if not 0 < self.log_odds_range <= _MAX_LOG_ODDS_RANGE:
             msg = (
                 f"log_odds_range is {self.log_odds_range}; it must be above 0 and at most {_MAX_LOG_ODDS_RANGE:g}, "

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_choice
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import LoraParams, Solver
 from llmeraser_jax.unlearning.budget import GRADIENT
@@ -16,7 +17,6 @@ from llmeraser_jax.unlearning.inverse import (
     CurvatureSpec,
     InverseCurvature,
     KroneckerPreconditioner,
-    check_choice,
     check_solver,
     draws_terms,
     half_samples,

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from llmeraser_jax import trees
+from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.curvature import CURVATURES
 from llmeraser_jax.losses import Objective, data_losses, per_example
 from llmeraser_jax.solvers import Status, describe, is_failure
 from llmeraser_jax.types import Batch, LoraParams, Solution
 from llmeraser_jax.unlearning.budget import FORWARD, FORWARD_WITH_TANGENT
-from llmeraser_jax.unlearning.inverse import InverseCurvature, check_at_least
+from llmeraser_jax.unlearning.inverse import InverseCurvature
 from llmeraser_jax.unlearning.problem import Weighted
 from llmeraser_jax.unlearning.records import SolveRecord, UnlearningError
 from llmeraser_jax.unlearning.task import UnlearningTask
@@ -39,7 +40,7 @@ class TrustRegion:
         if not 0 < self.min_ratio < 1:
             msg = f"min_ratio is {self.min_ratio}; it must lie between 0 and 1."
             raise ValueError(msg)
-        check_at_least(self, 0, "max_step_ratio")
+        check_at_least(self, max_step_ratio=0)
 
 
 def _losses_and_slopes(objective: Objective, params: LoraParams, direction: LoraParams, batch: Batch):
