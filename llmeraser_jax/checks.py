@@ -17,7 +17,7 @@ def check_choice(config: Any, name: str, allowed: Sequence[str]) -> None:
         raise ValueError(msg)
 
 
-def check_at_least(config: Any, **least: float) -> None:
+def check_at_least(config: Any, **least: int | float) -> None:
     """Refuses fields below their least value, and nan; None passes.
 
     Raises:

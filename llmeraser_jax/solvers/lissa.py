@@ -71,6 +71,11 @@ class Lissa:
         """Products with one term each; the true residual's, with all, is not among them."""
         return self.num_steps * self.batch_terms * self.repeats
 
+    @property
+    def needs_eigenvalue(self) -> bool:
+        """Whether the scale is left to `for_eigenvalue`."""
+        return self.scale is None
+
     def for_eigenvalue(self, largest: float) -> Lissa:
         """The solver with 1.5 times the largest eigenvalue of a term as its scale, where it has none."""
         return self if self.scale is not None else dataclasses.replace(self, scale=1.5 * largest)

@@ -60,6 +60,11 @@ class QuadraticDescent:
         """Products with one term each; the true residual's, with all, is not among them."""
         return self.num_steps * self.batch_terms
 
+    @property
+    def needs_eigenvalue(self) -> bool:
+        """Whether the learning rate is left to `for_eigenvalue`."""
+        return self.learning_rate is None
+
     def for_eigenvalue(self, largest: float) -> QuadraticDescent:
         """The solver with half of 1 / largest eigenvalue of a term as its learning rate, where it has none."""
         return self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=0.5 / largest)

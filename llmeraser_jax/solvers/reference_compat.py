@@ -56,6 +56,11 @@ class ReferenceCompat:
         """Products with one term each; the true residual's, with all, is not among them."""
         return self.num_steps * self.batch_terms
 
+    @property
+    def needs_eigenvalue(self) -> bool:
+        """False: the script states its learning rate."""
+        return False
+
     def solve(self, operator: Operator, rhs: LoraParams) -> Solution:
         """Runs the script's loop.
 

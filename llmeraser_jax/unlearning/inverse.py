@@ -6,6 +6,7 @@ the operator at a point, asks the budget first, solves, and books what the solve
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -42,7 +43,6 @@ from llmeraser_jax.curvature import (
 )
 from llmeraser_jax.losses import example_places
 from llmeraser_jax.solvers import (
-    MAX_CORRECTIONS,
     ConjugateGradients,
     Minres,
     Refined,
@@ -248,10 +248,8 @@ class InverseCurvature:
 
     def aside(self) -> InverseCurvature:
         """A copy whose solves are not the method's: with a budget, a count and an asymmetry of its own."""
-        workspace = dataclasses.replace(self.workspace, budget=Budget())
-        other = InverseCurvature(self.task, workspace, self.spec, self.solver)
-        other.kind, other.asymmetry = self.kind, self.asymmetry
-        other._rhos, other._num_solves = self._rhos, self._num_solves
+        other = copy.copy(self)
+        other.workspace = dataclasses.replace(self.workspace, budget=Budget())
         return other
 
     def with_fewer_steps(self) -> None:
@@ -327,9 +325,14 @@ class InverseCurvature:
     @property
     def _largest_products(self) -> int:
         """Products of a solve that takes all of its iterations, its residuals among them."""
-        if self.spec.matmul_precision == "bfloat16":
-            return (1 + MAX_CORRECTIONS) * (self.solver.max_products + 1)
-        return self.solver.max_products
+        solver = self._refined() if self.spec.matmul_precision == "bfloat16" else self.solver
+        return solver.max_products
+
+    def _refined(self, noise: float = 0.0) -> Refined:
+        """The solver with bfloat16 products, of the whole to its tolerance, of them to no less than their noise."""
+        solver: Any = self.solver
+        inner = dataclasses.replace(solver, rtol=max(inner_tolerance(solver.rtol), noise))
+        return Refined(solver=inner, approximation=Bfloat16Products, rtol=solver.rtol)
 
     @property
     def _terms_cost(self) -> float:
@@ -341,7 +344,7 @@ class InverseCurvature:
     def _rate_cost(self) -> float:
         """Products that estimate a step size."""
         solver: Any = self.solver
-        if not _needs_rate(solver):
+        if not solver.needs_eigenvalue:
             return 0.0
         return _TERMS * _PRODUCTS * CURVATURES[self.kind].gradient_equivalents * solver.batch_size
 
@@ -368,8 +371,7 @@ class InverseCurvature:
             in_bfloat16 = spec.matmul_precision == "bfloat16"
             self._look_at_symmetry(Bfloat16Products(damped) if in_bfloat16 else damped, rhs, per_product * count)
             if in_bfloat16:
-                inner = dataclasses.replace(solver, rtol=max(inner_tolerance(solver.rtol), self.asymmetry))
-                solver = Refined(solver=inner, approximation=Bfloat16Products, rtol=solver.rtol)
+                solver = self._refined(self.asymmetry)
             if preconditioner is not None:
                 solution = _solve_preconditioned(solver, damped, rhs, preconditioner)
             else:
@@ -435,7 +437,7 @@ class InverseCurvature:
         operator = Damped(plain, self._damping(plain))
         budget.reserve(self._rate_cost + self._terms_cost)
         budget.spend("curvature", self._rate_cost)
-        if _needs_rate(solver):
+        if solver.needs_eigenvalue:
             key = jax.random.key(workspace.seed)
             largest = float(_largest_term_eigenvalue(operator, key, rhs, num_terms=_TERMS, num_products=_PRODUCTS))
             solver = solver.for_eigenvalue(largest)
@@ -500,11 +502,6 @@ def check_moves(solver: Solver) -> None:
 def preconditioner_of(solver: Solver) -> RowPreconditioner | KroneckerPreconditioner | None:
     """What conjugate gradients state; None of other solvers."""
     return solver.preconditioner if isinstance(solver, ConjugateGradients) else None
-
-
-def _needs_rate(solver: Any) -> bool:
-    """Whether a step size is left to an estimate of the largest eigenvalue."""
-    return hasattr(solver, "for_eigenvalue") and solver.for_eigenvalue(1.0) != solver
 
 
 def half_samples(weighted: Weighted, sampled: np.ndarray) -> tuple[Weighted, Weighted]:
