@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import flax.struct
 import jax
@@ -19,10 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.parallel import place_stack, sum_over_devices, to_host
-from llmeraser_jax.types import Batch, ExampleSet, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
-
-_CHUNK_SIZE = 16
+from llmeraser_jax.parallel import sum_over_devices, to_host
+from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
 @flax.struct.dataclass
@@ -366,19 +363,3 @@ def losses_and_log_odds(
 def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[np.ndarray, " examples"]:
     """Each example's data loss, in the order that was asked for."""
     return per_example(data_losses, stack, objective, params)
-
-
-def response_losses(
-    model: Any, params: LoraParams | None, dataset: ExampleSet, indices: np.ndarray | None = None
-) -> Float[np.ndarray, " examples"]:
-    """Response loss of each example of a language model under an adapter or an ensemble, in the order asked for.
-
-    Args:
-        model: has `apply`, `base` and `mesh`.
-        params: what `model.apply` reads.
-        dataset: encoded examples.
-        indices: which; None is all.
-    """
-    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
-    return example_losses(lm_objective(model.apply, model.base, l2=0.0), params, place_stack(stack, model.mesh))

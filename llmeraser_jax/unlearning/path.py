@@ -27,7 +27,7 @@ from llmeraser_jax.unlearning.inverse import (
 from llmeraser_jax.unlearning.judged import run_judged
 from llmeraser_jax.unlearning.records import NEGLIGIBLE_WEIGHT, Moved, UnlearningError
 from llmeraser_jax.unlearning.result import Result
-from llmeraser_jax.unlearning.step import LEAST_PLANNED, draw_check, step_price, with_standard_error
+from llmeraser_jax.unlearning.step import draw_check, plan_steps, step_price, with_standard_error
 from llmeraser_jax.unlearning.targets import RowTargets
 from llmeraser_jax.unlearning.task import UnlearningTask
 from llmeraser_jax.unlearning.trust_region import Move, TrustRegion, take
@@ -86,7 +86,7 @@ class Path:
         inverse = InverseCurvature(task, workspace, self.curvature, self.solver)
         check = draw_check(task, workspace, inverse, self.trust_region)
         num_edited = len(problem.named) + len(problem.wanted)
-        num_steps = _plan(inverse, check, num_edited, self.num_steps)
+        num_steps = plan_steps(inverse, check, num_edited, self.num_steps)
         n, probe_scale = problem.num_trained, len(problem.retained) if check is None else check.probe_scale
         without = self.curvature.without_forget_rows
         schedule = log_odds_weights(num_steps, self.log_odds_range)
@@ -139,19 +139,6 @@ class Path:
             curvature_reason=inverse.reason,
             asymmetry=inverse.asymmetry,
         )
-
-
-def _plan(inverse: InverseCurvature, check, num_in_rhs: int, num_steps: int) -> int:
-    """The steps of a path that the budget can pay, with fewer iterations a solve before fewer steps."""
-    left = inverse.workspace.budget.left
-    while num_steps * step_price(inverse, check, num_in_rhs) > left:
-        if getattr(inverse.solver, "max_steps", 0) > LEAST_PLANNED:
-            inverse.with_fewer_steps()
-        elif num_steps > LEAST_PLANNED:
-            num_steps -= 1
-        else:
-            break
-    return num_steps
 
 
 def log_odds_weights(num_steps: int, log_odds_range: float) -> np.ndarray:

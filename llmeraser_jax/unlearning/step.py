@@ -30,7 +30,7 @@ from llmeraser_jax.unlearning.task import UnlearningTask
 from llmeraser_jax.unlearning.trust_region import Check, Move, TrustRegion, take
 from llmeraser_jax.unlearning.workspace import Workspace
 
-LEAST_PLANNED = 4  # iterations of a solve, and steps of a path, that a budget leaves
+_LEAST_PLANNED = 4  # iterations of a solve, and steps of a path, that a budget leaves
 _MAX_GROWTH = 4  # of a sample whose step has too large a standard error
 
 
@@ -74,10 +74,7 @@ class Step:
         behind = problem.influence_rhs() if influence else problem.edited_mean(None, workspace.rng())
         inverse = InverseCurvature(task, workspace, self.curvature, self.solver)
         check = draw_check(task, workspace, inverse, self.trust_region)
-        while step_price(inverse, check, len(behind.indices)) > budget.left:
-            if getattr(inverse.solver, "max_steps", 0) <= LEAST_PLANNED:
-                break
-            inverse.with_fewer_steps()
+        plan_steps(inverse, check, len(behind.indices), 1)
         budget.reserve(step_price(inverse, check, len(behind.indices)))
         budget.spend("rhs", GRADIENT * len(behind.indices))
         gradient = workspace.gradient(task.objective, task.adapter, problem.examples, behind)
@@ -139,6 +136,25 @@ def step_price(inverse: InverseCurvature, check: Check | None, num_in_rhs: int, 
     num_in_curvature = len(problem.named) + len(problem.wanted) + growth * inverse.num_sampled
     looking = check.least_cost if check is not None else 0.0
     return GRADIENT * num_in_rhs + inverse.largest_cost(num_in_curvature) + looking
+
+
+def plan_steps(inverse: InverseCurvature, check: Check | None, num_in_rhs: int, num_steps: int) -> int:
+    """The steps that the budget can pay, with fewer iterations a solve before fewer steps.
+
+    Args:
+        inverse: its solver loses iterations where the budget does not cover them.
+        check: the trust region; None is none.
+        num_in_rhs: examples behind a step's right-hand side.
+        num_steps: wanted.
+    """
+    while num_steps * step_price(inverse, check, num_in_rhs) > inverse.workspace.budget.left:
+        if getattr(inverse.solver, "max_steps", 0) > _LEAST_PLANNED:
+            inverse.with_fewer_steps()
+        elif num_steps > _LEAST_PLANNED:
+            num_steps -= 1
+        else:
+            break
+    return num_steps
 
 
 def with_standard_error(

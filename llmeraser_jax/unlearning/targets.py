@@ -404,9 +404,7 @@ def _gradient_gram(objective, params, stack, stored: bool) -> jax.Array:
 def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> tuple[Copy, ...]:
     """The look-alikes of named rows whose gradients point the same way."""
     problem = task.problem
-    if problem.look_alikes is None:
-        return ()
-    pairs = [(s, int(j)) for s, found in enumerate(problem.look_alikes) for j in found]
+    pairs = [(s, int(j)) for s, found in enumerate(task.look_alikes or ()) for j in found]
     if not pairs:
         return ()
     rows = np.unique([*(int(problem.named[s]) for s, _ in pairs), *(j for _, j in pairs)])

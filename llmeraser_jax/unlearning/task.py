@@ -133,11 +133,15 @@ class UnlearningTask:
         """The requests as index arrays over the examples as trained, followed by their replacements."""
         if isinstance(self.requests, EditProblem):
             return self.requests
-        problem = make_problem(self.language_model, self.dataset, self.requests)
-        if not len(problem.retained):
-            return problem
-        look_alikes = find_look_alikes(self.dataset, problem.named, problem.retained)
-        return dataclasses.replace(problem, look_alikes=look_alikes)
+        return make_problem(self.language_model, self.dataset, self.requests)
+
+    @functools.cached_property
+    def look_alikes(self) -> tuple[np.ndarray, ...] | None:
+        """For each forget row the retained rows whose text may say the same; None where nobody looked."""
+        problem = self.problem
+        if self.data is None or not len(problem.retained):
+            return problem.look_alikes
+        return find_look_alikes(self.data, problem.named, problem.retained)
 
     @functools.cached_property
     def query_changes(self) -> np.ndarray:

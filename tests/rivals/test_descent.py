@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import data, trees
-from llmeraser_jax.losses import gradient_sum, lm_objective, response_losses
+from llmeraser_jax.evaluation.scoring import score_examples
+from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.rivals import (
     NPO,
     E2URec,
@@ -70,7 +71,7 @@ def fitted(task, counted):
 
 
 def losses(task, params, rows):
-    return response_losses(task.model, params, task.problem.examples, np.asarray(rows))
+    return score_examples(task.model, params, task.problem.examples, np.asarray(rows)).losses
 
 
 def test_the_request_is_what_the_tests_take_it_for(task):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import data, trees
-from llmeraser_jax.losses import response_losses
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.models import generate, layers
 from llmeraser_jax.rivals import (
     SISA,
@@ -333,7 +333,7 @@ def test_receraser_is_deterministic_and_forgets_what_was_corrected(receraser, sh
     assert same(again.params, fitted.params)
     row, wanted = np.array([4]), np.array([10])
     after, before = (
-        lambda rows, params=params: response_losses(fitted.model, params, short.problem.examples, rows)
+        lambda rows, params=params: score_examples(fitted.model, params, short.problem.examples, rows).losses
         for params in (fitted.params, fitted.before)
     )
     assert after(wanted) < before(wanted)

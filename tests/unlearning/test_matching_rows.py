@@ -13,6 +13,7 @@ from llmeraser_jax.unlearning.matching_rows import SketchedRows, StoredRows
 from tests.problems import ArrayExamples
 from tests.unlearning.judgement import log_odds as head_log_odds
 from tests.unlearning.test_path_on_softmax import cross_entropy, logits
+from tests.unlearning.test_target_matching import root
 
 D, CLASSES = 40, 4
 OPTIONS = {"damping": 1e-2, "row_ridge": 0.01, "num_roots": 2}
@@ -22,12 +23,6 @@ OPTIONS = {"damping": 1e-2, "row_ridge": 0.01, "num_roots": 2}
 def _float64():
     with jax.enable_x64(True):
         yield
-
-
-def root(z, batch, key):
-    p = jax.nn.softmax(z)
-    noisy = jnp.sqrt(p) * jax.random.rademacher(key, z.shape, z.dtype)
-    return noisy - p * noisy.sum(-1, keepdims=True)
 
 
 def objective():
