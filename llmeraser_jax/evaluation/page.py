@@ -35,22 +35,23 @@ _AIMS: Mapping[Better, str] = {
     "lower": "Lower is better.",
     "retrained": "Aim: the retrained row's value.",
 }
-_METHODS = {
-    "llmeraser-auto": "this package, its default: target matching, or the influence path where that does not reach",
-    "llmeraser-matched": "this package: a few steps whose coefficients are solved for, so that every example of "
+METHOD_MEANINGS = {
+    "auto": "this package, its default: target matching, or the influence path where that does not reach",
+    "target-matching": "this package: a few steps whose coefficients are solved for, so that every example of "
     "the forget set ends at its target",
-    "llmeraser-path": "this package: many small influence-function steps that take the weight out of the forget "
-    "set",
-    "llmeraser-step": "this package: one influence-function step, kept short enough to be trusted",
-    "llmeraser-newton": "this package: one Newton step on the edited data",
-    "llmeraser-paper-step": "the paper's single step with the Hessian, not shortened, solved by damped conjugate "
-    "gradients",
-    "llmeraser-paper-descent": "the same step by the paper's own solver: mini-batch descent on the quadratic",
-    "llmeraser-reference-compat": "the same step by the constants of the paper's public script",
+    "path": "this package: many small influence-function steps that take the weight out of the forget set",
+    "step": "this package: one influence-function step, kept short enough to be trusted",
+    "newton": "this package: one Newton step on the edited data",
+    "paper-step": "the paper's single step with the Hessian, not shortened, solved by damped conjugate gradients",
+    "paper-descent": "the same step by the paper's own solver: mini-batch descent on the quadratic",
+    "public-script": "the same step by the constants of the paper's public script",
     "finetune-edited": "a short fine-tuning on the edited data: what one does without a method",
     "gradient-ascent": "raises the loss on the forget set, and nothing holds the rest",
     "gradient-difference": "raises the loss on the forget set and lowers it on retained examples",
     "kl-anchored-ascent": "raises the loss on the forget set and holds predictions on retained examples",
+    "gradient-ascent-equal-length": "normalised ascent on the forget set, as far as a given method moved",
+    "gradient-difference-equal-length": "the same, with descent on retained examples",
+    "retrain": "training anew on the edited data: the target itself",
     "npo": "negative preference optimisation: the forget set as answers that are not preferred to the trained "
     "model's",
     "simnpo": "negative preference optimisation without a reference model",
@@ -448,7 +449,7 @@ def _each_retrained(report: Json) -> list[Block]:
 def _rows_explained(rows: Sequence[Row], report: Json) -> list[str]:
     """What the rows are, and what has to be known about some of them."""
     told = ["**before**: the model as trained, with the forget set in its training data."]
-    told += [f"**{name}**: {_METHODS[name]}." for name in report["models"].get("methods", {}) if name in _METHODS]
+    told += [f"**{name}**: {METHOD_MEANINGS[name]}." for name in report["models"].get("methods", {}) if name in METHOD_MEANINGS]
     if any(row.kind == "control" for row in rows):
         told.append(
             "**control**: a simpler way, given the distance that the method moved: along the difference of "

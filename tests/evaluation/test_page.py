@@ -14,6 +14,7 @@ from PIL import Image
 from llmeraser_jax.cli import main
 from llmeraser_jax.data import Recipe
 from llmeraser_jax.evaluation.job import build_overview, gather, page_of, write_overview, write_report
+from llmeraser_jax.evaluation.page import METHOD_MEANINGS
 from llmeraser_jax.evaluation.plots import Point, plot_cost_against_fidelity, plot_examples
 from llmeraser_jax.evaluation.render import (
     Bullets,
@@ -28,8 +29,10 @@ from llmeraser_jax.evaluation.render import (
 )
 from llmeraser_jax.evaluation.summary import summarise
 from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.rivals import RIVALS
 from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.training import TrainConfig
+from llmeraser_jax.unlearning import METHODS
 from tests.evaluation.test_summary import _comparison, _receipt, _step, _with
 
 
@@ -207,6 +210,10 @@ def test_every_column_and_every_certificate_is_explained(page):
             assert f"**{title}**: " in explained
     (certificates,) = tables(page, ("", "run_a"))
     assert certificates.header[-1] == "how to read it" and all(row[-1] for row in certificates.rows)
+
+
+def test_every_method_of_the_package_is_explained():
+    assert METHOD_MEANINGS.keys() == {*METHODS, *RIVALS}
 
 
 def test_certificates_are_the_worst_of_the_steps(page):
