@@ -449,7 +449,8 @@ def _each_retrained(report: Json) -> list[Block]:
 def _rows_explained(rows: Sequence[Row], report: Json) -> list[str]:
     """What the rows are, and what has to be known about some of them."""
     told = ["**before**: the model as trained, with the forget set in its training data."]
-    told += [f"**{name}**: {METHOD_MEANINGS[name]}." for name in report["models"].get("methods", {}) if name in METHOD_MEANINGS]
+    methods = report["models"].get("methods", {})
+    told += [f"**{name}**: {METHOD_MEANINGS[name]}." for name in methods if name in METHOD_MEANINGS]
     if any(row.kind == "control" for row in rows):
         told.append(
             "**control**: a simpler way, given the distance that the method moved: along the difference of "
