@@ -43,14 +43,12 @@ METHODS = (
 NUM_SHOWN_AUTHORS = 2  # calibration rows
 ROWS_PER_AUTHOR = 20  # in the file
 _ROUGE = "ROUGE-L of {} answers"
+_ASKED = "ROUGE-L recall of greedy answers to some questions"
 METRICS = {
-    _ROUGE.format(part): MetricMeaning(
-        meaning=f"ROUGE-L recall of greedy answers to some questions {what}.", better=better
-    )
-    for part, what, better in (
-        ("named", "that the request names, against the answers trained on", "retrained"),
-        ("retained", "that stay", "higher"),
-    )
+    _ROUGE.format("named"): MetricMeaning(
+        meaning=f"{_ASKED} that the request names, against the answers trained on.", better="retrained"
+    ),
+    _ROUGE.format("retained"): MetricMeaning(meaning=f"{_ASKED} that stay.", better="higher"),
 }
 
 
@@ -60,10 +58,11 @@ class RealModelConfig(study.TaskConfig):
 
     Attributes:
         base: the model, a directory in Hugging Face layout.
-        data: JSON lines of TOFU's form, 20 rows an author: `question`, `answer`, and `perturbed_answer`, a list whose
-            first entry is what a correction wants.
+        data: JSON lines of TOFU's form, 20 rows an author: `question`, `answer`, and `perturbed_answer`, a list
+            whose first entry is what a correction wants.
         kinds: requests, a cell each.
         methods: ways to forget; `auto` keeps to a retraining's cost, as by default, `auto-budgeted` to `budget`.
+        oracle: see `study.Scenario`.
         budget: of `auto-budgeted`, as a share of a retraining.
         learning_rates: offered to descents.
         template: question and answer in lines, or the tokenizer's chat template.
@@ -77,6 +76,7 @@ class RealModelConfig(study.TaskConfig):
     kinds: tuple[Kind, ...] = KINDS
     methods: tuple[str, ...] = METHODS
     method_seeds: int = 1
+    oracle: bool = True
     budget: float = 0.5
     learning_rates: tuple[float, ...] = study.LEARNING_RATES
     template: Literal["qa", "chat"] = "qa"
@@ -124,8 +124,8 @@ def choose_rows(config: RealModelConfig) -> Rows:
     ends = np.cumsum([config.num_authors, NUM_SHOWN_AUTHORS, 1, 1])
     if len(authors) < ends[-1] or config.rows_each > ROWS_PER_AUTHOR or "perturbed_answer" not in rows[0]:
         msg = (
-            f"{config.data} has {len(authors)} authors of {ROWS_PER_AUTHOR} rows, of whom {ends[-1]} are wanted with "
-            f"{config.rows_each} rows each and with wrong answers (perturbed_answer)."
+            f"{config.data} has {len(authors)} authors of {ROWS_PER_AUTHOR} rows, of whom {ends[-1]} are wanted "
+            f"with {config.rows_each} rows each and with wrong answers (perturbed_answer)."
         )
         raise ValueError(msg)
     groups = [
@@ -194,6 +194,7 @@ def make_scenario(config: RealModelConfig, model: Model, rows: Rows, kind: Kind)
         heldout=rows.heldout,
         make_task=lambda _, encode: make_task(encode, groups),
         learning_rates=config.learning_rates,
+        oracle=config.oracle,
         methods={
             name: study.Budgeted(method=Auto(), budget=budget)
             for name, budget in (("auto", 1.0), (BUDGETED, config.budget))
@@ -201,7 +202,7 @@ def make_scenario(config: RealModelConfig, model: Model, rows: Rows, kind: Kind)
         probed=False,
         question="Which way should a real model forget, as if it had been retrained?",
         metrics=METRICS,
-        settings={"budget": config.budget, "num_answers": config.num_answers},
+        settings={name: getattr(config, name) for name in ("budget", "num_answers", "oracle")},
         before=config.workdir / "trained",
         retrained=config.workdir / "retrained" / kind,
     )
