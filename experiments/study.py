@@ -4,9 +4,9 @@ A `Scenario` says what was trained and what is to go; a `Study` holds its models
 `llmeraser_jax.evaluation.records` describes. Besides, `before/` and `retrained/seed_*/` are run directories. All
 methods are chosen in `METHODS` and `Study.method`, and run in `Study.fit`.
 
-All methods get the same adapter, data and requests. Descents get the learning rate of a small grid at which the
-mean losses come nearest to the retrained models': an oracle that no user has, and that this package's own methods
-are not given.
+All methods get the same adapter, data and requests. Rivals get the learning rate, or the strength that they have in
+its place, of a small grid at which the mean losses come nearest to the retrained models': an oracle that no user
+has, and that this package's own methods are not given.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.parallel import parse_mesh
 from llmeraser_jax.rivals import RIVALS, Ensemble, ensemble_model, get_method, make_ensemble
+from llmeraser_jax.rivals.arithmetic import TaskVector
 from llmeraser_jax.rivals.descent import Descent
 from llmeraser_jax.runs import Run
 from llmeraser_jax.training import TrainConfig
@@ -82,13 +83,21 @@ LEARNING_RATES = (
 FULL_LEARNING_RATES = (1e-5, 5e-5, 2e-4)
 NUM_DESCENT_STEPS = 20  # at least: where the forget set is a batch or two, descents take more epochs than their own
 
+# Of rivals without a learning rate: the field that says how far they go, and what is offered.
+STRENGTHS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "k-fade": ("kl", (1e-3, 1e-2, 1e-1)),
+    "win-u": ("damping", (1e-4, 1e-3, 1e-2)),
+    "msa": ("scale", (0.5, 1.0, 2.0)),
+    "task-vector": ("scale", (0.5, 1.0, 2.0)),
+}
+
 DESCENTS = tuple(name for name, method in RIVALS.items() if isinstance(method, Descent))
 KNOWN = (*unlearning.METHODS, *RIVALS)
 SHARDED = ("sisa", "receraser")
-ONE_SEED = ("paper-step", "path", "finetune-edited")  # they draw nothing, or cost retrainings
+ONE_SEED = ("paper-step", "path", "finetune-edited", "msa", "task-vector")  # they draw nothing, or cost retrainings
 METHODS = (
     "auto", "path", "step", "paper-step", "paper-descent",
-    "public-script", "finetune-edited", *DESCENTS, *SHARDED,
+    "public-script", "finetune-edited", *DESCENTS, *STRENGTHS, *SHARDED,
 )  # fmt: skip
 # KLOM wants every method on each of many trained models: not methods that cost as much as training them.
 WITHOUT_KLOM = (*SHARDED, "paper-step", "paper-descent", "path")
@@ -119,7 +128,7 @@ class StudyOptions:
 
     Attributes:
         methods: ways to forget, names that `llmeraser_jax.rivals.get_method` knows.
-        retrain_seeds: retrained models, at least 2.
+        retrain_seeds: retrained models; the held-out KL and deviations between seeds take at least 2.
         method_seeds: seeds of each method that draws anything.
         sharded_seeds: seeds of sisa and receraser, which train all their shards for each.
         klom_seeds: models trained with other seeds and forgotten from for KLOM, which takes as many retrained ones
@@ -134,7 +143,7 @@ class StudyOptions:
 
     def __post_init__(self):
         check_methods(self.methods)
-        check_at_least(self, retrain_seeds=2, method_seeds=1, sharded_seeds=1, klom_seeds=0)
+        check_at_least(self, retrain_seeds=1, method_seeds=1, sharded_seeds=1, klom_seeds=0)
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -253,6 +262,7 @@ class Scenario:
         make_task: `(model, encode) -> measures.Task`.
         users: id -> user, where examples have one.
         learning_rates: offered to the descents.
+        oracle: whether rivals get the rate or strength that ends nearest to retraining, or their own default.
         methods: by name, in the place of `get_method`'s or besides them; a function is given the `Study`.
         num_task_seeds: so many seeds of a method are measured on the task; None is all.
         probed: also round and relearn (see `measures.PROBES`).
@@ -276,6 +286,7 @@ class Scenario:
     make_task: Callable[[Model, Encode], measures.Task]
     users: Mapping[str, str] | None = None
     learning_rates: tuple[float, ...] = LEARNING_RATES
+    oracle: bool = True
     methods: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_task_seeds: int | None = None
     probed: bool = True
@@ -292,12 +303,12 @@ class Study:
     Args:
         scenario: what.
         workdir: of this scenario.
-        retrain_seeds: retrained models, at least 2.
+        retrain_seeds: retrained models; the held-out KL and deviations between seeds take at least 2.
     """
 
     def __init__(self, scenario: Scenario, workdir: Path, *, retrain_seeds: int = 3):
         self.scenario, self.workdir, self.retrain_seeds = scenario, workdir, retrain_seeds
-        check_at_least(self, retrain_seeds=2)  # for the held-out KL
+        check_at_least(self, retrain_seeds=1)
         self.model = scenario.model
         parts = {name: dataclasses.asdict(getattr(scenario, name)) for name in ("lora", "train")}
         recipe = scenario.recipe.to_mapping()
@@ -397,8 +408,11 @@ class Study:
         path = record_path(self.workdir, model, seed, where)
         if not path.exists():
             started = time.perf_counter()
-            write_record(self.workdir, compute(), where)
-            logger.info("%s: %s, %.0f s", self.scenario.name, path.stem, time.perf_counter() - started)
+            record = compute()
+            seconds = time.perf_counter() - started
+            details = {**record.details, "cell_seconds": seconds}
+            write_record(self.workdir, dataclasses.replace(record, details=details), where)
+            logger.info("%s: %s, %.0f s", self.scenario.name, path.stem, seconds)
         return read_record(path)
 
     def _measures(self, seed: int = 0) -> tuple[measures.Measure, ...]:
@@ -449,19 +463,25 @@ class Study:
     def method(self, name: str, seed: int) -> Any:
         """A way to forget with its seed, or the candidates of one that an oracle chooses from.
 
-        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches, at the best of several rates.
+        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches, and so does what is tuned on the
+        forget set.
         """
         listed: Any = self.scenario.methods[name] if name in self.scenario.methods else get_method(name)
         if callable(listed):
             listed = listed(self)
+        train, num_named = self.scenario.train, len(self.bench.problem.named)
+        if isinstance(listed, Descent | TaskVector):
+            size = listed.batch_size if isinstance(listed, Descent) else train.batch_size
+            epochs = max(listed.epochs, math.ceil(NUM_DESCENT_STEPS / math.ceil(num_named / size)))
+            listed = dataclasses.replace(listed, epochs=epochs)
+        field, offered = STRENGTHS.get(name, ("", ()))
         if isinstance(listed, Descent):
-            steps_per_epoch = math.ceil(len(self.bench.problem.named) / listed.batch_size)
-            epochs = max(listed.epochs, math.ceil(NUM_DESCENT_STEPS / steps_per_epoch))
-            size = self.scenario.train.microbatch_size
-            microbatch = None if size is None else min(size, listed.batch_size)
-            descent: Any = dataclasses.replace(listed, epochs=epochs, microbatch_size=microbatch)
-            rates = {r: dataclasses.replace(descent, learning_rate=r) for r in self.scenario.learning_rates}
-            listed = Nearest(candidates=rates, chosen_as="learning_rate")
+            size = None if train.microbatch_size is None else min(train.microbatch_size, listed.batch_size)
+            listed = dataclasses.replace(listed, microbatch_size=size)
+            field, offered = "learning_rate", self.scenario.learning_rates
+        if self.scenario.oracle and field and not isinstance(listed, Nearest):
+            candidates = {value: dataclasses.replace(listed, **{field: value}) for value in offered}
+            listed = Nearest(candidates=candidates, chosen_as=field)
         if isinstance(listed, Nearest):
             seeded = {number: _seeded(candidate, seed) for number, candidate in listed.candidates.items()}
             return dataclasses.replace(listed, candidates=seeded)

@@ -83,9 +83,13 @@ class EkFac:
         """The same factors for another damping."""
         return dataclasses.replace(self, mu=mu)
 
+    def to_basis(self, v: LoraParams) -> LoraParams:
+        """`Q' v`: its coordinates in the Kronecker basis, in which the operator is `diag(s) + mu`."""
+        return jax.tree.map(_to_basis, self.left, self.right, v)
+
     def _apply(self, v: LoraParams, fn: Callable[[Array, Array], Array]) -> LoraParams:
         def leaf(left, right, s, x):
-            inner = jnp.einsum("...am,...ab,...bn->...mn", left, x, right, precision=_EXACT)
+            inner = _to_basis(left, right, x)
             return jnp.einsum("...am,...mn,...bn->...ab", left, fn(s, inner), right, precision=_EXACT).astype(
                 x.dtype
             )
@@ -153,6 +157,10 @@ def ekfac(
 
     eigenvalues = _sum_over_rows(objective, params, stack, key, num_roots, sums)
     return EkFac(left, right, eigenvalues, damping + objective.l2 * weight_sum(stack))
+
+
+def _to_basis(left: Array, right: Array, x: Array) -> Array:
+    return _einsum("...am,...ab,...bn->...mn", left, x, right)
 
 
 def _einsum(subscripts: str, *operands: Array) -> Array:

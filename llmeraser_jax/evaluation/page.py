@@ -55,6 +55,16 @@ METHOD_MEANINGS = {
     "npo": "negative preference optimisation: the forget set as answers that are not preferred to the trained "
     "model's",
     "simnpo": "negative preference optimisation without a reference model",
+    "wga": "gradient ascent that leaves alone the tokens that are improbable already",
+    "satimp": "gradient ascent on the tokens that are known, but not by heart",
+    "undial": "distillation of the trained model with the tokens of the forget set lowered",
+    "pdu": "flattens predictions on the forget set as far as a bound on the loss of retained examples allows",
+    "rmu": "drives activations on the forget set to a random direction and holds those on retained examples",
+    "k-fade": "a few uphill Newton steps on the forget set, held by the Kronecker-factored curvature of retained "
+    "examples",
+    "win-u": "one Newton step from curvature stored at the end of training, without retained examples",
+    "msa": "subtracts what training on the forget set alone makes of the initial adapter",
+    "task-vector": "subtracts what further training on the forget set changes",
     "e2urec": "distillation from a teacher that forgets and one that remembers",
     "sisa": "training in shards; only those that hold the forget set are trained anew, and all answer together",
     "receraser": "training in shards of similar examples that answer with learned weights; those that hold the "

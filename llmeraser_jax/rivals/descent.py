@@ -34,6 +34,7 @@ from llmeraser_jax.unlearning import Result, UnlearningTask, Workspace
 from llmeraser_jax.unlearning.budget import FORWARD, GRADIENT, Cost
 
 _RETAINED_STREAM = 2**31  # apart from the order of S where both are drawn from one seed
+_LEAST_MULTIPLIER = 1e-6  # instead of 0, at which the retained loss could not be read off the weighted sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,10 @@ class Phase:
         forget_weight: its coefficient.
         wanted_weight: coefficient of the replacements' cross entropy.
         retain: loss of retained rows; None looks at none.
-        retain_weight: its coefficient.
+        retain_weight: its coefficient v.
+        dual_rate: above 0, v is a multiplier of the constraint that the retained loss stay below what it was at the
+            first step plus `retain_slack`: after each step it rises by `dual_rate` times the excess, or falls.
+        retain_slack: nats.
     """
 
     epochs: int
@@ -55,6 +59,8 @@ class Phase:
     wanted_weight: float = 1.0
     retain: ExampleLoss | None = None
     retain_weight: float = 1.0
+    dual_rate: float = 0.0
+    retain_slack: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +135,42 @@ class Descent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetAndRetain(Descent):
+    """A loss on S and, with `retain_weight` above 0, cross entropy on retained rows.
+
+    Edits, which the sources do not know: the wanted pair counts as data to learn, with the coefficient of the
+    retained rows (1 where they have none).
+
+    Attributes:
+        retain_weight: coefficient of the retained rows, S having 1; 0 leaves them out.
+    """
+
+    retain_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_non_negative(self, "retain_weight")
+
+    def _forget(self) -> ExampleLoss:
+        raise NotImplementedError
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One, on S and, with a weight, on R."""
+        weight = self.retain_weight
+        return (
+            Phase(
+                epochs=self.epochs,
+                forget=self._forget(),
+                wanted_weight=weight if weight > 0 else 1.0,
+                retain=CrossEntropy() if weight > 0 else None,
+                retain_weight=weight,
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Descended:
-    """Where the loop ended, what it cost, and for each step the sum of each term of the loss that it took."""
+    """Where the loop ended, what it cost, and for each step the sum of each term, and the multiplier it used."""
 
     params: Lora
     gradient_equivalents: float
@@ -202,7 +242,7 @@ def descend(
         )
         return parallel.place_stack(stack, model.mesh)
 
-    cost = 0.0
+    cost, multiplier, bound = 0.0, None, None
     summed = []
     for step, phase in enumerate(plan):
         places = step_indices(step, seed=optimiser.seed, num_examples=len(named), batch_size=size)
@@ -220,7 +260,8 @@ def descend(
                     batch_size=retain_size,
                 )
             ]
-            parts.append(("retain", phase.retain, chosen, phase.retain_weight / len(chosen), retain_size))
+            weight = phase.retain_weight if multiplier is None else multiplier
+            parts.append(("retain", phase.retain, chosen, weight / len(chosen), retain_size))
         values, gradient = terms_gradient(
             model.apply,
             model.base,
@@ -232,10 +273,19 @@ def descend(
         params, opt_state, _ = adam_step(
             params, opt_state, gradient, no_decay, jnp.asarray(rates[step]), adam=adam, l2=0.0
         )
-        cost += sum(len(rows) * (GRADIENT + FORWARD * term.num_teachers) for _, term, rows, _, _ in parts)
-        summed.append(([name for name, *_ in parts], values))
+        cost += sum(
+            len(rows) * term.network_share(model.apply) * (GRADIENT + FORWARD * term.num_teachers)
+            for _, term, rows, _, _ in parts
+        )
+        told = {}
+        if phase.dual_rate:
+            told = {"multiplier": weight}
+            retained_loss = float(values[-1]) / weight
+            bound = retained_loss + phase.retain_slack if bound is None else bound
+            multiplier = max(weight + phase.dual_rate * (retained_loss - bound), _LEAST_MULTIPLIER)
+        summed.append(([name for name, *_ in parts], values, told))
     # Read at the end, so that no step waits for the host.
-    history = [dict(zip(names, map(float, values), strict=True)) for names, values in summed]
+    history = [dict(zip(names, map(float, values), strict=True)) | told for names, values, told in summed]
     bad = [step for step, sums in enumerate(history) if not all(map(math.isfinite, sums.values()))]
     if bad or not bool(trees.tree_all_finite(params)):
         where = f"at step {bad[0] + 1} of {len(plan)} a loss" if bad else "after the last step the adapter"

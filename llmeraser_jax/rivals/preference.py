@@ -4,8 +4,7 @@ Sources: NPO, Zhang et al. 2024 (arXiv 2404.05868), with the retain term of its 
 al. 2024 (arXiv 2410.07163), with the same retain term and the weights of the authors' TOFU configuration for
 forget05 (0.1375 on S, 1 on retained rows, beta 2.5), here as a ratio. As beta goes to 0, NPO's gradient becomes
 that of gradient ascent on `log p(y|x)`; away from it, rows that are already improbable are left alone.
-What differs from both: edits, whose wanted pair counts as data to learn: its cross entropy has the coefficient of
-the retained rows (1 where they have none; see `descent`); an adapter is moved and not the whole model; the
+What differs from both: edits (see `descent.ForgetAndRetain`); an adapter is moved and not the whole model; the
 reference is the trained adapter, evaluated again at each step (1/3 of a gradient per row); a response's tokens are
 those under the loss, the end-of-sequence token included.
 """
@@ -14,43 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmeraser_jax.rivals.descent import Descent, Phase, require_non_negative, require_positive
-from llmeraser_jax.rivals.terms import CrossEntropy, ExampleLoss, NegativePreference, SimpleNegativePreference
+from llmeraser_jax.rivals.descent import ForgetAndRetain, require_non_negative, require_positive
+from llmeraser_jax.rivals.terms import ExampleLoss, NegativePreference, SimpleNegativePreference
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning import UnlearningTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Preference(Descent):
-    """A preference loss on S and, with `retain_weight` above 0, cross entropy on retained rows."""
-
-    retain_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_non_negative(self, "retain_weight")
-
-    def _forget(self) -> ExampleLoss:
-        raise NotImplementedError
-
-    def phases(self) -> tuple[Phase, ...]:
-        """One, on S and, with a weight, on R."""
-        weight = self.retain_weight
-        retain = CrossEntropy() if weight > 0 else None
-        wanted_weight = weight if weight > 0 else 1.0
-        return (
-            Phase(
-                epochs=self.epochs,
-                forget=self._forget(),
-                wanted_weight=wanted_weight,
-                retain=retain,
-                retain_weight=weight,
-            ),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NPO(_Preference):
+class NPO(ForgetAndRetain):
     """Minimises `(2/beta) log(1 + (p_theta(y|x) / p_reference(y|x))^beta)` on S.
 
     Attributes:
@@ -69,7 +39,7 @@ class NPO(_Preference):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimNPO(_Preference):
+class SimNPO(ForgetAndRetain):
     """Minimises `-(2/beta) log sigmoid(-(beta/|y|) log p_theta(y|x) - gamma)` on S; there is no reference.
 
     Attributes:

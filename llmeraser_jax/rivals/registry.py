@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from llmeraser_jax.rivals.arithmetic import MSA, TaskVector
 from llmeraser_jax.rivals.ascent import EqualLengthAscent, GradientAscent, GradientDifference, KLAnchoredAscent
 from llmeraser_jax.rivals.e2urec import E2URec
 from llmeraser_jax.rivals.finetune_edited import FinetuneEdited
+from llmeraser_jax.rivals.gauss_newton import KFade, WinU
 from llmeraser_jax.rivals.preference import NPO, SimNPO
 from llmeraser_jax.rivals.receraser import RecEraser
 from llmeraser_jax.rivals.retrain import Retrain
+from llmeraser_jax.rivals.rmu import RMU
 from llmeraser_jax.rivals.sisa import SISA
+from llmeraser_jax.rivals.token_losses import PDU, UNDIAL, WGA, SatImp
 from llmeraser_jax.unlearning import METHODS, Method
 
 RIVALS: Mapping[str, Method] = MappingProxyType(
@@ -30,7 +34,16 @@ RIVALS: Mapping[str, Method] = MappingProxyType(
         "kl-anchored-ascent": KLAnchoredAscent(),
         "npo": NPO(),
         "simnpo": SimNPO(),
+        "wga": WGA(),
+        "satimp": SatImp(),
+        "undial": UNDIAL(),
+        "pdu": PDU(),
+        "rmu": RMU(),
         "e2urec": E2URec(),
+        "k-fade": KFade(),
+        "win-u": WinU(),
+        "msa": MSA(),
+        "task-vector": TaskVector(),
         "finetune-edited": FinetuneEdited(),
     }
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,37 @@ from llmeraser_jax.types import BaseParams, ExampleStack, LoraParams, TokenBatch
 Logits = Float[Array, "batch response vocab"]
 
 
-@runtime_checkable
-class ExampleLoss(Protocol):
-    """Loss of each example; hashable."""
+class ExampleLoss:
+    """Loss of each example; subclasses are frozen dataclasses.
 
-    num_teachers: ClassVar[int]
+    Attributes:
+        num_teachers: frozen adapters that it looks at.
+    """
+
+    num_teachers: ClassVar[int] = 0
 
     def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
         """[batch], from logits [batch, response, vocab] of the adapter and of `num_teachers` teachers."""
-        ...
+        raise NotImplementedError
+
+    def network(self, apply: Callable[..., Array]) -> Callable[..., Array]:
+        """What is read in the place of the logits, as a function with `apply`'s arguments; hashable."""
+        return apply
+
+    def network_share(self, apply: Callable[..., Array]) -> float:
+        """Cost of a pass through `network` over that of one through the model."""
+        return 1.0
+
+
+def token_log_probs(logits: Logits, batch: TokenBatch) -> Float[Array, "batch response"]:
+    """`log p(y_t | x, y_<t)` at every response position, padding included."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
 
 
 def response_log_probs(logits: Logits, batch: TokenBatch) -> Float[Array, " batch"]:
     """`log p(y | x)`: summed over all tokens under the loss, however they are weighted in it."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(batch.target_weights > 0, picked, 0), axis=-1)
+    return jnp.sum(jnp.where(batch.target_weights > 0, token_log_probs(logits, batch), 0), axis=-1)
 
 
 def kl_to_teacher(teacher_logits: Logits, logits: Logits, batch: TokenBatch) -> Float[Array, " batch"]:
@@ -48,10 +63,9 @@ def kl_to_teacher(teacher_logits: Logits, logits: Logits, batch: TokenBatch) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(ExampleLoss):
     """`sign * l(z)`: descent on the response, or ascent with `sign = -1`."""
 
-    num_teachers: ClassVar[int] = 0
     sign: float = 1.0
 
     def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
@@ -60,7 +74,7 @@ class CrossEntropy:
 
 
 @dataclasses.dataclass(frozen=True)
-class KLToReference:
+class KLToReference(ExampleLoss):
     """`KL(reference || theta) + cross_entropy * l(z)`, of one teacher."""
 
     num_teachers: ClassVar[int] = 1
@@ -75,7 +89,7 @@ class KLToReference:
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativePreference:
+class NegativePreference(ExampleLoss):
     """`(2 / beta) log(1 + (p_theta(y|x) / p_reference(y|x))^beta)`, of one teacher."""
 
     num_teachers: ClassVar[int] = 1
@@ -88,10 +102,9 @@ class NegativePreference:
 
 
 @dataclasses.dataclass(frozen=True)
-class SimpleNegativePreference:
+class SimpleNegativePreference(ExampleLoss):
     """`-(2 / beta) log sigmoid(-(beta / |y|) log p_theta(y|x) - gamma)`."""
 
-    num_teachers: ClassVar[int] = 0
     beta: float
     gamma: float
 
@@ -103,7 +116,7 @@ class SimpleNegativePreference:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForgettingTeacher:
+class ForgettingTeacher(ExampleLoss):
     """`KL(softmax(z - alpha relu(z_augmented - z)) || theta)`, z the logits of the first of two teachers."""
 
     num_teachers: ClassVar[int] = 2
@@ -113,6 +126,45 @@ class ForgettingTeacher:
         """Mean over response tokens."""
         original, augmented = teachers
         return kl_to_teacher(original - self.alpha * jax.nn.relu(augmented - original), logits, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedAscent(ExampleLoss):
+    """`-mean_t p_t^certainty (1 - p_t)^doubt l_t`, differentiated in the tokens' losses `l_t = -log p_t` alone."""
+
+    certainty: float
+    doubt: float = 0.0
+
+    def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
+        """Mean over response tokens."""
+        log_probs = token_log_probs(logits, batch)
+        probs = jax.lax.stop_gradient(jnp.exp(log_probs))
+        return jnp.sum(
+            probs**self.certainty * (1 - probs) ** self.doubt * log_probs * batch.target_weights, axis=-1
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredTarget(ExampleLoss):
+    """`KL(softmax(z - strength e_y) || theta)`, z the logits of one teacher and e_y the token trained on."""
+
+    num_teachers: ClassVar[int] = 1
+    strength: float
+
+    def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
+        """Mean over response tokens."""
+        target = jax.nn.one_hot(batch.targets, logits.shape[-1], dtype=logits.dtype)
+        return kl_to_teacher(teachers[0] - self.strength * target, logits, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatLogits(ExampleLoss):
+    """`mean_t (max_v z_tv - mean_v z_tv)^2`: nothing is predicted rather than anything else."""
+
+    def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
+        """Mean over response tokens."""
+        above = jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        return jnp.sum(above**2 * batch.target_weights, axis=-1)
 
 
 @partial(jax.jit, static_argnames=("apply", "terms"))
@@ -140,8 +192,10 @@ def terms_gradient(
     for term, stack in zip(terms, stacks, strict=True):
 
         def chunk(base, params, teachers, batch, weights, term=term):
+            network = term.network(apply)
+
             def logits_of(adapter):
-                return apply(base, adapter, batch.tokens, batch.attention_mask, batch.positions)
+                return network(base, adapter, batch.tokens, batch.attention_mask, batch.positions)
 
             frozen = tuple(logits_of(teacher) for teacher in teachers)
             return jax.value_and_grad(lambda p: jnp.sum(weights * term(logits_of(p), frozen, batch)))(params)

@@ -185,7 +185,8 @@ def _make_row_preconditioner(objective, params, stack, key, damping, num_roots: 
 
 
 @partial(jax.jit, static_argnames="num_roots")
-def _make_ekfac(objective, params, stack, basis_key, eigenvalue_key, damping, num_roots: int) -> EkFac:
+def make_ekfac(objective, params, stack, basis_key, eigenvalue_key, damping, num_roots: int) -> EkFac:
+    """EK-FAC in the eigenbasis of `example_factors`, as one program."""
     factors = example_factors(objective, params, stack, basis_key, num_roots=num_roots)
     return ekfac(objective, params, stack, eigenvalue_key, factors=factors, damping=damping, num_roots=num_roots)
 
@@ -395,7 +396,7 @@ class InverseCurvature:
             return load_ekfac(path, params, stack, mu=mu)
         self.workspace.budget.spend("curvature", wanted.gradient_equivalents * count)
         keys = jax.random.split(jax.random.key(seed))
-        factors = _make_ekfac(self.objective, params, stack, *keys, self.spec.damping, wanted.num_roots)
+        factors = make_ekfac(self.objective, params, stack, *keys, self.spec.damping, wanted.num_roots)
         if path is not None:
             save_ekfac(path, factors, params, stack)
         return factors

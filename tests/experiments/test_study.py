@@ -275,10 +275,10 @@ def test_what_names_nothing_is_refused(base, tmp_path):
         study.StudyOptions(methods=("guess",))
     with pytest.raises(ValueError, match="klom_seeds is -1; it must be at least 0"):
         study.StudyOptions(klom_seeds=-1)
-    with pytest.raises(ValueError, match="retrain_seeds is 1; it must be at least 2"):
-        TallrecConfig(base=tmp_path, data=tmp_path, workdir=tmp_path, retrain_seeds=1)
-    with pytest.raises(ValueError, match="at least 2"):
-        study.Study(_scenario(base), tmp_path, retrain_seeds=1)
+    with pytest.raises(ValueError, match="retrain_seeds is 0; it must be at least 1"):
+        TallrecConfig(base=tmp_path, data=tmp_path, workdir=tmp_path, retrain_seeds=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        study.Study(_scenario(base), tmp_path, retrain_seeds=0)
 
 
 @pytest.mark.parametrize("config", [LlaraConfig, TofuConfig, TallrecConfig])

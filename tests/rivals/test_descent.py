@@ -11,13 +11,20 @@ from llmeraser_jax import data, trees
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.rivals import (
+    MSA,
     NPO,
+    PDU,
+    RMU,
+    UNDIAL,
+    WGA,
     E2URec,
     EqualLengthAscent,
     GradientAscent,
     GradientDifference,
+    KFade,
     KLAnchoredAscent,
     SimNPO,
+    WinU,
     descent,
 )
 from llmeraser_jax.rivals.terms import CrossEntropy, terms_gradient
@@ -32,6 +39,9 @@ METHODS = {
     "kl-anchored-ascent": KLAnchoredAscent(**QUICK, retain_weight=3.0),
     "npo": NPO(**QUICK, beta=0.2),
     "simnpo": SimNPO(**QUICK, beta=1.0),
+    "wga": WGA(**QUICK),
+    "undial": UNDIAL(**QUICK, strength=5.0),
+    "pdu": PDU(**QUICK, retain_weight=0.5, dual_rate=2.0),
     "e2urec": E2URec(**QUICK, augment_learning_rate=0.05, augment_epochs=3),
 }
 # named as trained: r1 removed, r4 corrected, r6 with another query
@@ -117,7 +127,8 @@ def test_the_costs_by_hand(fitted):
     assert cost["gradient-difference"] == 6 * (3 + 2) + retained
     assert cost["kl-anchored-ascent"] == pytest.approx(6 * (3 + 2) + retained * 4 / 3)
     assert cost["npo"] == pytest.approx(6 * (3 * 4 / 3 + 2) + retained)
-    assert cost["simnpo"] == 6 * (3 + 2) + retained
+    assert cost["simnpo"] == cost["wga"] == cost["pdu"] == 6 * (3 + 2) + retained
+    assert cost["undial"] == pytest.approx(6 * (3 * 4 / 3 + 2))
     # The first epoch looks at S alone; steps 2 to 11 then take 2, 1, 2, 2, 2, 1, 2, 2, 2, 1 retained rows.
     assert cost["e2urec"] == pytest.approx(9 + 6 * (3 * 5 / 3 + 2) + 17 * 4 / 3)
     assert all(result.details["num_steps"] == steps for result, _ in fitted[0].values())
@@ -210,6 +221,19 @@ def test_wanted_pairs_weigh_as_much_as_retained_rows():
     assert alone.wanted_weight == 1 and alone.retain is None
 
 
+def test_the_multiplier_rises_by_the_excess_of_the_retained_loss_and_never_below_zero(task):
+    method = PDU(epochs=6, batch_size=2, learning_rate=0.03, seed=5, retain_weight=0.5, dual_rate=2.0)
+    history = method.run(task, WORKSPACE).details["loss_terms"]
+    weight, bound = 0.5, history[0]["retain"] / 0.5 + 0.1
+    for terms in history:
+        assert terms["multiplier"] == pytest.approx(weight, rel=1e-5)
+        weight = max(weight + 2.0 * (terms["retain"] / weight - bound), 1e-6)
+    assert history[-1]["multiplier"] > 0.6
+    # With slack that is never used up the multiplier falls to (nearly) nothing.
+    loose = dataclasses.replace(method, retain_slack=50.0).run(task, WORKSPACE).details["loss_terms"]
+    assert loose[-1]["multiplier"] == 1e-6
+
+
 def test_a_diverging_descent_is_an_error(task):
     broken = dataclasses.replace(task, adapter=jax.tree.map(lambda x: x * jnp.nan, task.adapter))
     with pytest.raises(FloatingPointError, match="at step 1 of 12 a loss is nan or infinite"):
@@ -227,6 +251,12 @@ def test_a_diverging_descent_is_an_error(task):
         (lambda: E2URec(forget_share=1.0), "forget_share is 1.0"),
         (lambda: E2URec(epochs=2, forget_only_epochs=2), "forget_only_epochs is 2 of 2 epochs"),
         (lambda: EqualLengthAscent(length=0.0), "length is 0.0"),
+        (lambda: WGA(beta=-1.0), "beta is -1.0"),
+        (lambda: PDU(dual_rate=0.0), "dual_rate is 0.0"),
+        (lambda: RMU(depth=1.5), "depth is 1.5; it is a share"),
+        (lambda: KFade(kl=0.0), "kl is 0.0"),
+        (lambda: WinU(max_leverage=1.0), "max_leverage is 1.0; it must lie between"),
+        (lambda: MSA(scale=0.0), "scale is 0.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(make, expected):

@@ -8,10 +8,13 @@ from jax.test_util import check_grads
 
 from llmeraser_jax.rivals.terms import (
     CrossEntropy,
+    FlatLogits,
     ForgettingTeacher,
     KLToReference,
+    LoweredTarget,
     NegativePreference,
     SimpleNegativePreference,
+    WeightedAscent,
 )
 from llmeraser_jax.types import TokenBatch
 
@@ -98,6 +101,38 @@ def test_the_forgetting_teacher_lowers_what_more_training_would_raise(problem):
     np.testing.assert_allclose(none, evaluate(KLToReference(), logits, (reference,), batch), rtol=1e-12)
 
 
+def test_flat_logits_are_the_square_of_the_margin_over_the_mean(problem):
+    logits, _, _, batch, real = problem
+    margins = (logits.max(-1) - logits.mean(-1)) ** 2
+    expected = [margins[i, real[i]].mean() for i in range(BATCH)]
+    np.testing.assert_allclose(evaluate(FlatLogits(), logits, (), batch), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("certainty", "doubt"), [(1.0, 0.0), (5.0, 1.0)])
+def test_weighted_ascent_weighs_each_tokens_ascent_by_its_probability(problem, certainty, doubt):
+    logits, _, _, batch, real = problem
+    probs = softmax(logits)
+    at_target = np.eye(VOCAB)[np.asarray(batch.targets)]
+    right = (probs * at_target).sum(-1)
+    weights = right**certainty * (1 - right) ** doubt * real / COUNTS[:, None]
+    loss = WeightedAscent(certainty=certainty, doubt=doubt)
+    np.testing.assert_allclose(evaluate(loss, logits, (), batch), (weights * np.log(right)).sum(-1), rtol=1e-12)
+    # The gradient of `log p_t` times the weights, which have none of their own.
+    expected = weights[..., None] * (at_target - probs)
+    np.testing.assert_allclose(gradient(loss, logits, (), batch), expected, rtol=1e-10, atol=1e-15)
+
+
+def test_lowered_targets_have_the_gradient_of_cross_entropy_against_soft_labels(problem):
+    logits, reference, _, batch, real = problem
+    labels = softmax(reference - 3.0 * np.eye(VOCAB)[np.asarray(batch.targets)])
+    loss = LoweredTarget(strength=3.0)
+    np.testing.assert_allclose(
+        evaluate(loss, logits, (reference,), batch), kl(labels, softmax(logits), real), rtol=1e-12
+    )
+    expected = (real / COUNTS[:, None])[..., None] * (softmax(logits) - labels)
+    np.testing.assert_allclose(gradient(loss, logits, (reference,), batch), expected, rtol=1e-10, atol=1e-15)
+
+
 def gradient(loss, logits, teachers, batch):
     return np.asarray(jax.grad(lambda z: jnp.sum(evaluate(loss, z, teachers, batch)))(jnp.asarray(logits)))
 
@@ -136,6 +171,8 @@ def test_the_kl_anchor_pulls_nowhere_at_the_reference(problem):
         SimpleNegativePreference(beta=2.0, gamma=0.3),
         KLToReference(cross_entropy=1.0),
         ForgettingTeacher(alpha=0.7),
+        LoweredTarget(strength=2.0),
+        FlatLogits(),
     ],
     ids=lambda loss: type(loss).__name__,
 )
