@@ -114,22 +114,22 @@ def train_run(
         ValueError: see `training.finetune`.
     """
     workdir = Path(workdir)
-    wanted = run_settings(
-        kind=kind,
-        model_sha256=model_fingerprint(model.path),
-        model_dtype=base_dtype(model),
-        model_quantization=model.quantization,
-        matmul_precision=model.config.matmul_precision,
-        recipe=dataset.recipe,
-        lora_config=initial_lora.config,
-        train_config=config,
-        data_ids=[example.id for example in examples],
-        data_sha256=[data.content_hash(example) for example in examples],
-        parent=parent,
-    )
     with files.exclusive_use(workdir):
         if (workdir / RUN_FILE).exists():
             run = load_run(workdir)
+            wanted = run_settings(
+                kind=kind,
+                model_sha256=model_fingerprint(model.path),
+                model_dtype=base_dtype(model),
+                model_quantization=model.quantization,
+                matmul_precision=model.config.matmul_precision,
+                recipe=dataset.recipe,
+                lora_config=initial_lora.config,
+                train_config=config,
+                data_ids=[example.id for example in examples],
+                data_hashes=[run.content_hash(example) for example in examples],
+                parent=parent,
+            )
             differing = differing_settings(run.settings(), wanted)
             if differing:
                 msg = f"{workdir} is a finished run that differs in {', '.join(differing)}. Name another directory."

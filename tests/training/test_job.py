@@ -29,7 +29,7 @@ def tune(model, data_path, workdir, **changes):
 
 def test_a_finished_run_holds_what_its_training_was(finished_run, data_path, model):
     entries = sorted(entry.name for entry in finished_run.path.iterdir())
-    assert entries == ["adapter", "initial_adapter", "metrics.jsonl", "run.json"]
+    assert entries == ["adapter", "hash.key", "initial_adapter", "metrics.jsonl", "run.json"]
     recorded = json.loads((finished_run.path / "run.json").read_text())
     assert recorded["kind"] == "finetune" and recorded["seed"] == 3
     assert recorded["data"]["path"] == str(data_path)
