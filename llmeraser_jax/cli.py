@@ -146,6 +146,8 @@ class Finetune:
             they are in the checkpoint.
         devices: what to compute on.
         tensorboard: also write TensorBoard events (extra tensorboard).
+        keep_checkpoints: keep those of the first epoch (--checkpoint-every-steps), so that a retraining can go on
+            from before a forgotten row was first seen.
         recipe: how examples become tokens and a loss.
         lora: the adapter.
         train: optimisation.
@@ -158,6 +160,7 @@ class Finetune:
     base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     tensorboard: bool = False
+    keep_checkpoints: bool = False
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
     lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
@@ -181,6 +184,7 @@ class Finetune:
             lora=self.lora,
             config=self.train,
             tensorboard=self.tensorboard,
+            keep_checkpoints=self.keep_checkpoints,
         )
         result = run.result
         _say(f"Fine-tuned on {len(run.data_ids)} examples in {result['seconds']:.1f} s.")
@@ -329,7 +333,8 @@ class Erase:
         on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
             adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
             nothing shows where removed rows should end. refuse writes nothing. retrain writes the adapter of a
-            retraining.
+            retraining, which goes on from the last checkpoint before the first forgotten row was seen where
+            finetune kept any (--keep-checkpoints).
         seed: of every sample drawn.
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         audit: report gradient norms of all examples instead of a sample.
@@ -344,7 +349,7 @@ class Erase:
     target_loss: float | None = None
     budget: float | None = None
     data: Path | None = None
-    on_incomplete: Literal["warn", "refuse", "retrain"] = "warn"
+    on_incomplete: Annotated[Literal["warn", "refuse", "retrain"], tyro.conf.arg(aliases=("--fallback",))] = "warn"
     seed: int = 0
     chunk_size: int = 16
     audit: bool = False
@@ -412,6 +417,8 @@ class Retrain:
         requests: the request file.
         workdir: gets one run directory per seed; started again, it goes on where it was.
         seeds: how many retrainings; their seeds differ from the run's own.
+        replay: instead, once, with the run's own seed from the last checkpoint that finetune kept before the first
+            forgotten row was seen.
         data: where the training data is now; default: where it was.
         devices: what to compute on.
     """
@@ -420,18 +427,23 @@ class Retrain:
     requests: Path
     workdir: Path
     seeds: int = 3
+    replay: bool = False
     data: Path | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
         from llmeraser_jax.data import load_requests
+        from llmeraser_jax.training.replay import replay
         from llmeraser_jax.training.retrain import retrain
 
         mesh = self.devices.open()
         run = self.devices.load_run(self.run_directory)
         requests = load_requests(self.requests, run.load_examples(self.data))
         model = run.load_model(mesh=mesh)
-        runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
+        if self.replay:
+            runs = (replay(run, requests, self.workdir / "replay", model=model, data_path=self.data),)
+        else:
+            runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
         for retrained in runs:
             result = retrained.result
             _say(

@@ -18,6 +18,7 @@ from llmeraser_jax.lora import copy_adapter, product_norms
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import ADAPTER_DIRECTORY, KEYED, PLAIN, Run, RunKeys, file_sha256, load_run, write_run
+from llmeraser_jax.training.replay import replay, run_with_checkpoints
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.erase import erase
@@ -64,7 +65,12 @@ def _retrained_instead(
     _log.warning("The erasure is not complete (%s); retraining on the edited data.", receipt.outcome)
     model, requests = task.language_model, task.requests
     assert not isinstance(requests, EditProblem)  # of a run
-    (retrained,) = retrain(run, requests, workdir, seeds=1, model=model, data_path=data_path)
+    if run_with_checkpoints(run) is None:
+        (retrained,) = retrain(run, requests, workdir, seeds=1, model=model, data_path=data_path)
+    else:
+        retrained = replay(run, requests, workdir / "replay", model=model, data_path=data_path)
+    step = retrained.result.get("replayed_from_step")
+    how = "retrained on the edited data" if step is None else f"replayed on the edited data after step {step}"
     adapter = retrained.load_adapter(model)
     delta = trees.tree_sub(adapter, task.adapter)
     cost = dataclasses.replace(result.cost, training=float(retrained.result["gradient_equivalents"]))
@@ -75,7 +81,7 @@ def _retrained_instead(
         method="retrained",
         complete=True,
         validity=None,
-        outcome="complete: retrained on the edited data",
+        outcome=f"complete: {how}",
         attempts=(*receipt.attempts, f"{receipt.method}: {receipt.outcome}"),
         seconds=seconds,
         gradient_equivalents=cost,
@@ -149,7 +155,8 @@ def erase_run(
         target_loss: where removed rows should end instead of the calibration rows' mean loss, nats per token.
         on_incomplete: what happens where the outcome is not called complete. `warn` writes the adapter, and the
             receipt says so; `refuse` writes nothing; `retrain` writes the adapter of a retraining on the edited
-            data with the run's recipe, which goes on where it was if it is killed.
+            data with the run's recipe, from the last checkpoint before the first forgotten row where the training
+            kept any (see `training.replay`); it goes on where it was if it is killed.
         on_step: called after every accepted step.
 
     Raises:
