@@ -323,8 +323,8 @@ class Erase:
     Attributes:
         run_directory: the run to erase from (finetune, adopt, or an earlier erase).
         requests: the request file.
-        workdir: directory to make: the new adapter (PEFT), the change (Orbax), receipt.json, and the edited
-            data, so that it can be erased from again.
+        workdir: directory to make: the new adapter and the one before (PEFT; `llmeraser seal` removes the latter),
+            receipt.json, and the edited data, so that it can be erased from again.
         calibration: examples of the same kind that were not trained on; they show where removed rows should end.
             Without them removals go along the influence path, which costs more and can go too far.
         target_loss: where removed rows should end, nats per token, instead of the calibration rows' mean loss.
@@ -594,6 +594,71 @@ class Export:
         return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seal:
+    """End the possibility to undo an erasure: remove all that restores what was erased, and record what that was.
+
+    Files are overwritten before they are removed. Killed at any moment and started again, it goes on.
+
+    Attributes:
+        path: directory that `llmeraser erase` made.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import SEAL_FILE, seal
+
+        done = seal(self.path)
+        _say(f"Sealed: {done.num_files} files removed, {done.num_bytes} bytes. Record: {self.path / SEAL_FILE}")
+        for where in done.outside:
+            _say(f"  still to be deleted: {where}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undo:
+    """Write the adapter as it was before an erasure, bit for bit. Not possible after sealing.
+
+    Attributes:
+        path: directory that `llmeraser erase` made.
+        workdir: directory to make: the adapter before, in PEFT's format.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+    workdir: Path
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import undo
+
+        undo(self.path, self.workdir)
+        _say(f"Adapter before the erasure: {self.workdir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a run directory against its own record: every hash, the chain of receipts, the data, the seal.
+
+    One line per check; the exit status is 0 if all are as recorded, else 1.
+
+    Attributes:
+        path: directory that finetune, adopt, erase or retrain made.
+        data: more data in which no erased row may be, such as the file that trainings read.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+    data: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import verify_directory
+
+        findings = verify_directory(self.path, self.data)
+        for finding in findings:
+            _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+        return 0 if all(finding.ok for finding in findings) else 1
+
+
 Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -604,6 +669,9 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Seal, tyro.conf.subcommand("seal")]
+    | Annotated[Undo, tyro.conf.subcommand("undo")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
