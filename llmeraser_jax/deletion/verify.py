@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,10 @@ class _Directory:
         self.files: Mapping[str, Mapping[str, str]] | None = self.record.get("files")
         self.is_keyed = "hashes" in self.held
         self.data_path = path / self.held["path"]
-        self.receipt = self._receipt()
+        self.receipt: Mapping[str, Any] | None = _read_or_none(path / RECEIPT_FILE)
         self.key, self.keys = self._read_keys()
-        removed = (path / SEAL_FILE).exists() and files.read_json(path / SEAL_FILE)["removed"]
-        self.removed = {entry["name"]: entry for entry in removed or ()}
-
-    def _receipt(self) -> Mapping[str, Any] | None:
-        try:
-            return files.read_json(self.path / RECEIPT_FILE)
-        except (FileNotFoundError, ValueError):
-            return None
+        sealed = _read_or_none(path / SEAL_FILE)
+        self.removed = {} if sealed is None else {entry["name"]: entry for entry in sealed["removed"]}
 
     def _read_keys(self) -> tuple[Finding, RunKeys | None]:
         path = self.path / KEY_FILE
@@ -119,6 +113,14 @@ class _Directory:
         return {one["id"]: one["hash_before"] for one in named if one["hash_before"] is not None}
 
 
+def _read_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or holds none."""
+    try:
+        return files.read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def verify_directory(
     path: str | os.PathLike[str], data_path: str | os.PathLike[str] | None = None
 ) -> list[Finding]:
@@ -136,20 +138,28 @@ def verify_directory(
         directory = _Directory(path)
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         return [Finding(RUN_FILE, False, f"cannot be read: {type(error).__name__}: {error}")]
-    checks = (
-        _check_record(directory),
-        _check_files(directory),
-        _check_adapter(directory),
-        _check_receipt(directory),
-        _check_requests(directory),
-        _check_chain(directory),
-        _check_parents(directory),
-        _check_data(directory),
-        _check_checkpoints(directory),
-        () if data_path is None else _check_other_data(directory, Path(data_path)),
-        _check_seal(directory),
-    )
-    return [directory.key, *(finding for check in checks for finding in check)]
+    checks = {
+        RUN_FILE: _check_record(directory),
+        "files": _check_files(directory),
+        "adapter as described": _check_adapter(directory),
+        RECEIPT_FILE: _check_receipt(directory),
+        "requests as described": _check_requests(directory),
+        "chain of receipts": _check_chain(directory),
+        "parents": _check_parents(directory),
+        "training data": _check_data(directory),
+        "checkpoints": _check_checkpoints(directory),
+        "other data": () if data_path is None else _check_other_data(directory, Path(data_path)),
+        "seal": _check_seal(directory),
+    }
+    return [directory.key, *(finding for name, check in checks.items() for finding in _whole(name, check))]
+
+
+def _whole(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings of a check; that it cannot be made, since something is not what it reads, is one too."""
+    try:
+        yield from check
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        yield Finding(name, False, f"cannot be checked: {type(error).__name__}: {error}")
 
 
 def _check_record(directory: _Directory) -> Iterator[Finding]:
@@ -200,22 +210,16 @@ def _what_it_is(directory: _Directory, name: str, found: str) -> str:
 def _check_adapter(directory: _Directory) -> Iterator[Finding]:
     """The adapter is one that run.json and the receipt describe, by what it is and not by its file's hash."""
     path = directory.path / ADAPTER_DIRECTORY
-    name = "adapter as described"
-    try:
-        config = files.read_json(path / CONFIG_FILE)
-        recorded = directory.record["lora"]
-        problems = [
-            f"{key} is {config[key]} in {CONFIG_FILE} and {recorded[ours]} in {RUN_FILE}"
-            for key, ours in (("r", "rank"), ("lora_alpha", "alpha"))
-            if config[key] != recorded[ours]
-        ]
-        tensors = _tensors(path)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        yield Finding(name, False, f"cannot be read: {error}")
-        return
+    config, recorded = files.read_json(path / CONFIG_FILE), directory.record["lora"]
+    problems = [
+        f"{key} is {config[key]} in {CONFIG_FILE} and {recorded[ours]} in {RUN_FILE}"
+        for key, ours in (("r", "rank"), ("lora_alpha", "alpha"))
+        if config[key] != recorded[ours]
+    ]
+    tensors = _tensors(path)
     norms = {} if directory.receipt is None else {"adapter_norm_after": _norm(tensors)}
     before = directory.path / PARENT_ADAPTER_DIRECTORY
-    if norms and before.is_dir():
+    if norms and before.is_dir() and sealed_state(directory.path) == "open":
         old = _tensors(before)
         if old.keys() == tensors.keys():
             norms["delta_norm"] = _norm({k: tensors[k] - old[k] for k in old})
@@ -225,7 +229,8 @@ def _check_adapter(directory: _Directory) -> Iterator[Finding]:
         if not math.isclose(found, expected, rel_tol=_NORM_RTOL, abs_tol=_NORM_RTOL * _norm(tensors)):
             problems.append(f"{key} is {found:.6g}, and {expected:.6g} in {RECEIPT_FILE}")
     by = RUN_FILE if directory.receipt is None else f"{RUN_FILE} and {RECEIPT_FILE}"
-    yield Finding(name, not problems, "; ".join(problems) or f"has the scale and the norms that {by} have")
+    words = "; ".join(problems) or f"has the scale and the norms that {by} have"
+    yield Finding("adapter as described", not problems, words)
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
@@ -261,17 +266,13 @@ def _check_requests(directory: _Directory) -> Iterator[Finding]:
     """The request file asks for what the receipt says was done."""
     if directory.kind != "erase" or directory.receipt is None:
         return
-    name = "requests as described"
-    try:
-        lines = (directory.path / REQUESTS_FILE).read_text(encoding="utf-8").splitlines()
-        asked = [(row["id"], row["action"]) for row in map(json.loads, lines)]
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        yield Finding(name, False, f"{REQUESTS_FILE} cannot be read: {error}")
-        return
+    lines = (directory.path / REQUESTS_FILE).read_text(encoding="utf-8").splitlines()
+    asked = [(row["id"], row["action"]) for row in map(json.loads, lines)]
     done = [(one["id"], one["action"]) for one in directory.receipt["named"]]
     differing = sorted({id_ for id_, _ in set(asked) ^ set(done)})
     words = f"{REQUESTS_FILE} and {RECEIPT_FILE} differ in {_listed(differing)}"
-    yield Finding(name, not differing, words if differing else f"{len(done)} requests, all in {RECEIPT_FILE}")
+    words = words if differing else f"{len(done)} requests, all in {RECEIPT_FILE}"
+    yield Finding("requests as described", not differing, words)
 
 
 def _check_chain(directory: _Directory) -> Iterator[Finding]:
@@ -303,11 +304,7 @@ def _check_parents(directory: _Directory) -> Iterator[Finding]:
             words = f"is not the run that was derived from: its {RUN_FILE} is another, or was edited"
             yield Finding(name, False, words)
             return
-        try:
-            parent = _Directory(path)
-        except (KeyError, TypeError, ValueError) as error:
-            yield Finding(name, False, f"cannot be read: {error}")
-            return
+        parent = _Directory(path)
         problems = [f.detail for f in (*_check_files(parent), *_check_receipt(parent)) if not f.ok]
         if child.kind == "erase":
             if list(child.receipts[:-1]) != list(parent.receipts):
@@ -335,11 +332,7 @@ def _check_data(directory: _Directory) -> Iterator[Finding]:
     if directory.is_keyed and directory.keys is None:
         yield Finding(name, False, "cannot be checked without the key")
         return
-    try:
-        now = {example.id: directory.hash_of(example) for example in data.load_examples(path)}
-    except ValueError as error:
-        yield Finding(name, False, f"cannot be read: {error}")
-        return
+    now = {example.id: directory.hash_of(example) for example in data.load_examples(path)}
     then, erased = directory.content, directory.erased
     back = [id_ for id_ in erased if now.get(id_) == erased[id_] and then.get(id_) != erased[id_]]
     copies = [id_ for id_ in now if id_ not in back and now[id_] in erased.values() and then.get(id_) != now[id_]]
@@ -427,10 +420,12 @@ def _check_seal(directory: _Directory) -> Iterator[Finding]:
 
 
 def _is_back(path: Path, keys: RunKeys, removed: Mapping[str, str], directory: _Directory) -> bool:
-    """Whether a file has the content of a removed one; the configuration of all adapters may be the same."""
+    """Whether a file has the content of a removed one. Adapters share their configuration, and nothing is in it."""
     name = path.relative_to(directory.path).as_posix()
     recorded = {} if directory.files is None else directory.files[PLAIN]
-    return keys.file(path) in removed and recorded.get(name) != file_sha256(path)
+    if path.name == CONFIG_FILE or keys.file(path) not in removed:
+        return False
+    return recorded.get(name) != file_sha256(path)
 
 
 def _listed(names: Sequence[str]) -> str:
