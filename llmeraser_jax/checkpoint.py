@@ -110,15 +110,20 @@ class StepCheckpoints:
     Saving is synchronous.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], *, keep_up_to: int = 0, read_only: bool = False):
         """Opens or creates the directory; leftovers of a killed save are removed.
 
         Args:
             directory: where the checkpoints are.
+            keep_up_to: checkpoints of steps up to this one are kept, besides the latest two.
+            read_only: changes nothing in the directory, which must be there.
         """
-        self.directory = Path(directory).absolute()
+        self.directory, self.keep_up_to = Path(directory).absolute(), keep_up_to
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -130,8 +135,16 @@ class StepCheckpoints:
         """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def info(self, step: int) -> dict[str, Any]:
+        """The info of a checkpoint alone."""
+        return dict(self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"])
+
     def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
-        """Writes a checkpoint, then removes all but the latest two.
+        """Writes a checkpoint, then removes those before the latest two that are not to be kept.
 
         Args:
             step: its number, above every earlier one.
@@ -145,6 +158,9 @@ class StepCheckpoints:
         if not self._manager.save(step, args=arguments):
             msg = f"Orbax did not write the checkpoint of step {step} in {self.directory}."
             raise RuntimeError(msg)
+        for old in self.steps()[:-2]:
+            if old > self.keep_up_to:
+                self._manager.delete(old)
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The tree and the info of a checkpoint.

@@ -146,6 +146,8 @@ class Finetune:
             they are in the checkpoint.
         devices: what to compute on.
         tensorboard: also write TensorBoard events (extra tensorboard).
+        keep_checkpoints: keep those of the first epoch (--checkpoint-every-steps), so that a retraining can go on
+            from before a forgotten row was first seen.
         recipe: how examples become tokens and a loss.
         lora: the adapter.
         train: optimisation.
@@ -158,6 +160,7 @@ class Finetune:
     base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     tensorboard: bool = False
+    keep_checkpoints: bool = False
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
     lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
@@ -181,6 +184,7 @@ class Finetune:
             lora=self.lora,
             config=self.train,
             tensorboard=self.tensorboard,
+            keep_checkpoints=self.keep_checkpoints,
         )
         result = run.result
         _say(f"Fine-tuned on {len(run.data_ids)} examples in {result['seconds']:.1f} s.")
@@ -319,8 +323,8 @@ class Erase:
     Attributes:
         run_directory: the run to erase from (finetune, adopt, or an earlier erase).
         requests: the request file.
-        workdir: directory to make: the new adapter (PEFT), the change (Orbax), receipt.json, and the edited
-            data, so that it can be erased from again.
+        workdir: directory to make: the new adapter and the one before (PEFT; `llmeraser seal` removes the latter),
+            receipt.json, and the edited data, so that it can be erased from again.
         calibration: examples of the same kind that were not trained on; they show where removed rows should end.
             Without them removals go along the influence path, which costs more and can go too far.
         target_loss: where removed rows should end, nats per token, instead of the calibration rows' mean loss.
@@ -329,7 +333,8 @@ class Erase:
         on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
             adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
             nothing shows where removed rows should end. refuse writes nothing. retrain writes the adapter of a
-            retraining.
+            retraining, which goes on from the last checkpoint before the first forgotten row was seen where
+            finetune kept any (--keep-checkpoints).
         seed: of every sample drawn.
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         audit: report gradient norms of all examples instead of a sample.
@@ -344,7 +349,7 @@ class Erase:
     target_loss: float | None = None
     budget: float | None = None
     data: Path | None = None
-    on_incomplete: Literal["warn", "refuse", "retrain"] = "warn"
+    on_incomplete: Annotated[Literal["warn", "refuse", "retrain"], tyro.conf.arg(aliases=("--fallback",))] = "warn"
     seed: int = 0
     chunk_size: int = 16
     audit: bool = False
@@ -412,6 +417,8 @@ class Retrain:
         requests: the request file.
         workdir: gets one run directory per seed; started again, it goes on where it was.
         seeds: how many retrainings; their seeds differ from the run's own.
+        replay: instead, once, with the run's own seed from the last checkpoint that finetune kept before the first
+            forgotten row was seen.
         data: where the training data is now; default: where it was.
         devices: what to compute on.
     """
@@ -420,18 +427,23 @@ class Retrain:
     requests: Path
     workdir: Path
     seeds: int = 3
+    replay: bool = False
     data: Path | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:
         from llmeraser_jax.data import load_requests
+        from llmeraser_jax.training.replay import replay
         from llmeraser_jax.training.retrain import retrain
 
         mesh = self.devices.open()
         run = self.devices.load_run(self.run_directory)
         requests = load_requests(self.requests, run.load_examples(self.data))
         model = run.load_model(mesh=mesh)
-        runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
+        if self.replay:
+            runs = (replay(run, requests, self.workdir / "replay", model=model, data_path=self.data),)
+        else:
+            runs = retrain(run, requests, self.workdir, seeds=self.seeds, model=model, data_path=self.data)
         for retrained in runs:
             result = retrained.result
             _say(
@@ -582,6 +594,71 @@ class Export:
         return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seal:
+    """End the possibility to undo an erasure: remove all that restores what was erased, and record what that was.
+
+    Files are overwritten before they are removed. Killed at any moment and started again, it goes on.
+
+    Attributes:
+        path: directory that `llmeraser erase` made.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import SEAL_FILE, seal
+
+        done = seal(self.path)
+        _say(f"Sealed: {done.num_files} files removed, {done.num_bytes} bytes. Record: {self.path / SEAL_FILE}")
+        for where in done.outside:
+            _say(f"  still to be deleted: {where}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undo:
+    """Write the adapter as it was before an erasure, bit for bit. Not possible after sealing.
+
+    Attributes:
+        path: directory that `llmeraser erase` made.
+        workdir: directory to make: the adapter before, in PEFT's format.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+    workdir: Path
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import undo
+
+        undo(self.path, self.workdir)
+        _say(f"Adapter before the erasure: {self.workdir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a run directory against its own record: every hash, the chain of receipts, the data, the seal.
+
+    One line per check; the exit status is 0 if all are as recorded, else 1.
+
+    Attributes:
+        path: directory that finetune, adopt, erase or retrain made.
+        data: more data in which no erased row may be, such as the file that trainings read.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
+    data: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import verify_directory
+
+        findings = verify_directory(self.path, self.data)
+        for finding in findings:
+            _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+        return 0 if all(finding.ok for finding in findings) else 1
+
+
 Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -592,6 +669,9 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Seal, tyro.conf.subcommand("seal")]
+    | Annotated[Undo, tyro.conf.subcommand("undo")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

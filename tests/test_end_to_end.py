@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import trees
-from llmeraser_jax.checkpoint import restore_pytree
 from llmeraser_jax.cli import main
 from llmeraser_jax.curvature import CURVATURES, DatasetCurvature
-from llmeraser_jax.data import content_hash, load_examples, load_requests, parse_requests
+from llmeraser_jax.data import load_examples, load_requests, parse_requests
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.losses import example_losses, gradient_sum, lm_objective
@@ -70,21 +69,22 @@ def unseen(work):
     return tiny.write_rows(work / "unseen.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]])
 
 
-def test_erase_writes_adapter_delta_receipt_requests_and_edited_data(run, erased):
+def test_erase_writes_both_adapters_receipt_requests_and_edited_data(run, erased):
     model = run.load_model()
     before, after = run.load_adapter(model), erased.load_adapter(model)
-    delta = restore_pytree(erased.path / "delta", before)
-    moved = trees.tree_sub(after, before)
-    assert float(trees.tree_norm(trees.tree_sub(delta, moved))) <= 1e-6 * float(trees.tree_norm(delta))
+    delta = trees.tree_sub(after, before)
     assert float(trees.tree_norm(delta)) > 0
+    name = "adapter_model.safetensors"
+    kept = (erased.path / "parent_adapter" / name).read_bytes()
+    assert kept == (run.path / "adapter" / name).read_bytes()
     receipt = json.loads((erased.path / "receipt.json").read_text())
     assert receipt["counts"] == {"remove": 1, "modify_query": 1, "correct_response": 1}
     assert receipt["delta_norm"] == pytest.approx(float(trees.tree_norm(delta)), rel=1e-5)
     examples = {example.id: example for example in run.load_examples()}
     edited = {example.id: example for example in erased.load_examples()}
     for named in receipt["named"]:
-        assert named["hash_before"] == content_hash(examples[named["id"]])
-        expected = None if named["action"] == "remove" else content_hash(edited[named["id"]])
+        assert named["hash_before"] == erased.content_hash(examples[named["id"]])
+        expected = None if named["action"] == "remove" else erased.content_hash(edited[named["id"]])
         assert named["hash_after"] == expected
     assert "r1" not in edited and edited["r7"].response == "red" and edited["r4"].instruction == "colour of s11"
     assert receipt["num_examples_after"] == len(edited) == len(examples) - 1
@@ -247,7 +247,8 @@ def test_what_the_erasing_was_shown_is_no_non_member(run, erased, work, unseen, 
     arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
     assert main([*arguments, "--calibration", str(unseen), "--workdir", str(work / "shown"), *MATCHING]) == 3
     receipt = json.loads((work / "shown" / "receipt.json").read_text())
-    assert receipt["heldout_sha256"] == [content_hash(example) for example in outside]
+    after = load_run(work / "shown")
+    assert receipt["heldout_sha256"] == [after.shown_hash(example) for example in outside]
     assert json.loads((erased.path / "receipt.json").read_text())["heldout_sha256"] == []
 
     arguments = ["evaluate", "--before", str(run.path), "--after", str(work / "shown")]
@@ -303,7 +304,8 @@ def test_what_an_earlier_erasure_was_shown_stays_known(run, work):
         assert main([*arguments, *(QUICK if known is None else MATCHING)]) == status
         parent = work / name
     shown = json.loads((parent / "receipt.json").read_text())["heldout_sha256"]
-    assert shown == [content_hash(example) for example in load_examples(work / "chain_2_known.jsonl")]
+    last = load_run(parent)
+    assert shown == [last.shown_hash(example) for example in load_examples(work / "chain_2_known.jsonl")]
 
 
 def test_runs_that_do_not_belong_together_are_refused(run, erased, work, capsys):

@@ -70,9 +70,9 @@ def test_a_run_records_a_hash_of_the_tokens_and_mask_of_every_row(finished_run, 
     row = dataset.encoded[3]
     mask = np.arange(len(row.tokens)) >= row.response_start
     expected = hashlib.sha256(row.tokens.astype("<i4").tobytes() + np.packbits(mask).tobytes()).hexdigest()
-    assert finished_run.token_sha256 is not None
-    assert finished_run.token_sha256[3] == row.sha256 == expected
-    assert finished_run.token_sha256 == tuple(e.sha256 for e in dataset.encoded)
+    assert row.sha256 == expected
+    assert finished_run.keys is not None and finished_run.token_hashes is not None
+    assert finished_run.token_hashes == tuple(finished_run.keys.tokens(e.sha256) for e in dataset.encoded)
 
 
 def test_one_other_token_is_refused_with_the_row_named(finished_run):
@@ -90,10 +90,11 @@ def test_one_other_token_is_refused_with_the_row_named(finished_run):
 def test_a_run_without_hashes_loads_and_says_that_nothing_is_checked(tmp_path, finished_run, model, caplog):
     shutil.copytree(finished_run.path, tmp_path / "old")
     recorded = json.loads((tmp_path / "old" / "run.json").read_text())
-    del recorded["data"]["token_sha256"], recorded["recipe"]["truncate"]
+    recorded["data"]["tokens"] = None
+    del recorded["recipe"]["truncate"]
     (tmp_path / "old" / "run.json").write_text(json.dumps(recorded))
     old = runs.load_run(tmp_path / "old")
-    assert old.token_sha256 is None and old.recipe.truncate == "prompt"
+    assert old.token_hashes is None and old.recipe.truncate == "prompt"
     assert len(old.encode(old.load_examples(), model.tokenizer)) == 10
     assert "records no token hashes" in caplog.text
 
@@ -103,8 +104,8 @@ def test_a_row_that_was_dropped_in_training_has_no_hash_and_stays_dropped(tmp_pa
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
     run = write(tmp_path / "run", model, examples, recipe=dataset.recipe, dataset=dataset)
-    assert run.token_sha256 is not None
-    dropped = [k for k, digest in enumerate(run.token_sha256) if digest is None]
+    assert run.token_hashes is not None
+    dropped = [k for k, digest in enumerate(run.token_hashes) if digest is None]
     assert dropped == [0, 3, 6, 9]  # those with an input
     assert run.encode(run.load_examples(), model.tokenizer).dropped_ids == ("r0", "r3", "r6", "r9")
 

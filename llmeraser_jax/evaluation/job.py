@@ -88,11 +88,11 @@ def _check_lineage(before: Run, after: Run, retrained: Sequence[Run]) -> None:
             msg = f"{run.path} was not derived from {before.path}; compare runs of one request on one run."
             raise RunError(msg)
     for run in retrained:
-        if dict(zip(run.data_ids, run.data_sha256, strict=True)) != dict(
-            zip(after.data_ids, after.data_sha256, strict=True)
-        ):
-            msg = f"{run.path} was trained on other edited data than {after.path} was made for."
-            raise RunError(msg)
+        try:
+            after.verify_examples(run.load_examples(), source=str(run.data_path))
+        except RunError as error:
+            msg = f"{run.path} was trained on other edited data than {after.path} was made for: {error}"
+            raise RunError(msg) from error
 
 
 def held_out_task(base: Model, heldout: data.TokenDataset) -> measures.Task:
@@ -204,12 +204,12 @@ def evaluate_runs(
         name=after.path.name,
         facts={
             **_context(before, receipt, len(examples)),
-            "Held-out data": "none" if heldout is None else _heldout_words(heldout_path, heldout, shown),
+            "Held-out data": "none" if heldout is None else _heldout_words(heldout_path, heldout, after, shown),
         },
         ids=tuple(example.id for example in named),
         actions=tuple(actions[example.id] for example in named),
         num_examples=len(examples),
-        nonmembers=None if heldout is None else tuple(data.content_hash(e) not in shown for e in heldout.examples),
+        nonmembers=None if heldout is None else tuple(after.shown_hash(e) not in shown for e in heldout.examples),
         num_positions=0 if between is None else between.num_positions,
         texts=tuple(
             {
@@ -294,10 +294,12 @@ def _digest(dataset: data.TokenDataset) -> str:
     return hashlib.sha256("\n".join(map(data.content_hash, dataset.examples)).encode()).hexdigest()
 
 
-def _heldout_words(path: str | os.PathLike[str] | None, heldout: data.TokenDataset, shown: Collection[str]) -> str:
+def _heldout_words(
+    path: str | os.PathLike[str] | None, heldout: data.TokenDataset, after: Run, shown: Collection[str]
+) -> str:
     """The file's name, and how many of its examples are no non-members; says so aloud too."""
     name = Path(path or "").name
-    count = sum(data.content_hash(example) in shown for example in heldout.examples)
+    count = sum(after.shown_hash(example) in shown for example in heldout.examples)
     if not count:
         return name
     left_out = f"{count} of its {len(heldout)} examples were shown to the erasing, which aims at their losses"

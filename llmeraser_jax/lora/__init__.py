@@ -12,6 +12,7 @@ from llmeraser_jax.lora.params import (
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
     adapter_config_to_peft,
+    copy_adapter,
     load_adapter,
     read_adapter_base,
     save_adapter,
@@ -25,6 +26,7 @@ __all__ = [
     "adapter_config_to_peft",
     "add_delta",
     "check_lora",
+    "copy_adapter",
     "init_lora",
     "load_adapter",
     "merge_lora",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ def _read_extras(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarra
         msg = f"{directory / EXTRAS_FILE} holds {', '.join(found)}; this model needs {', '.join(sorted(names))}."
         raise ValueError(msg)
     return leaves
+
+
+def copy_adapter(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copies the files of an adapter, byte for byte, into the new directory `target`.
+
+    Raises:
+        FileNotFoundError: the configuration or the weights are missing.
+        FileExistsError: `target` is there.
+    """
+    source, target = Path(source), Path(target)
+    target.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, EXTRAS_FILE):
+        if name != EXTRAS_FILE or (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def read_adapter_base(directory: str | os.PathLike[str]) -> str | None:

@@ -10,6 +10,7 @@ A run directory holds
     tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
     train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
+    hash.key            the key of all hashes of content, see `runs.keys`
 
 `run.json` is written last: a directory without it is no run.
 """
@@ -19,10 +20,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.models import MatmulPrecision, Model, load_model, load_tokenizer
+from llmeraser_jax.runs.keys import KEY_FILE, KEYED, PLAIN, RunKeys
 from llmeraser_jax.runs.model_files import (
     base_dtype,
     copy_tokenizer,
@@ -77,14 +80,17 @@ class Run:
         unstated: fields of `train_config` that the recipe of an adopted adapter left out: nobody knows them.
         data_path: the training examples; inside the directory where it holds them.
         data_ids: their ids, in order.
-        data_sha256: their content hashes, in the same order.
-        token_sha256: hashes of their tokens and loss masks, in the same order, None for an example that cutting
+        data_hashes: their `content_hash`, in the same order.
+        token_hashes: the same of their tokens and loss masks, in the same order, None for an example that cutting
             left without a token under the loss; or None altogether, where they were not recorded.
         knows_initial_adapter: whether `initial_adapter/` is there.
         result: final losses, gradient norms and cost.
         parent: path and `run.json` hash of the run that this one was derived from, or None.
         receipts: of all erasures since the training, earliest first.
         versions: of Python and of the packages that computed it.
+        hashes: what the hashes of content are: `keys.KEYED`, or `keys.PLAIN` of old directories.
+        keys: of the hashes; None where they are plain, and where `hash.key` was destroyed: then ids are all that
+            examples can be checked by.
     """
 
     path: Path
@@ -101,13 +107,15 @@ class Run:
     unstated: tuple[str, ...]
     data_path: Path
     data_ids: tuple[str, ...]
-    data_sha256: tuple[str, ...]
+    data_hashes: tuple[str, ...]
     knows_initial_adapter: bool
     result: Mapping[str, Any]
     parent: Mapping[str, str] | None
     receipts: tuple[Mapping[str, Any], ...]
     versions: Mapping[str, str | None]
-    token_sha256: tuple[str | None, ...] | None = None
+    token_hashes: tuple[str | None, ...] | None = None
+    hashes: str = PLAIN
+    keys: RunKeys | None = dataclasses.field(default=None, repr=False)
 
     def load_examples(self, data_path: str | os.PathLike[str] | None = None) -> tuple[Example, ...]:
         """The examples that the adapter was trained on, in the order of training's indices.
@@ -131,11 +139,17 @@ class Run:
     def verify_examples(self, examples: Iterable[Example], *, source: str = "the data given") -> None:
         """Refuses examples that are not those that were trained on; their order does not matter.
 
+        Without the run's key their ids alone are compared, and the log says so.
+
         Raises:
             RunError: names missing, additional and changed ids.
         """
-        now = {example.id: data.content_hash(example) for example in examples}
-        then = dict(zip(self.data_ids, self.data_sha256, strict=True))
+        then = dict(zip(self.data_ids, self.data_hashes, strict=True))
+        if self.can_hash:
+            now = {example.id: self.content_hash(example) for example in examples}
+        else:
+            _log.warning("%s It is not checked that the examples of %s are those.", self._no_key, source)
+            now = {example.id: then.get(example.id) for example in examples}
         problems = [
             f"{len(ids)} {what}: {_listed(ids)}"
             for what, ids in (
@@ -152,20 +166,53 @@ class Run:
             )
             raise RunError(msg)
 
+    @property
+    def can_hash(self) -> bool:
+        """Whether content can be compared with the run's hashes: they are plain, or their key is there."""
+        return self.hashes == PLAIN or self.keys is not None
+
+    def content_hash(self, example: Example) -> str:
+        """The hash of an example under this run's key.
+
+        Raises:
+            RunError: the key is not there any more.
+        """
+        return self._keyed(RunKeys.example, data.content_hash(example))
+
+    def shown_hash(self, example: Example) -> str:
+        """The hash of a held-out example, as receipts have it.
+
+        Raises:
+            RunError: the key is not there any more.
+        """
+        return self._keyed(RunKeys.shown, data.content_hash(example))
+
+    def _keyed(self, hash_of: Callable[[RunKeys, str], str], sha256: str) -> str:
+        if self.hashes == PLAIN:
+            return sha256
+        if self.keys is None:
+            msg = f"{self._no_key} Content cannot be compared with what it records; put the key back."
+            raise RunError(msg)
+        return hash_of(self.keys, sha256)
+
+    @property
+    def _no_key(self) -> str:
+        return f"{self.path / KEY_FILE}, the key of this run's hashes, is not there."
+
     def load_unseen(self, path: str | os.PathLike[str]) -> tuple[Example, ...]:
         """Held-out examples, without those whose content this run was trained on: they are not unseen.
 
         Raises:
-            RunError: all of them were trained on.
+            RunError: all of them were trained on, or the run's key is not there to tell.
         """
         examples = data.load_examples(path)
-        known = frozenset(self.data_sha256)
-        unseen = tuple(example for example in examples if data.content_hash(example) not in known)
+        known = frozenset(self.data_hashes)
+        unseen = tuple(example for example in examples if self.content_hash(example) not in known)
         if not unseen:
             msg = f"{path}: {self.path} was trained on all its {len(examples)} examples; give some that it was not."
             raise RunError(msg)
         if len(unseen) < len(examples):
-            dropped = [example.id for example in examples if data.content_hash(example) in known]
+            dropped = [example.id for example in examples if self.content_hash(example) in known]
             _log.warning(
                 "%s: %d of its %d examples were trained on (%s) and are left out.",
                 path,
@@ -208,9 +255,12 @@ class Run:
 
     def _verify_tokens(self, examples: Sequence[Example], dataset: TokenDataset) -> None:
         """Refuses trained examples whose tokens or loss masks are not those of the training."""
-        then = dict(zip(self.data_ids, zip(self.data_sha256, self._token_hashes, strict=True), strict=True))
-        known = [e for e in examples if e.id in then and then[e.id][0] == data.content_hash(e)]
-        if self.token_sha256 is None:
+        if not self.can_hash:
+            _log.warning("%s It is not checked that the examples become the tokens of the training.", self._no_key)
+            return
+        then = dict(zip(self.data_ids, zip(self.data_hashes, self._token_hashes, strict=True), strict=True))
+        known = [e for e in examples if e.id in then and then[e.id][0] == self.content_hash(e)]
+        if self.token_hashes is None:
             if known:
                 _log.warning(
                     "%s records no token hashes: it is not checked that the examples become the tokens that it was "
@@ -218,7 +268,7 @@ class Run:
                     self.path,
                 )
             return
-        now = dataset.token_sha256
+        now = {id_: self._keyed(RunKeys.tokens, sha256) for id_, sha256 in dataset.token_sha256.items()}
         differing = [e.id for e in known if now.get(e.id) != then[e.id][1]]
         if differing:
             version, version_now = (v.get("transformers") for v in (self.versions, library_versions()))
@@ -232,7 +282,7 @@ class Run:
 
     @property
     def _token_hashes(self) -> Sequence[str | None]:
-        return (None,) * len(self.data_ids) if self.token_sha256 is None else self.token_sha256
+        return (None,) * len(self.data_ids) if self.token_hashes is None else self.token_hashes
 
     def load_model(self, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
         """The base model, after comparing its files with those that were used.
@@ -311,7 +361,7 @@ class Run:
             lora_config=self.lora_config,
             train_config=self.train_config,
             data_ids=self.data_ids,
-            data_sha256=self.data_sha256,
+            data_hashes=self.data_hashes,
             parent=self.parent,
         )
 
@@ -327,11 +377,11 @@ def run_settings(
     lora_config: LoraConfig,
     train_config: TrainConfig,
     data_ids: Sequence[str],
-    data_sha256: Sequence[str],
+    data_hashes: Sequence[str],
     parent: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Names and values of all that determines a trained adapter, one level deep, for comparing runs."""
-    examples = hashlib.sha256("\n".join(map(repr, zip(data_ids, data_sha256, strict=True))).encode())
+    examples = hashlib.sha256("\n".join(map(repr, zip(data_ids, data_hashes, strict=True))).encode())
     flat = {
         **recipe.to_mapping(),
         **{f"lora.{k}": v for k, v in dataclasses.asdict(lora_config).items()},
@@ -374,6 +424,8 @@ def write_run(
     parent: Mapping[str, str] | None = None,
     receipts: Sequence[Mapping[str, Any]] = (),
     dataset: TokenDataset | None = None,
+    keys: RunKeys | None = None,
+    also: Sequence[str] = (),
 ) -> Run:
     """Writes everything of a run directory but `metrics.jsonl`.
 
@@ -395,6 +447,8 @@ def write_run(
         parent: `Run.reference` of the run that this one was derived from.
         receipts: of all erasures since the training, earliest first.
         dataset: `examples`, encoded; None encodes them here, for the hashes of their tokens.
+        keys: of the hashes; None draws new ones.
+        also: names of other files and directories in `path` whose hashes are recorded.
 
     Returns:
         The run as `load_run` reads it back.
@@ -416,6 +470,8 @@ def write_run(
     if dataset is None:
         dataset = data.encode_examples(examples, recipe, model.tokenizer, normalizer=normalizer)
     path.mkdir(parents=True, exist_ok=True)
+    keys = RunKeys.new() if keys is None else keys
+    keys.save(path)
     shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
     for name, adapter in ((ADAPTER_DIRECTORY, lora), (INITIAL_ADAPTER_DIRECTORY, initial_lora)):
         shutil.rmtree(path / name, ignore_errors=True)
@@ -451,12 +507,33 @@ def write_run(
         "data": {
             "path": EXAMPLES_FILE if data_path is None else str(Path(data_path).resolve()),
             "ids": [example.id for example in examples],
-            "sha256": [data.content_hash(example) for example in examples],
-            "token_sha256": [dataset.token_sha256.get(example.id) for example in examples],
+            "hashes": KEYED,
+            "key_check": keys.check,
+            "content": [keys.example(data.content_hash(example)) for example in examples],
+            "tokens": [h and keys.tokens(h) for h in (dataset.token_sha256.get(e.id) for e in examples)],
         },
+        "files": recorded_files(path, keys, also),
     }
-    files.atomic_write_json(path / RUN_FILE, recorded)
+    recorded = json.loads(files.to_json(recorded))
+    files.atomic_write_json(path / RUN_FILE, {**recorded, "mac": keys.mac(recorded)})
     return load_run(path)
+
+
+def recorded_files(path: Path, keys: RunKeys, also: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """Hashes of a run directory's files: SHA-256 of those in directories (parameters), keyed ones of texts.
+
+    Args:
+        path: the run directory.
+        keys: its keys.
+        also: files and directories in it besides the adapters, the tokenizer and the examples.
+    """
+    plain, keyed = {}, {}
+    for name in (ADAPTER_DIRECTORY, INITIAL_ADAPTER_DIRECTORY, TOKENIZER_DIRECTORY, EXAMPLES_FILE, *also):
+        if (path / name).is_file():
+            keyed[name] = keys.file(path / name)
+        for part in sorted(p for p in (path / name).rglob("*") if p.is_file()):
+            plain[part.relative_to(path).as_posix()] = file_sha256(part)
+    return {PLAIN: plain, KEYED: keyed}
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -483,7 +560,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {error}."
         raise RunError(msg) from error
-    if run.kind not in KINDS or not len(run.data_ids) == len(run.data_sha256) == len(run._token_hashes):
+    if run.kind not in KINDS or not len(run.data_ids) == len(run.data_hashes) == len(run._token_hashes):
         msg = f"{path / RUN_FILE} is damaged: kind {run.kind!r}, {len(run.data_ids)} ids."
         raise RunError(msg)
     expected = [ADAPTER_DIRECTORY] + [INITIAL_ADAPTER_DIRECTORY] * run.knows_initial_adapter
@@ -494,8 +571,28 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return run
 
 
+def _keys_of(path: Path, recorded: Mapping[str, Any]) -> RunKeys | None:
+    """The keys of a run; what is missing is said."""
+    if "hashes" not in recorded["data"]:
+        _log.warning(
+            "%s holds plain SHA-256 of its examples, from which whoever reads it can guess short ones; what is "
+            "derived from it has keyed hashes.",
+            path / RUN_FILE,
+        )
+        return None
+    keys = RunKeys.load(path)
+    if keys is None:
+        _log.warning("%s is not there: %s can be loaded, and no data be checked against it.", path / KEY_FILE, path)
+    elif keys.check != recorded["data"]["key_check"]:
+        msg = f"{KEY_FILE} is not the key that its hashes were made with; put that back, or remove this one"
+        raise ValueError(msg)
+    return keys
+
+
 def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
-    token_sha256 = recorded["data"].get("token_sha256")
+    held = recorded["data"]
+    keyed = "hashes" in held
+    token_hashes = held.get("tokens" if keyed else "token_sha256")
     return Run(
         path=path,
         kind=recorded["kind"],
@@ -509,15 +606,17 @@ def _from_recorded(path: Path, recorded: Mapping[str, Any]) -> Run:
         lora_config=LoraConfig.from_mapping(recorded["lora"]),
         train_config=TrainConfig.from_mapping(recorded["train"]),
         unstated=tuple(recorded["unstated"]),
-        data_path=path / recorded["data"]["path"],  # an absolute path stays as it is
-        data_ids=tuple(recorded["data"]["ids"]),
-        data_sha256=tuple(recorded["data"]["sha256"]),
+        data_path=path / held["path"],  # an absolute path stays as it is
+        data_ids=tuple(held["ids"]),
+        data_hashes=tuple(held["content" if keyed else "sha256"]),
         knows_initial_adapter=recorded["initial_adapter_known"],
         result=recorded["result"],
         parent=recorded["parent"],
         receipts=tuple(recorded["receipts"]),
         versions=recorded["versions"],
-        token_sha256=None if token_sha256 is None else tuple(token_sha256),
+        token_hashes=None if token_hashes is None else tuple(token_hashes),
+        hashes=held["hashes"] if keyed else PLAIN,
+        keys=_keys_of(path, recorded),
     )
 
 

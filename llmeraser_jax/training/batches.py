@@ -38,6 +38,19 @@ def step_indices(step: int, *, seed: int, num_examples: int, batch_size: int) ->
     return epoch_order(seed, epoch, num_examples)[position * batch_size : (position + 1) * batch_size]
 
 
+def step_rows(places: np.ndarray, step: int, *, seed: int, batch_size: int) -> np.ndarray:
+    """The rows of a step [at most batch_size]: what is in the places that it takes.
+
+    Args:
+        places: [places] the row in each; -1 is none, and takes no room in the step.
+        step: counted from 0 over all epochs.
+        seed: as for `epoch_order`.
+        batch_size: places per step.
+    """
+    rows = places[step_indices(step, seed=seed, num_examples=len(places), batch_size=batch_size)]
+    return rows[rows >= 0]
+
+
 def lay_out_mean(
     dataset: TokenDataset, indices: np.ndarray, weight: float, *, batch_size: int, microbatch_size: int
 ) -> ExampleStack:

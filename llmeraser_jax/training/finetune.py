@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +27,10 @@ from llmeraser_jax.environment import peak_memory_bytes
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.runs import TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
-from llmeraser_jax.training.batches import lay_out_mean, step_indices
+from llmeraser_jax.training.batches import lay_out_mean, step_rows
 from llmeraser_jax.training.dropout import dropout_objective, step_key, with_places
 from llmeraser_jax.training.measure import measure
-from llmeraser_jax.types import LoraParams
+from llmeraser_jax.types import LoraParams, PyTree
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class TrainResult:
         seconds: spent on steps, over all restarts up to the last checkpoint before each.
         peak_memory_bytes: see `environment.peak_memory_bytes`.
         resumed_from: the step of the checkpoint that training went on from, or None.
+        kept: by step, the hash of the state in each checkpoint that is kept after the training.
     """
 
     lora: LoraParams
@@ -60,10 +63,54 @@ class TrainResult:
     seconds: float
     peak_memory_bytes: int
     resumed_from: int | None
+    kept: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the adapter, as a JSON-like mapping."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lora"}
+        """Everything but the adapter and the checkpoints, as a JSON-like mapping."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("lora", "kept")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Replay:
+    """Another training's steps, with other rows, or none, in some places of its data.
+
+    Every step takes what is now in the places that it took then, at the learning rate that it had; the mean is over
+    the rows that are there, and a step that is left without any is skipped. So the batches of all other rows, their
+    order and the number of steps are those of the other training.
+
+    Attributes:
+        places: [places] of each place in the other training's data set the row that is there now; -1 is none.
+        checkpoints: where the other training's checkpoints are.
+        first_step: of the checkpoint to start from; 0 starts from the initial adapter.
+        state_sha256: hash of the state in that checkpoint.
+    """
+
+    places: np.ndarray
+    checkpoints: Path | None = None
+    first_step: int = 0
+    state_sha256: str = ""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What tells it from others, JSON-like."""
+        places = hashlib.sha256(np.asarray(self.places, "<i8").tobytes()).hexdigest()
+        return {"first_step": self.first_step, "places_sha256": places}
+
+    def restore(self, like: PyTree) -> PyTree:
+        """The state to start from.
+
+        Raises:
+            ValueError: it is not the one that was written.
+        """
+        assert self.checkpoints is not None
+        with StepCheckpoints(self.checkpoints, read_only=True) as checkpoints:
+            state, _ = checkpoints.restore(self.first_step, like)
+        if trees.tree_sha256(state).hex() != self.state_sha256:
+            msg = (
+                f"The checkpoint of step {self.first_step} in {self.checkpoints} is not the one that the training "
+                "wrote. Put that back, or retrain from the start."
+            )
+            raise ValueError(msg)
+        return state
 
 
 class Adam(NamedTuple):
@@ -136,7 +183,9 @@ def adam_step(
     return trees.tree_axpy(-learning_rate, direction, params), opt_state, trees.tree_norm(gradient)
 
 
-def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> dict[str, Any]:
+def _identity(
+    dataset: TokenDataset, config: TrainConfig, lora: LoraParams, replay: Replay | None
+) -> dict[str, Any]:
     """Identifies a training: only the same one may resume from its checkpoints."""
     dropout = _dropout_of(lora)
     everything = dataset.stack_uniform(np.arange(len(dataset)), np.ones(len(dataset)), chunk_size=config.batch_size)
@@ -147,6 +196,7 @@ def _identity(dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> d
         "initial_adapter_sha256": trees.tree_sha256(lora).hex(),
         **({} if dataset.recipe.date is None else {"date": dataset.recipe.date}),
         **({"dropout": dropout} if dropout else {}),
+        **({} if replay is None else {"replay": replay.to_mapping()}),
     }
 
 
@@ -234,16 +284,32 @@ def finetune_held(
     lora: LoraParams,
     workdir: str | os.PathLike[str] | None,
     tensorboard: bool,
+    keep_checkpoints: bool = False,
+    replay: Replay | None = None,
 ) -> TrainResult:
-    """`finetune` for a caller that holds `workdir` for itself; same arguments, result and errors."""
+    """`finetune` for a caller that holds `workdir` for itself; same arguments, result and errors, and two more.
+
+    Args:
+        model: see `finetune`; so are the other arguments that are not named here.
+        dataset: the training examples.
+        config: hyper-parameters.
+        lora: the adapter to start from.
+        workdir: where checkpoints and metrics go; None keeps nothing.
+        tensorboard: also write TensorBoard events.
+        keep_checkpoints: keep those of the first epoch, after which every row has been seen.
+        replay: the training whose steps are repeated; None is one of its own.
+    """
     objective = losses.lm_objective(model.apply, model.base, l2=config.l2)
     lora = parallel.replicate(jax.tree.map(jnp.asarray, lora), model.mesh)
     with contextlib.ExitStack() as stack:
         checkpoints = metrics = None
         if workdir is not None:
-            workdir, identity = Path(workdir), _identity(dataset, config, lora)
+            workdir, identity = Path(workdir), _identity(dataset, config, lora, replay)
             parallel.on_primary(partial(_claim, workdir, identity))
-            checkpoints = stack.enter_context(StepCheckpoints(workdir / CHECKPOINT_DIRECTORY))
+            keep_up_to = config.num_steps(len(dataset)) // config.epochs if keep_checkpoints else 0
+            checkpoints = stack.enter_context(
+                StepCheckpoints(workdir / CHECKPOINT_DIRECTORY, keep_up_to=keep_up_to)
+            )
             metrics = stack.enter_context(
                 MetricsLogger(
                     workdir / METRICS_FILE,
@@ -251,7 +317,7 @@ def finetune_held(
                     tensorboard_dir=workdir / "tensorboard" if tensorboard else None,
                 )
             )
-        return _train(model, objective, dataset, config, lora, checkpoints, metrics)
+        return _train(model, objective, dataset, config, lora, checkpoints, metrics, replay)
 
 
 def _train(
@@ -262,8 +328,10 @@ def _train(
     params: LoraParams,
     checkpoints: StepCheckpoints | None,
     metrics: MetricsLogger | None,
+    replay: Replay | None,
 ) -> TrainResult:
-    num_steps = config.num_steps(len(dataset))
+    places = np.arange(len(dataset)) if replay is None else replay.places
+    num_steps = config.num_steps(len(places))
     rates = learning_rates(config, num_steps)
     adam = adam_of(config)
     opt_state = parallel.replicate(adam.transformation().init(params), model.mesh)
@@ -273,6 +341,9 @@ def _train(
         (params, opt_state), info = checkpoints.restore(resumed_from, (params, opt_state))
         first_step, seconds_before = resumed_from, info["seconds"]
         _log.info("Going on after step %d of %d.", first_step, num_steps)
+    elif replay is not None and replay.first_step:
+        first_step = replay.first_step
+        params, opt_state = replay.restore((params, opt_state))
 
     start = time.perf_counter()
     steps_per_epoch = num_steps // config.epochs
@@ -306,35 +377,39 @@ def _train(
 
     with contextlib.closing(bar):
         for step in range(first_step, num_steps):
-            indices = step_indices(step, seed=config.seed, num_examples=len(dataset), batch_size=config.batch_size)
-            stack = lay_out_mean(
-                dataset,
-                indices,
-                1.0 / len(indices),
-                batch_size=config.batch_size,
-                microbatch_size=config.examples_per_pass,
-            )
-            if dropout:
-                stack = with_places(stack)
-                step_objective = dropout_objective(model.apply, model.base, step_key(config.seed, step))
-            stack = parallel.place_stack(stack, model.mesh)
-            loss, data_gradient = losses.loss_and_gradient_sums(step_objective, params, stack)
-            params, opt_state, norm = adam_step(
-                params,
-                opt_state,
-                data_gradient,
-                objective.from_prior(params),
-                jnp.asarray(rates[step]),
-                adam=adam,
-                l2=objective.l2,
-            )
-            report()
-            unreported = (step + 1, loss, norm)
+            indices = step_rows(places, step, seed=config.seed, batch_size=config.batch_size)
+            if len(indices):
+                stack = lay_out_mean(
+                    dataset,
+                    indices,
+                    1.0 / len(indices),
+                    batch_size=config.batch_size,
+                    microbatch_size=config.examples_per_pass,
+                )
+                if dropout:
+                    stack = with_places(stack)
+                    step_objective = dropout_objective(model.apply, model.base, step_key(config.seed, step))
+                stack = parallel.place_stack(stack, model.mesh)
+                loss, data_gradient = losses.loss_and_gradient_sums(step_objective, params, stack)
+                params, opt_state, norm = adam_step(
+                    params,
+                    opt_state,
+                    data_gradient,
+                    objective.from_prior(params),
+                    jnp.asarray(rates[step]),
+                    adam=adam,
+                    l2=objective.l2,
+                )
+                report()
+                unreported = (step + 1, loss, norm)
             done = step + 1 == num_steps
             if checkpoints is not None and (done or (step + 1) % config.checkpoint_every_steps == 0):
                 report()  # no checkpoint before its step was found finite and logged
                 seconds = seconds_before + time.perf_counter() - start
-                checkpoints.save(step + 1, (params, opt_state), {"seconds": seconds})
+                info: dict[str, Any] = {"seconds": seconds}
+                if step + 1 <= checkpoints.keep_up_to:
+                    info["sha256"] = trees.tree_sha256((params, opt_state)).hex()
+                checkpoints.save(step + 1, (params, opt_state), info)
         report()
     jax.block_until_ready(params)
     seconds = seconds_before + time.perf_counter() - start
@@ -355,4 +430,7 @@ def _train(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_from=resumed_from,
+        kept={}
+        if checkpoints is None
+        else {k: checkpoints.info(k)["sha256"] for k in checkpoints.steps() if k <= checkpoints.keep_up_to},
     )

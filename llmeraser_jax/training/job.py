@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,7 +29,14 @@ from llmeraser_jax.runs import (
     run_settings,
     write_run,
 )
-from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, IDENTITY_FILE, finetune_held
+from llmeraser_jax.training.batches import step_rows
+from llmeraser_jax.training.finetune import (
+    CHECKPOINT_DIRECTORY,
+    IDENTITY_FILE,
+    Replay,
+    TrainResult,
+    finetune_held,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +50,7 @@ def finetune_run(
     lora: LoraConfig | None = None,
     config: TrainConfig | None = None,
     tensorboard: bool = False,
+    keep_checkpoints: bool = False,
 ) -> Run:
     """Fine-tunes an adapter on a data file and makes `workdir` a run directory.
 
@@ -56,6 +65,8 @@ def finetune_run(
         lora: the adapter's shape and scale; None is the defaults.
         config: how it is trained; None is the defaults.
         tensorboard: also write TensorBoard events.
+        keep_checkpoints: keep those of the first epoch, one every `config.checkpoint_every_steps`, so that
+            `training.replay` can go on from before a row was seen.
 
     Returns:
         The finished run.
@@ -79,6 +90,7 @@ def finetune_run(
         config=config,
         initial_lora=model.init_lora(jax.random.key(config.seed), lora),
         tensorboard=tensorboard,
+        keep_checkpoints=keep_checkpoints,
     )
 
 
@@ -94,6 +106,8 @@ def train_run(
     initial_lora: Lora,
     parent: Mapping[str, str] | None = None,
     tensorboard: bool = False,
+    keep_checkpoints: bool = False,
+    replay: Replay | None = None,
 ) -> Run:
     """Trains in `workdir` and makes it a run directory; resumes, or does nothing if it is finished.
 
@@ -108,28 +122,30 @@ def train_run(
         initial_lora: the adapter to start from.
         parent: the run that this one is derived from.
         tensorboard: also write TensorBoard events.
+        keep_checkpoints: see `finetune_run`.
+        replay: the training whose steps are repeated; None is one of its own.
 
     Raises:
         RunError: `workdir` is a run with other settings.
         ValueError: see `training.finetune`.
     """
     workdir = Path(workdir)
-    wanted = run_settings(
-        kind=kind,
-        model_sha256=model_fingerprint(model.path),
-        model_dtype=base_dtype(model),
-        model_quantization=model.quantization,
-        matmul_precision=model.config.matmul_precision,
-        recipe=dataset.recipe,
-        lora_config=initial_lora.config,
-        train_config=config,
-        data_ids=[example.id for example in examples],
-        data_sha256=[data.content_hash(example) for example in examples],
-        parent=parent,
-    )
     with files.exclusive_use(workdir):
         if (workdir / RUN_FILE).exists():
             run = load_run(workdir)
+            wanted = run_settings(
+                kind=kind,
+                model_sha256=model_fingerprint(model.path),
+                model_dtype=base_dtype(model),
+                model_quantization=model.quantization,
+                matmul_precision=model.config.matmul_precision,
+                recipe=dataset.recipe,
+                lora_config=initial_lora.config,
+                train_config=config,
+                data_ids=[example.id for example in examples],
+                data_hashes=[run.content_hash(example) for example in examples],
+                parent=parent,
+            )
             differing = differing_settings(run.settings(), wanted)
             if differing:
                 msg = f"{workdir} is a finished run that differs in {', '.join(differing)}. Name another directory."
@@ -137,7 +153,14 @@ def train_run(
             _log.info("%s is finished already, with the same settings; nothing is done.", workdir)
         else:
             result = finetune_held(
-                model, dataset, config, lora=initial_lora, workdir=workdir, tensorboard=tensorboard
+                model,
+                dataset,
+                config,
+                lora=initial_lora,
+                workdir=workdir,
+                tensorboard=tensorboard,
+                keep_checkpoints=keep_checkpoints,
+                replay=replay,
             )
             on_primary(
                 lambda: write_run(
@@ -155,14 +178,16 @@ def train_run(
                         **result.summary(),
                         "num_truncated": dataset.num_truncated,
                         "num_dropped": len(dataset.dropped_ids),
-                        "gradient_equivalents": float(config.epochs * len(dataset)),
+                        "gradient_equivalents": float(_num_rows_seen(config, dataset, replay)),
+                        **_kept(result, dataset),
+                        **({} if replay is None else {"replayed_from_step": replay.first_step}),
                     },
                     parent=parent,
                     dataset=dataset,
                 )
             )
             run = load_run(workdir)
-        on_primary(lambda: _tidy(workdir))
+        on_primary(lambda: _tidy(run))
     return run
 
 
@@ -175,7 +200,34 @@ def _date_of(workdir: Path) -> str | None:
     return None
 
 
-def _tidy(workdir: Path) -> None:
+def _num_rows_seen(config: TrainConfig, dataset: TokenDataset, replay: Replay | None) -> int:
+    """Forward and backward passes of single examples, over all steps that were computed."""
+    if replay is None:
+        return config.epochs * len(dataset)
+    steps = range(replay.first_step, config.num_steps(len(replay.places)))
+    return sum(
+        len(step_rows(replay.places, step, seed=config.seed, batch_size=config.batch_size)) for step in steps
+    )
+
+
+def _kept(result: TrainResult, dataset: TokenDataset) -> dict[str, Any]:
+    """Of the record, what a replay needs: the checkpoints, and the shape that their steps were computed in."""
+    if not result.kept:
+        return {}
+    shape = dataset.uniform_shape
+    return {
+        "checkpoints": {str(step): sha256 for step, sha256 in result.kept.items()},
+        "shape": [shape.time, shape.response],
+    }
+
+
+def _tidy(run: Run) -> None:
     """Removes the files that only an unfinished training needs."""
-    shutil.rmtree(workdir / CHECKPOINT_DIRECTORY, ignore_errors=True)
-    (workdir / IDENTITY_FILE).unlink(missing_ok=True)
+    kept = run.result.get("checkpoints", {})
+    if kept:
+        for entry in (run.path / CHECKPOINT_DIRECTORY).iterdir():
+            if entry.name.isdigit() and entry.name not in kept:
+                shutil.rmtree(entry)
+    else:
+        shutil.rmtree(run.path / CHECKPOINT_DIRECTORY, ignore_errors=True)
+    (run.path / IDENTITY_FILE).unlink(missing_ok=True)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from llmeraser_jax import checkpoint, data, files, trees
-from llmeraser_jax.lora import product_norms
+from llmeraser_jax import data, files, trees
+from llmeraser_jax.data import Example
+from llmeraser_jax.lora import copy_adapter, product_norms
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import on_primary
-from llmeraser_jax.runs import Run, load_run, write_run
+from llmeraser_jax.runs import ADAPTER_DIRECTORY, KEYED, PLAIN, Run, RunKeys, file_sha256, load_run, write_run
+from llmeraser_jax.training.replay import replay, run_with_checkpoints
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.erase import erase
@@ -31,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 RECEIPT_FILE = "receipt.json"
 REQUESTS_FILE = "requests.jsonl"
-DELTA_DIRECTORY = "delta"
-# Of the receipt file: content hashes of the examples given as never trained on, here and to the erasures before.
+PARENT_ADAPTER_DIRECTORY = "parent_adapter"
+# Of the receipt file: hashes of the examples given as never trained on, here and to the erasures before.
 SHOWN_KEY = "heldout_sha256"
 
 
@@ -64,7 +65,12 @@ def _retrained_instead(
     _log.warning("The erasure is not complete (%s); retraining on the edited data.", receipt.outcome)
     model, requests = task.language_model, task.requests
     assert not isinstance(requests, EditProblem)  # of a run
-    (retrained,) = retrain(run, requests, workdir, seeds=1, model=model, data_path=data_path)
+    if run_with_checkpoints(run) is None:
+        (retrained,) = retrain(run, requests, workdir, seeds=1, model=model, data_path=data_path)
+    else:
+        retrained = replay(run, requests, workdir / "replay", model=model, data_path=data_path)
+    step = retrained.result.get("replayed_from_step")
+    how = "retrained on the edited data" if step is None else f"replayed on the edited data after step {step}"
     adapter = retrained.load_adapter(model)
     delta = trees.tree_sub(adapter, task.adapter)
     cost = dataclasses.replace(result.cost, training=float(retrained.result["gradient_equivalents"]))
@@ -75,7 +81,7 @@ def _retrained_instead(
         method="retrained",
         complete=True,
         validity=None,
-        outcome="complete: retrained on the edited data",
+        outcome=f"complete: {how}",
         attempts=(*receipt.attempts, f"{receipt.method}: {receipt.outcome}"),
         seconds=seconds,
         gradient_equivalents=cost,
@@ -84,6 +90,27 @@ def _retrained_instead(
         product_change_norm=float(products[0]),
     )
     return dataclasses.replace(result, params=adapter, cost=cost, seconds=seconds, receipt=receipt), receipt
+
+
+def _hashed(
+    named: Sequence[Mapping[str, Any]], keys: RunKeys, examples: Sequence[Example], edited: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """The named examples with hashes of what they were and what they are."""
+    before, after = ({e.id: keys.example(data.content_hash(e)) for e in rows} for rows in (examples, edited))
+    return [{**one, "hash_before": before[one["id"]], "hash_after": after.get(one["id"])} for one in named]
+
+
+def _shown_before(run: Run, keys: RunKeys) -> Sequence[str]:
+    """Hashes of what the erasures before were shown as never trained on."""
+    shown = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+    if run.hashes == PLAIN:
+        return [keys.shown(sha256) for sha256 in shown]
+    if shown and run.keys is None:
+        _log.warning(
+            "The key of %s is not there: which held-out rows earlier erasures were shown is not known.", run.path
+        )
+        return ()
+    return shown
 
 
 def erase_run(
@@ -106,9 +133,11 @@ def erase_run(
 ) -> tuple[Run, Result]:
     """Erases from a run and makes `workdir` a run directory of the result, whole or not at all.
 
-    `workdir` gets `adapter/` (PEFT, float32), `delta/` (Orbax), `receipt.json`, the requests, and the edited
-    training data, so that it can be erased from again. The states of streamed solves are kept in `<workdir>.solves`
-    until it is done, and the same call after a kill goes on from them.
+    `workdir` gets `adapter/` (PEFT, float32), `parent_adapter/` (the files of the adapter before, for undoing),
+    `receipt.json`, the requests, and the edited training data, so that it can be erased from again. Nothing in it
+    holds what was erased or replaced: the receipt has hashes under a key of the directory's own. The states of
+    streamed solves are kept in `<workdir>.solves` until it is done, and the same call after a kill goes on from
+    them.
 
     Args:
         run: the run to erase from: trained, adopted, or itself the result of an erasure.
@@ -126,7 +155,8 @@ def erase_run(
         target_loss: where removed rows should end instead of the calibration rows' mean loss, nats per token.
         on_incomplete: what happens where the outcome is not called complete. `warn` writes the adapter, and the
             receipt says so; `refuse` writes nothing; `retrain` writes the adapter of a retraining on the edited
-            data with the run's recipe, which goes on where it was if it is killed.
+            data with the run's recipe, from the last checkpoint before the first forgotten row where the training
+            kept any (see `training.replay`); it goes on where it was if it is killed.
         on_step: called after every accepted step.
 
     Raises:
@@ -175,18 +205,25 @@ def erase_run(
         if on_incomplete == "retrain":
             result, receipt = _retrained_instead(run, task, retraining, result, receipt, data_path)
     written = receipt.to_mapping()
+    previous = run.receipts[-1]["sha256"] if run.receipts else None
 
     def write() -> None:
         with files.atomic_directory(workdir) as directory:
-            earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+            keys = RunKeys.new(heldout=None if run.keys is None else run.keys.heldout)
             now = () if calibration is None else map(data.content_hash, calibration)
-            shown = list(dict.fromkeys((*earlier, *now)))
-            whole = {**written, SHOWN_KEY: shown, "parent": run.reference()}
+            whole = {
+                **written,
+                "named": _hashed(written["named"], keys, examples, edited),
+                SHOWN_KEY: list(dict.fromkeys((*_shown_before(run, keys), *map(keys.shown, now)))),
+                "hashes": KEYED,
+                "parent": run.reference(),
+                "previous": previous,
+            }
             files.atomic_write_json(directory / RECEIPT_FILE, whole)
             request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
             files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
-            checkpoint.save_pytree(directory / DELTA_DIRECTORY, result.delta)
-            digest = hashlib.sha256((directory / RECEIPT_FILE).read_bytes()).hexdigest()
+            copy_adapter(run.path / ADAPTER_DIRECTORY, directory / PARENT_ADAPTER_DIRECTORY)
+            digest = file_sha256(directory / RECEIPT_FILE)
             write_run(
                 directory,
                 kind="erase",
@@ -207,8 +244,15 @@ def erase_run(
                 parent=run.reference(),
                 receipts=[
                     *run.receipts,
-                    {"sha256": digest, "counts": written["counts"], "outcome": written["outcome"]},
+                    {
+                        "sha256": digest,
+                        "previous": previous,
+                        "counts": written["counts"],
+                        "outcome": written["outcome"],
+                    },
                 ],
+                keys=keys,
+                also=(REQUESTS_FILE, PARENT_ADAPTER_DIRECTORY),
             )
         shutil.rmtree(solves, ignore_errors=True)
         shutil.rmtree(retraining, ignore_errors=True)

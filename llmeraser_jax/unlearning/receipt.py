@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from llmeraser_jax import trees
-from llmeraser_jax.data import content_hash, edited_example
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
 from llmeraser_jax.lora import Lora, product_norms
 from llmeraser_jax.solvers import Status, describe
@@ -50,17 +49,16 @@ _SEVERITY = (
 class NamedExample:
     """One request as it was carried out.
 
+    The receipt in a run directory also has `hash_before`, a hash of the example as trained on under the directory's
+    key, and `hash_after` of its replacement (null for a removal).
+
     Attributes:
         id: of the training example.
         action: `remove`, `modify_query` or `correct_response`.
-        hash_before: content hash of the example as trained on; None where examples are no texts.
-        hash_after: of its replacement; None for a removal.
     """
 
     id: str
     action: str
-    hash_before: str | None
-    hash_after: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ class Receipt:
     Attributes:
         config: what was asked for: the method with every choice, seed, micro-batch size and budget.
         counts: forget rows per action.
-        named: the requests with content hashes.
+        named: the requests.
         num_examples_before, num_examples_after: n and n'.
         method: what was done; `config` has what was asked for.
         validity: what the change did, row by row; None where the adapter is unchanged.
@@ -282,24 +280,10 @@ def _named(task: UnlearningTask) -> tuple[NamedExample, ...]:
             NamedExample(
                 id=row_id(task.problem.examples, row),
                 action="remove" if new < 0 else "modify_query" if modified else "correct_response",
-                hash_before=None,
-                hash_after=None,
             )
             for row, new, modified in rows
         )
-    by_id = {example.id: example for example in task.dataset.examples}
-    named = []
-    for request in task.requests:
-        after = edited_example(by_id[request.id], request)
-        named.append(
-            NamedExample(
-                id=request.id,
-                action=str(request.action),
-                hash_before=content_hash(by_id[request.id]),
-                hash_after=None if after is None else content_hash(after),
-            )
-        )
-    return tuple(named)
+    return tuple(NamedExample(id=request.id, action=str(request.action)) for request in task.requests)
 
 
 def _edited_gradient_norms(

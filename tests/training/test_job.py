@@ -29,7 +29,7 @@ def tune(model, data_path, workdir, **changes):
 
 def test_a_finished_run_holds_what_its_training_was(finished_run, data_path, model):
     entries = sorted(entry.name for entry in finished_run.path.iterdir())
-    assert entries == ["adapter", "initial_adapter", "metrics.jsonl", "run.json"]
+    assert entries == ["adapter", "hash.key", "initial_adapter", "metrics.jsonl", "run.json"]
     recorded = json.loads((finished_run.path / "run.json").read_text())
     assert recorded["kind"] == "finetune" and recorded["seed"] == 3
     assert recorded["data"]["path"] == str(data_path)
@@ -133,6 +133,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(uninterrupted, mode
     for name in ("loss", "gradient_norm", "learning_rate"):
         assert [line[name] for line in lines] == [line[name] for line in reference]
     run, other = runs.load_run(workdir), runs.load_run(expected)
-    assert run.settings() == other.settings()
+    differing = runs.differing_settings(run.settings(), other.settings())
+    assert [entry.split(" (")[0] for entry in differing] == ["training data"]  # hashed with each run's own key
+    assert run.load_examples() == other.load_examples()
     assert run.result["loss"] == other.result["loss"]
     assert run.result["gradient_norm"] == other.result["gradient_norm"]
