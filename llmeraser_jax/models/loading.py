@@ -284,7 +284,9 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     if not any((Path(directory) / name).exists() for name in _TOKENIZER_FILES):
         _log.info("%s has no tokenizer files.", directory)
         return None
-    # Importing transformers takes seconds, which a program without a tokenizer need not wait for.
+    # transformers would warn that there is no PyTorch, which nothing here needs.
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    # Importing it takes seconds, which a program without a tokenizer need not wait for.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(os.fspath(directory))
