@@ -28,7 +28,6 @@ from llmeraser_jax import interrupts
 if interrupts.is_console():  # before the imports that take seconds
     interrupts.install()
 
-# ruff: noqa: E402
 from llmeraser_jax import curvature, evaluation, rivals, solvers
 from llmeraser_jax.data import (
     Action,
