@@ -15,7 +15,7 @@ responses corrected. Influence functions give the adapter's change without retra
         requests=le.load_requests("requests.jsonl", examples),
         training=le.TrainConfig(epochs=3, l2=1e-3),             # as the adapter was trained
     )
-    result = le.erase(task)                                     # or le.erase(task, le.Path(num_steps=8), budget=0.5)
+    result = le.erase(task)                                     # or le.erase(task, le.Path(num_steps=8))
     le.save_adapter("path/to/new_adapter", result.params, model)
 
 `result.receipt` says what was done and how far to trust it. From files to files, with everything recorded, the

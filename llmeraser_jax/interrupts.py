@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM of the console script, from the package's first import to the last line.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. In an import it can get lost, in a call of XLA
-it waits for the call's end, and an orderly exit while XLA's threads work can end in a segmentation fault. So a
+Python raises KeyboardInterrupt wherever the main thread happens to be. In an import it can get lost, in a call of
+XLA it waits for the call's end, and an orderly exit while XLA's threads work can end in a segmentation fault. So a
 thread learns of every signal at once: before a command has begun there is nothing to tidy up, and the process ends;
 afterwards the main thread has `GRACE_SECONDS` to do so, or until the next signal.
 """

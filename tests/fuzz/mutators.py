@@ -1,4 +1,4 @@
-"""Ways in which a file can be other than it should be. Every function is deterministic in the generator it is given."""
+"""Ways in which a file can be other than it should be; every function is deterministic in its generator."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def yaml_file(rng: random.Random, content: bytes) -> bytes:
     import yaml
 
     bombs = (
-        b"a: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a]\nbase_model: *b\ndatasets: *b\n",
+        b"a: &a [x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a]\nbase_model: *b\ndatasets: *b\n",
         b"base_model: !!python/object/apply:os.system ['true']\ndatasets: []\n",
         b"base_model: x\n\tdatasets: []\n",
         b"base_model: &x {a: *x}\ndatasets: *x\n",
@@ -191,7 +191,7 @@ def csv_file(rng: random.Random, content: bytes) -> bytes:
     k = rng.randrange(len(lines))
     cells = lines[k].split(",")
     j = rng.randrange(len(cells))
-    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", " ", '"a\nb"', "\ufeff", "id", "'")
+    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", " ", '"a\nb"', "\ufeff", "'")
     cells[j] = rng.choice(odd)
     lines[k] = ",".join(cells if rng.random() < 0.8 else cells[:j])
     return "\n".join(lines).encode("utf-8", "surrogatepass")

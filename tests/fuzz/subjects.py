@@ -16,13 +16,15 @@ import pyarrow.parquet
 
 from llmeraser_jax.data import Recipe, encode_examples, load_examples, load_requests
 from llmeraser_jax.evaluation.job import write_overview
-from llmeraser_jax.lora import LoraConfig, init_lora, load_adapter, save_adapter
+from llmeraser_jax.lora import Lora, LoraConfig, init_lora, load_adapter, save_adapter
 from llmeraser_jax.models import Model, load_model, load_tokenizer
 from llmeraser_jax.models.loading import read_config
-from llmeraser_jax.runs import load_run
+from llmeraser_jax.runs import load_run, write_run
+from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.adopt import load_training_recipe
 from llmeraser_jax.training.trainers import final_loss_of, find_recipe
 from tests.data.chat_tokenizers import byte_tokenizer
+from tests.evaluation.test_summary import STEPS, _receipt
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Files
 from tests.training import tiny
@@ -147,6 +149,7 @@ ARGUMENTS = {
     "warmup_steps": 0, "optim": "adamw_torch", "lr_scheduler_type": "cosine", "seed": 42, "max_length": 1024,
     "truncation_mode": "keep_start", "packing": True, "packing_strategy": "bfd", "assistant_only_loss": False,
 }  # fmt: skip
+SOME_RECEIPT = json.dumps(_receipt(*STEPS))
 CARD = b"""---
 base_model: b
 tags: [trl, sft]
@@ -171,8 +174,8 @@ def _odd_table(rng: random.Random, files: Files) -> tuple[Files, str]:
         "id": [1, 2],
     }
     odd = (
-        [None, None], [1.5, float("nan")], [b"\xff\xfe", b"x"], [[1], [2, 3]], [{"a": 1}, {"a": None}], [True, False],
-        [10**30, 1], ["a", None], ["", ""], ["\x1b[31m", "\x00"], [["a"], None],
+        [None, None], [1.5, float("nan")], [b"\xff\xfe", b"x"], [[1], [2, 3]], [{"a": 1}, {"a": None}],
+        [True, False], [10**30, 1], ["a", None], ["", ""], ["\x1b[31m", "\x00"], [["a"], None],
     )  # fmt: skip
     name = rng.choice((*columns, "input", "__index_level_0__", "messages", "tools", "\x1b[2J"))
     try:
@@ -266,7 +269,7 @@ def make_subjects(work: Path) -> dict[str, Subject]:
         "llamafactory.yml": json.dumps(LLAMAFACTORY).encode(),
         "README.md": CARD,
     }
-    results = _results(work)
+    results = _results(work, model, lora)
 
     def load_with_tokenizer(path: Path):
         loaded = load_tokenizer(path)
@@ -330,20 +333,29 @@ def _below(files: Files) -> Files:
     return {f"result/{name}": content for name, content in files.items()}
 
 
-def _results(work: Path) -> dict[str, Files]:
-    """The small files of a fine-tuning and of an erasure from it."""
-    from llmeraser_jax.training.job import finetune_run
-    from llmeraser_jax.unlearning import Path as InfluencePath
-    from llmeraser_jax.unlearning.job import erase_run
-    from llmeraser_jax.training import TrainConfig
-
-    data = tiny.write_rows(work / "train.jsonl", tiny.rows())
-    requests = work / "requests.jsonl"
-    requests.write_bytes(_lines(REQUESTS))
-    config = TrainConfig(epochs=1, batch_size=4, learning_rate=0.05)
-    model = load_model(work / "model")
-    run = finetune_run(model, data, work / "run", recipe=tiny.RECIPE, lora=tiny.LORA, config=config)
-    erase_run(run, requests, work / "erased", InfluencePath(num_steps=1), float("inf"), model=model)
+def _results(work: Path, model: Model, lora: Lora) -> dict[str, Files]:
+    """The small files of a fine-tuning and of an erasure, without what takes time to compute."""
+    examples = load_examples(tiny.rows())
+    dataset = encode_examples(examples, tiny.RECIPE, model.tokenizer)
+    recorded = dict(json.loads(SOME_RECEIPT), counts={"remove": 1, "modify_query": 1, "correct_response": 1})
+    for kind, name in (("finetune", "run"), ("erase", "erased")):
+        write_run(
+            work / name,
+            kind=kind,
+            model=model,
+            recipe=dataset.recipe,
+            normalizer=dataset.normalizer,
+            train_config=TrainConfig(epochs=1),
+            examples=examples,
+            data_path=None,
+            lora=lora,
+            initial_lora=lora,
+            result={"loss": 1.0, "seconds": 2.0, "gradient_equivalents": 10.0, "gradient_norm": 0.1},
+            receipts=[{"sha256": "0" * 64, "counts": recorded["counts"], "outcome": "complete"}]
+            * (kind == "erase"),
+            dataset=dataset,
+        )
+    (work / "erased" / "receipt.json").write_text(json.dumps(recorded))
     wanted = ("run.json", "receipt.json", "adapter/adapter_config.json", "initial_adapter/adapter_config.json")
     return {
         name: {file: content for file, content in read_directory(work / name).items() if file in wanted}

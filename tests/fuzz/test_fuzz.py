@@ -18,8 +18,8 @@ from tests.fuzz.subjects import make_subjects, write_directory
 
 KINDS = (
     "requests jsonl", "data jsonl", "messages jsonl", "data json", "data csv", "data parquet", "data directory",
-    "adapter", "configuration", "base", "sharded base", "tokenizer", "recipe", "chat recipe", "trainer's files", "run",
-    "receipt",
+    "adapter", "configuration", "base", "sharded base", "tokenizer", "recipe", "chat recipe", "trainer's files",
+    "run", "receipt",
 )  # fmt: skip
 QUICK, SLOW = 40, 700
 SECONDS = 30  # of this process's time, for one input
@@ -41,7 +41,7 @@ def outcome(subject, path):
     """Exit status and standard error, as the console has them."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
-        status = cli.guarded(lambda: subject.load(path) and 0 or 0)
+        status = cli.guarded(lambda: (subject.load(path) and 0) or 0)
     return status, told.getvalue()
 
 
