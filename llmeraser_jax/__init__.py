@@ -15,13 +15,18 @@ responses corrected. Influence functions give the adapter's change without retra
         requests=le.load_requests("requests.jsonl", examples),
         training=le.TrainConfig(epochs=3, l2=1e-3),             # as the adapter was trained
     )
-    result = le.erase(task)                                     # or le.erase(task, le.Path(num_steps=8),
-    budget=0.5) le.save_adapter("path/to/new_adapter", result.params, model)
+    result = le.erase(task)                                     # or le.erase(task, le.Path(num_steps=8))
+    le.save_adapter("path/to/new_adapter", result.params, model)
 
 `result.receipt` says what was done and how far to trust it. From files to files, with everything recorded, the
 same is done by the functions that end in `_run` and by the console script `llmeraser`. The mathematics is in
 `le.curvature` and `le.solvers`, measuring in `le.evaluation`, methods to compare with in `le.rivals`.
 """
+
+from llmeraser_jax import interrupts
+
+if interrupts.is_console():  # before the imports that take seconds
+    interrupts.install()
 
 from llmeraser_jax import curvature, evaluation, rivals, solvers
 from llmeraser_jax.data import (

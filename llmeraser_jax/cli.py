@@ -6,12 +6,16 @@ wiring and words; the work is in the functions that each command calls.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -19,12 +23,15 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from llmeraser_jax import interrupts
 from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Recipe
+from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
 from llmeraser_jax.parallel import is_primary, parse_mesh, start_processes
+from llmeraser_jax.text import bounded, printable
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.types import Solver
 from llmeraser_jax.unlearning import Auto, Corrected, Receipt, Step, TargetMatching, TrustRegion, Verdict
@@ -39,7 +46,7 @@ _log = logging.getLogger("llmeraser_jax")
 def _say(text: str = "") -> None:
     """Results go to standard output, once; progress and warnings to standard error."""
     if is_primary():
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(printable(text) + "\n")
         sys.stdout.flush()
 
 
@@ -713,25 +720,123 @@ def _status(receipt: Receipt) -> int:
     return 4 if not_judged else 3
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status.
+class _PrintableFormatter(logging.Formatter):
+    """Log lines in which a terminal finds nothing to obey, whatever file a name or a text in them is from."""
 
-    Errors of the user's input or environment are one line on standard error; LLMERASER_DEBUG=1 shows where
-    they were raised.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """What tyro reads; the empty name keeps this class out of its messages."""
+
+    command: Annotated[Command, tyro.conf.arg(name="")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     _log.setLevel(logging.INFO)
-    command = tyro.cli(Command, prog="llmeraser", args=arguments, description=_DESCRIPTION, registry=_registry())
+    if arguments[:1] == ["--version"]:
+        versions = library_versions()
+        own = versions.pop("llmeraser-jax") or "(from its source tree)"
+        _say(f"llmeraser {own}   ({', '.join(f'{name} {v}' for name, v in versions.items())})")
+        return 0
+    command = _parse(arguments)
+    return guarded(command.run)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Runs a command; an error is one line on standard error, and the exit status.
+
+    Errors of the user's input or environment name what they are about. Any other exception is a fault of the
+    program, and is called so. LLMERASER_DEBUG=1 shows where an exception was raised.
+    """
     try:
-        return command.run()
-    except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
+        with interrupts.raising():
+            return run()
+    except KeyboardInterrupt as interrupt:
+        return interrupts.tell(interrupts.signal_of(interrupt))
+    except Exception as error:
+        number = interrupts.received()
+        if number is not None:  # XLA, for one, makes another exception of it
+            return interrupts.tell(number)
         if os.environ.get("LLMERASER_DEBUG"):
             raise
-        sys.stderr.write(f"llmeraser: error: {error}\n")
+        if isinstance(error, BrokenPipeError):
+            raise  # `console` knows what that means
+        sys.stderr.write(f"llmeraser: error: {_words(error)}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("llmeraser: interrupted; the same command goes on where it was, if it can be resumed\n")
-        return 130
+
+
+def _words(error: Exception) -> str:
+    known = (ValueError, ArithmeticError, OSError, RuntimeError, ImportError, MemoryError)
+    if isinstance(error, known) and str(error) and not isinstance(error, RecursionError):
+        return bounded(str(error))
+    words = bounded(str(error))
+    return f"{type(error).__name__}{': ' if words else ''}{words} (LLMERASER_DEBUG=1 shows where; please report it)"
+
+
+def _parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments state; wrong flags end the program with a suggestion."""
+
+    def parse(these: Sequence[str]) -> Command:
+        return tyro.cli(
+            tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[_Arguments]],
+            prog="llmeraser",
+            args=these,
+            description=_DESCRIPTION,
+            registry=_registry(),
+        ).command
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return parse(arguments)
+    except SystemExit:
+        sys.stderr.write(told.getvalue())
+        for unknown, known in _suggestions(arguments, parse) if "Unrecognized" in told.getvalue() else ():
+            if f"    {known}" not in told.getvalue():  # tyro suggests flags itself, where none is missing
+                sys.stderr.write(f"llmeraser: {printable(unknown, keep='')} is unknown; did you mean {known}?\n")
+        raise
+
+
+def _suggestions(arguments: Sequence[str], parse: Callable[[Sequence[str]], object]) -> list[tuple[str, str]]:
+    """Arguments that help does not know, each with the most similar one that it knows."""
+    words: list[str] = []
+
+    def help_of(*commands: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            parse([*commands, "--help"])
+        return shown.getvalue()
+
+    text = help_of()
+    commands = _choices(text)
+    for argument in arguments:
+        if argument in commands:
+            words.append(argument)
+            text = help_of(*words) + text
+            commands = _choices(text)
+    flags = set(re.findall(r"--[a-z][a-z0-9-]*", text))
+    found = []
+    for argument in arguments:
+        is_flag = argument.startswith("--")
+        name = argument.partition("=")[0]
+        known = flags if is_flag else set(_choices(text))
+        first_word = not is_flag and not words and argument == arguments[0]
+        if name not in known and ((is_flag and words) or first_word):
+            found += [(name, match) for match in difflib.get_close_matches(name, sorted(known), n=1)]
+    return found
+
+
+def _choices(help_text: str) -> list[str]:
+    """The sub-commands in braces that a usage line ends with."""
+    braces = re.search(r"^usage:[^{]*\{([^}]*)\}", help_text)
+    return [] if braces is None else [word.strip() for word in braces[1].split(",")]
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
@@ -796,22 +901,28 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 _DESCRIPTION = (
     "Make a LoRA-tuned language model forget: influence functions give the adapter's change for examples that "
-    "are removed or edited, at a fraction of retraining's cost."
+    "are removed or edited, at a fraction of retraining's cost. llmeraser --version says what is installed."
 )
 
 
 def console() -> None:
     """The console script."""
+    interrupts.install()
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    if status in (1, 130) and jax.distributed.is_initialized():
-        # An orderly exit would wait for the others, and they may be waiting for this process's share of a sum.
-        sys.stdout.flush()
-        sys.stderr.flush()
+    number = interrupts.received()
+    if number is not None and status < 128:  # it was lost, and the command went on to its end
+        status = interrupts.tell(number)
+    # An orderly exit ends some programs with a segmentation fault where XLA's threads still work. On a pod it would
+    # wait for the others, and they may be waiting for this process's share of a sum.
+    if status >= 128 or (status == 1 and jax.distributed.is_initialized()):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from llmeraser_jax.parallel import on_primary
+from llmeraser_jax.text import bounded, one_line
 
 LOCK_FILE = ".lock"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _temporary_sibling(path: Path) -> Path:
@@ -135,6 +137,55 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     atomic_write_text(path, to_json(value, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], error: type[ValueError] = ValueError) -> Iterator[None]:
+    """Makes whatever a damaged file raises an exception with a short, printable message that names it.
+
+    What names it already, in few words, passes as it is; so do files that are not there.
+
+    Args:
+        path: the file or directory that is read in the block.
+        error: raised, where the exception was another one.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as absent:
+        if absent.filename is None and name not in str(absent):
+            raise type(absent)(f"{name}: {bounded(str(absent))}") from absent
+        raise
+    except Exception as found:
+        pointers = lfs_pointers(name)
+        if pointers:
+            listed = ", ".join(pointers[:3])
+            msg = f"{listed} is a Git LFS pointer and not the file; fetch it with `git lfs pull`."
+            raise error(msg) from found
+        known = isinstance(found, ValueError | OSError | ImportError) and not isinstance(found, UnicodeError)
+        if not known:
+            reason = {RecursionError: "nested too deep", MemoryError: "it takes more memory than there is"}.get(
+                type(found), f"{type(found).__name__}: {one_line(found, 400)}"
+            )
+            msg = f"{name} cannot be used ({reason}); it is damaged, or not what its name says."
+            raise error(msg) from found
+        message = bounded(str(found))
+        if name in message and message == str(found):
+            raise
+        kind = type(found) if isinstance(found, error) else error
+        raise kind(message if name in message else f"{name}: {message}") from found
+
+
+def lfs_pointers(path: str | os.PathLike[str]) -> list[str]:
+    """The files, `path` itself or those in the directory, that are Git LFS pointers to what is elsewhere."""
+    path = Path(path)
+    found = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    found.append(str(file))
+    return found
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file.
 
@@ -142,11 +193,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON; the message names it.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path} is not a JSON file: {error}."
-        raise ValueError(msg) from error
+    with reading(path):
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error, 300)
+            msg = f"{path} is not a JSON file: {reason}."
+            raise ValueError(msg) from error
 
 
 @contextlib.contextmanager

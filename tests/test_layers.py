@@ -12,7 +12,7 @@ PACKAGE = "llmeraser_jax"
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 # A room may import the rooms of lines above its own. Rooms of one line do not import each other.
 ORDER = (
-    ("types", "environment", "checks", "_jaxprs"),
+    ("types", "environment", "checks", "text", "interrupts", "_jaxprs"),
     ("parallel",),
     ("trees", "files"),
     ("checkpoint", "tracking", "convert", "data"),

@@ -18,7 +18,6 @@ from llmeraser_jax.convert.table import Shape
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _NUMPY_NAMES = {**_DTYPE_NAMES, "U8": "uint8", "I8": "int8"}
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class SafetensorsSource:
@@ -122,11 +121,8 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     if path.is_dir():
         msg = f"{path} is a directory; expected a safetensors file."
         raise ValueError(msg)
-    with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            msg = f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`."
-            raise ValueError(msg)
+    with files.reading(path), open(path, "rb") as file:
+        start = file.read(8)
         try:
             safe_open(path, framework="numpy")  # checks that the header fits the file
         except SafetensorError as error:

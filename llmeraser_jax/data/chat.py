@@ -17,7 +17,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.limits import limited
 from llmeraser_jax.data.templates import Recipe
+from llmeraser_jax.text import one_line, show
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
 
@@ -26,6 +28,8 @@ _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _STAND_INS = ("Xaver", "Yvonne")
 _DATE_DIRECTIVES = "aAbBdejmyYuwUVWGFDxHIMSpfcXZz"
 _SHOWN_CHARACTERS = 400
+# Of one rendering; a template is a program, which need not end.
+_MOST_SECONDS, _MOST_BYTES, _MOST_CHARACTERS = 10.0, 2**31, 20_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,16 +144,25 @@ class ChatRenderer:
     def _apply(self, example: Example, turns: Turns, **arguments: Any) -> Any:
         stated = json.loads(example.chat_template_kwargs) if example.chat_template_kwargs else {}
         try:
-            return self._tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                tools=json.loads(example.tools) if example.tools else None,
-                chat_template=self._template(example),
-                **{**self._recipe.chat_template_kwargs, **stated},
-                **arguments,
-            )
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            msg = f"Example {example.id!r}: the chat template refuses it: {error}"
+            with limited("It", seconds=_MOST_SECONDS, num_bytes=_MOST_BYTES):
+                rendered = self._tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in turns],
+                    tools=json.loads(example.tools) if example.tools else None,
+                    chat_template=self._template(example),
+                    **{**self._recipe.chat_template_kwargs, **stated},
+                    **arguments,
+                )
+        except (
+            TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError,
+            MemoryError,
+        ) as error:  # fmt: skip
+            told = str(error) or type(error).__name__
+            msg = f"Example {show(example.id)}: the chat template refuses it: {one_line(told, 500)}"
             raise ValueError(msg) from error
+        if isinstance(rendered, str) and len(rendered) > _MOST_CHARACTERS:
+            msg = f"Example {show(example.id)}: the chat template writes {len(rendered)} characters; it blows up."
+            raise ValueError(msg)
+        return rendered
 
 
 def conversation_of(example: Example) -> tuple[tuple[str, str], ...]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llmeraser_jax import files
-from llmeraser_jax.data.sources import JSON_SUFFIXES, DataError, describe, read_rows
+from llmeraser_jax.data.sources import JSON_SUFFIXES, DataError, describe, problem_of_json, read_rows
 from llmeraser_jax.data.template_arguments import problem_of_template_arguments
+from llmeraser_jax.text import show
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ _ROLES = {  # ShareGPT's names
     "bot": "assistant",
     "model": "assistant",
 }
-_MAX_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,11 @@ def load_examples(source: Any) -> tuple[Example, ...]:
         DataError: anything in it that is not an example; the message names the file and the row.
     """
     name = describe(source)
+    with files.reading(name, DataError):
+        return _read_examples(source, name)
+
+
+def _read_examples(source: Any, name: str) -> tuple[Example, ...]:
     examples: list[Example] = []
     rows_of_ids: dict[str, str] = {}
     ignored: dict[str, None] = {}
@@ -174,7 +179,8 @@ def load_examples(source: Any) -> tuple[Example, ...]:
             raise DataError(msg)
         has_ids = "id" in row
         if example.id in rows_of_ids:
-            msg = f"{label}: id {example.id!r} was already used in {rows_of_ids[example.id]}; ids must be unique."
+            first = rows_of_ids[example.id]
+            msg = f"{label}: id {show(example.id)} was already used in {first}; ids must be unique."
             raise DataError(msg)
         rows_of_ids[example.id] = where
         examples.append(example)
@@ -182,7 +188,7 @@ def load_examples(source: Any) -> tuple[Example, ...]:
         msg = f"{name}: holds no examples."
         raise DataError(msg)
     if ignored:
-        _log.warning("%s: these columns are ignored: %s.", name, ", ".join(map(repr, ignored)))
+        _log.warning("%s: these columns are ignored: %s.", name, ", ".join(map(show, ignored)))
     return tuple(examples)
 
 
@@ -359,8 +365,8 @@ def _read_json_column(row: Mapping[str, Any], column: str, label: str) -> str:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            msg = f"{label}: column {column!r} is not JSON: {error.msg}."
+        except (ValueError, RecursionError) as error:
+            msg = f"{label}: column {column!r} is not JSON: {problem_of_json(error)}."
             raise DataError(msg) from error
     if value is None or (_is_empty(value) and not _is_list(value)):
         return ""
@@ -390,7 +396,7 @@ def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
         return str(number)
     id_ = row["id"]
     if isinstance(id_, bool) or not isinstance(id_, str | int):
-        msg = f"{label}: id must be a string or an integer, got {type(id_).__name__} {str(id_)[:_MAX_SHOWN]!r}."
+        msg = f"{label}: id must be a string or an integer, got {type(id_).__name__} {show(id_)}."
         raise DataError(msg)
     _check_text(str(id_), f"{label}: id")
     if not str(id_).strip():
@@ -401,7 +407,7 @@ def _read_id(row: Mapping[str, Any], number: int, label: str) -> str:
 
 def _check_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        msg = f"{what} must be a string, got {type(value).__name__}: {str(value)[:_MAX_SHOWN]!r}."
+        msg = f"{what} must be a string, got {type(value).__name__}: {show(value)}."
         raise DataError(msg)
     try:
         value.encode("utf-8")

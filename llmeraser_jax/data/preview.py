@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import unicodedata
 from typing import Any
 
 from llmeraser_jax.data.tokens import EncodedExample
+from llmeraser_jax.text import printable
 
 LOSS_BEGIN, LOSS_END = "⟦", "⟧"
-_SHOWN_CONTROLS = "\n\t"
 
 
 def marked_text(encoded: EncodedExample, tokenizer: Any) -> str:
@@ -25,7 +24,7 @@ def marked_text(encoded: EncodedExample, tokenizer: Any) -> str:
         *_, last = indices
         # From the start each time: a vocabulary that marks words' beginnings drops the first one's space.
         so_far = tokenizer.decode(encoded.tokens[: last + 1], clean_up_tokenization_spaces=False)
-        piece = _printable(so_far[len(before) :] if so_far.startswith(before) else so_far)
+        piece = printable(so_far[len(before) :] if so_far.startswith(before) else so_far)
         pieces.append(f"{LOSS_BEGIN}{piece}{LOSS_END}" if under_loss else piece)
         before = so_far
     return "".join(pieces)
@@ -35,13 +34,3 @@ def to_json(encoded: EncodedExample) -> str:
     """`id`, `tokens` and `loss_mask` (1 under the loss) as one line of JSON."""
     row = {"id": encoded.id, "tokens": encoded.tokens.tolist(), "loss_mask": encoded.loss_mask.astype(int).tolist()}
     return json.dumps(row, ensure_ascii=False)
-
-
-def _printable(text: str) -> str:
-    """Control and formatting characters as escapes; line breaks and tabs stay."""
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in ("Cc", "Cf") and c not in _SHOWN_CONTROLS
-        else c
-        for c in text
-    )

@@ -15,7 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmeraser_jax import files
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.sources import problem_of_json
+from llmeraser_jax.text import one_line, show
 
 _MAX_LISTED = 20
 _MAX_COPIES = 5
@@ -74,13 +77,14 @@ def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
     if not path.is_file():
         msg = f"{path}: there is no such request file."
         raise FileNotFoundError(msg)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{path}: not UTF-8 at byte {error.start}."
-        raise RequestError(msg) from error
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    return parse_requests(text.split("\n"), examples, source=str(path))
+    with files.reading(path, RequestError):
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            msg = f"{path}: not UTF-8 at byte {error.start}."
+            raise RequestError(msg) from error
+        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+        return parse_requests(text.split("\n"), examples, source=str(path))
 
 
 def parse_requests(
@@ -108,17 +112,23 @@ def parse_requests(
             request = _parse_line(line, number)
             if request.id in line_of_id:
                 first = line_of_id[request.id]
-                raise _ProblemError(f"id {request.id!r} was already named in line {first}; name each example once")
+                raise _ProblemError(
+                    f"id {show(request.id)} was already named in line {first}; name each example once"
+                )
             line_of_id[request.id] = number
             if request.id not in by_id:
-                raise _ProblemError(f"unknown id {request.id!r}; the data has {len(by_id)} examples{_hint(by_id)}")
+                raise _ProblemError(
+                    f"unknown id {show(request.id)}; the data has {len(by_id)} examples{_hint(by_id)}"
+                )
             example = by_id[request.id]
             if edited_example(example, request) == example:
                 changed = " and ".join(request.changes)
-                raise _ProblemError(f"{request.action} of {request.id!r} changes nothing: {changed} is what it was")
+                raise _ProblemError(
+                    f"{request.action} of {show(request.id)} changes nothing: {changed} is what it was"
+                )
             requests.append(request)
         except (_ProblemError, ValueError) as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"line {number}: {one_line(error, 400)}")
     if not requests and not problems:
         problems.append("holds no requests")
     removed = {request.id for request in requests if request.action is Action.REMOVE}
@@ -208,8 +218,9 @@ def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
     if isinstance(line, str):
         try:
             fields = json.loads(line, object_pairs_hook=_refuse_repeated_keys)
-        except json.JSONDecodeError as error:
-            raise _ProblemError(f"not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise _ProblemError(f"not JSON: {problem_of_json(error)}{column}") from error
     else:
         fields = line
     if not isinstance(fields, Mapping):
@@ -221,12 +232,13 @@ def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
     if isinstance(id_, bool) or not isinstance(id_, str | int):
         raise _ProblemError(f"id must be a string, got {type(id_).__name__}")
     if name not in list(Action):
-        raise _ProblemError(f"unknown action {name!r}; the actions are {', '.join(Action)}")
+        raise _ProblemError(f"unknown action {show(name)}; the actions are {', '.join(Action)}")
     action = Action(name)
     turn = fields.get("turn")
     if "turn" in fields and (action is Action.REMOVE or type(turn) is not int or turn < 0):
         raise _ProblemError(
-            f"'turn' is {turn!r}; it is the number of a message to change, counted from 0, and no part of a removal"
+            f"'turn' is {show(turn)}; it is the number of a message to change, counted from 0, and no part of a "
+            "removal"
         )
     changes = {key: value for key, value in fields.items() if key not in ("id", "action", "turn")}
     _check_changes(action, changes)
@@ -243,7 +255,7 @@ def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
     if unknown:
         takes = " or ".join(map(repr, allowed)) or "nothing"
         raise _ProblemError(
-            f"unknown key {', '.join(map(repr, unknown))}; {action} takes {takes} besides id and action"
+            f"unknown key {', '.join(map(show, unknown))}; {action} takes {takes} besides id and action"
         )
     if allowed and not changes:
         raise _ProblemError(f"{action} needs {' or '.join(map(repr, allowed))}")
@@ -290,7 +302,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _hint(by_id: Mapping[str, Example]) -> str:
     """A first and a last id, so that a wrong numbering is seen at once."""
     ids = list(by_id)
-    return f", from {ids[0]!r} to {ids[-1]!r}" if ids else ""
+    return f", from {show(ids[0])} to {show(ids[-1])}" if ids else ""
 
 
 def _with_turn(example: Example, request: Request) -> Example:

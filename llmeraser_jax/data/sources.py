@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmeraser_jax import files
+from llmeraser_jax.text import one_line
+
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 _PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 _CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -83,6 +86,13 @@ def _read_file(path: Path) -> Iterable[Any]:
     raise DataError(msg)
 
 
+def problem_of_json(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON text, in words."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else one_line(error, 200)
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -97,8 +107,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            msg = f"{path}, line {error.lineno}: not JSON: {error.msg}."
+        except (ValueError, RecursionError) as error:
+            where = f"{path}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+            msg = f"{where}: not JSON: {problem_of_json(error)}."
             raise DataError(msg) from error
         for number, row in enumerate(rows):
             yield f"row {number}", _with_index_as_id(row)
@@ -110,8 +121,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            msg = f"{path}, line {line_number}: not JSON: {error.msg}. Expected a list, or one object per line."
+        except (ValueError, RecursionError) as error:
+            problem = problem_of_json(error)
+            msg = f"{path}, line {line_number}: not JSON: {problem}. Expected a list, or one object per line."
             raise DataError(msg) from error
         yield f"row {number} (line {line_number})", _with_index_as_id(row)
         number += 1
@@ -146,11 +158,15 @@ def _read_parquet(path: Path) -> Iterable[Any]:
         msg = f"{path}: not a readable parquet file: {error}"
         raise DataError(msg) from error
     # pandas writes a plain range of indices as numbers beside the table.
-    written = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns") or [None]
-    index = written[0]
-    if isinstance(index, Mapping) and (index.get("start"), index.get("step")) != (0, 1):
-        indices = range(index["start"], index["stop"], index["step"])
-        return [{**row, _PANDAS_INDEX: i} for row, i in zip(rows, indices, strict=True)]
+    try:
+        written = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}"))
+        index = (written.get("index_columns") or [None])[0]
+        if isinstance(index, Mapping) and (index.get("start"), index.get("step")) != (0, 1):
+            indices = range(index["start"], index["stop"], index["step"])
+            return [{**row, _PANDAS_INDEX: i} for row, i in zip(rows, indices, strict=True)]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        msg = f"{path}: what pandas stored of its index cannot be read ({one_line(error, 200)}); write it without."
+        raise DataError(msg) from error
     return rows
 
 
@@ -159,8 +175,11 @@ def _read_datasets_directory(path: Path) -> Iterable[Any]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        msg = f"{path}: not a directory written by datasets' save_to_disk: {error}"
+    except Exception as error:  # whatever wrong types in its JSON files make datasets raise
+        if files.lfs_pointers(path):
+            raise  # `files.reading` says so
+        told = f"{type(error).__name__}: {one_line(error, 300)}"
+        msg = f"{path}: not a directory written by datasets' save_to_disk ({told})."
         raise DataError(msg) from error
     if isinstance(loaded, datasets.DatasetDict):
         splits = [str(split) for split in loaded]

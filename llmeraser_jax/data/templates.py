@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from llmeraser_jax import files
 from llmeraser_jax.data.examples import FORMATS, Example
 from llmeraser_jax.data.template_arguments import problem_of_template_arguments
+from llmeraser_jax.text import show
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -127,7 +129,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(str(key) for key in mapping if key not in known)
         if unknown:
-            msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(known)}."
+            msg = f"unknown recipe key {', '.join(map(show, unknown))}; the keys are {', '.join(known)}."
             raise ValueError(msg)
         _check_fields(mapping)
         values: dict[str, Any] = dict(mapping)
@@ -229,7 +231,8 @@ def _read_chat_template(stated: str | None) -> str | None:
     """The text of a template, which may be stated as a file."""
     if stated is None or "\n" in stated or "{" in stated or not stated.endswith((".jinja", ".j2")):
         return stated
-    return Path(stated).read_text(encoding="utf-8")
+    with files.reading(stated):
+        return Path(stated).read_text(encoding="utf-8")
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:
@@ -251,7 +254,7 @@ def _check_fields(values: Mapping[str, Any]) -> None:
         elif name == "date" and not _is_date(value):
             problem = "it must be a date, YYYY-MM-DD"
         if problem:
-            msg = f"{name} is {value!r}; {problem}."
+            msg = f"{name} is {show(value)}; {problem}."
             raise ValueError(msg)
     if values.get("template", "auto") not in TEMPLATES:
         _check_format_string(values["template"])
@@ -322,16 +325,18 @@ def _check_format_string(template: str) -> None:
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        msg = f"template {template!r} is not a format string ({error}); write literal braces as {{{{ and }}}}."
+        shown = show(template, 200)
+        msg = f"template {shown} is not a format string ({error}); write literal braces as {{{{ and }}}}."
         raise ValueError(msg) from error
     fields = {name for _, name, _, _ in pieces if name is not None}
     if "instruction" not in fields:
-        msg = f"template is {template!r}; it must be one of {names}, or a format string with {{instruction}}."
+        shown = show(template, 200)
+        msg = f"template is {shown}; it must be one of {names}, or a format string with {{instruction}}."
         raise ValueError(msg)
     unknown = sorted(fields - {"instruction", "input"})
     if unknown or any(spec or conversion for _, _, spec, conversion in pieces):
         msg = (
-            f"template {template!r} may hold the plain fields {{instruction}} and {{input}} only"
+            f"template {show(template, 200)} may hold the plain fields {{instruction}} and {{input}} only"
             + (f", not {', '.join(map(repr, unknown))}" if unknown else "")
             + "; write literal braces as {{ and }}."
         )

@@ -338,7 +338,14 @@ def write_overview(directories: Sequence[str | os.PathLike[str]], workdir: str |
         FileExistsError: `workdir` holds something.
     """
     files.require_empty(workdir)
-    page = build_overview(gather(directories))
+    found = gather(directories)
+    try:
+        page = build_overview(found)
+    except Exception:
+        for path, one in found.items():  # says whose contents they are
+            with files.reading(path, RunError):
+                build_overview({path: one})
+        raise
     with files.atomic_directory(workdir) as temporary:
         write_page(page, temporary)
     return Path(workdir) / "report.html"
@@ -361,7 +368,8 @@ def gather(directories: Sequence[str | os.PathLike[str]]) -> dict[Path, Mapping[
     for name in directories:
         try:
             for part in _parts(Path(name)):
-                found.setdefault(part.resolve(), _read(part))
+                with files.reading(part, RunError):
+                    found.setdefault(part.resolve(), _read(part))
         except (RunError, FileNotFoundError) as error:
             problems.append(str(error))
     if problems:

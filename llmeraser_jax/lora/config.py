@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import regex
 
+from llmeraser_jax.text import show
 from llmeraser_jax.types import AdaptableConfig
 
+_MOST_SECONDS = 1.0  # for a regular expression on one name
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
@@ -154,13 +157,29 @@ def module_name(module: str, layer: int) -> str:
 def _matches(name: str, patterns: Sequence[str] | str) -> bool:
     """Whether PEFT would say that names, or a regular expression, select a module."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return _full_match(patterns, name)
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def _by_pattern(patterns: Mapping, name: str, default):
     """The value of the first pattern that matches the end of a module name, as in PEFT's `get_pattern_key`."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if _full_match(rf"(.*\.)?({key})", name)), default)
+
+
+def _full_match(expression: str, name: str) -> bool:
+    """Whether a regular expression matches a whole name; in bounded time, since it may be from another's file.
+
+    Raises:
+        ValueError: it takes too long.
+    """
+    try:
+        return regex.fullmatch(expression, name, timeout=_MOST_SECONDS) is not None
+    except TimeoutError as error:
+        msg = f"The regular expression {show(expression)} takes more than {_MOST_SECONDS:g} s; write it otherwise."
+        raise ValueError(msg) from error
+    except regex.error as error:
+        msg = f"{show(expression)} is no regular expression: {error}."
+        raise ValueError(msg) from error
 
 
 def adapted_modules(config: LoraConfig, model_config: AdaptableConfig) -> tuple[str, ...]:

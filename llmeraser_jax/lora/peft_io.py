@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
 from llmeraser_jax.lora.params import Lora, check_lora
+from llmeraser_jax.text import show
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
 CONFIG_FILE = "adapter_config.json"
@@ -87,6 +88,11 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
             them are listed.
     """
     directory = Path(directory)
+    with files.reading(directory):
+        return _load_adapter(directory, model)
+
+
+def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
     config = adapter_config_from_peft(_read_config(directory), model.config)
     modules, num_layers = adapted_modules(config, model.config), model.config.num_layers
     weights = directory / WEIGHTS_FILE
@@ -110,6 +116,13 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
     for name, (path, place) in places.items():
         leaves[path][place] = tensors[name]
     leaves |= _read_extras(directory, model.adapter_extras)
+    broken = [path for path, leaf in leaves.items() if not np.all(np.isfinite(leaf))]
+    if broken:
+        msg = (
+            f"The adapter {directory} holds nan, infinity or numbers beyond float32 in {', '.join(broken[:5])} "
+            f"({len(broken)} of {len(leaves)} matrices); its training diverged or the file is damaged."
+        )
+        raise ValueError(msg)
     return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
 
 
@@ -158,7 +171,12 @@ def read_adapter_base(directory: str | os.PathLike[str]) -> str | None:
     Raises:
         FileNotFoundError: there is no adapter_config.json.
     """
-    return _read_config(Path(directory)).get("base_model_name_or_path")
+    with files.reading(directory):
+        named = _read_config(Path(directory)).get("base_model_name_or_path")
+        if not (named is None or isinstance(named, str)):
+            msg = f"{Path(directory) / CONFIG_FILE}: base_model_name_or_path is {show(named)}; expected a string."
+            raise ValueError(msg)
+        return named
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -184,32 +202,45 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         ValueError: fields that are missing or not honoured, all of them listed by name.
     """
     problems = [f"{name} is missing" for name in ("peft_type", "r", "lora_alpha") if peft.get(name) is None]
-    if not peft.get("target_modules"):
+    targets = peft.get("target_modules")
+    if not targets:
         problems.append("target_modules is missing")
+    for name in ("target_modules", "exclude_modules"):
+        given = peft.get(name)
+        if given and not isinstance(given, str) and not _is_list_of(given, str):
+            problems.append(f"{name} = {show(given)} (expected a string or a list of strings)")
+    if not (
+        type(peft.get("layers_to_transform")) is int or _is_list_of(peft.get("layers_to_transform") or [], int)
+    ):
+        problems.append(f"layers_to_transform = {show(peft['layers_to_transform'])} (expected a list of layers)")
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        given = peft.get(name)
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
+            problems.append(f"{name} = {show(given)} (expected a number)")
     for name, value in peft.items():
         if name in _REQUIRED_VALUES:
             # `in` would take 1 for True.
             if not any(value is v or (isinstance(v, str) and value == v) for v in _REQUIRED_VALUES[name]):
                 choices = " or ".join(repr(v) for v in _REQUIRED_VALUES[name])
-                problems.append(f"{name} = {value!r} (supported: {choices}{_remedy(name)})")
+                problems.append(f"{show(name)[1:-1]} = {show(value)} (supported: {choices}{_remedy(name)})")
         elif name not in _HONOURED and name not in _INERT and value not in _OFF:
             remedy = _remedy(name).removeprefix("; ")
-            problems.append(f"{name} = {value!r}" + (f" ({remedy})" if remedy else ""))
+            problems.append(f"{show(name)[1:-1]} = {show(value)}" + (f" ({remedy})" if remedy else ""))
     pattern = peft.get("layers_pattern")
     if peft.get("layers_to_transform") not in (None, []) and pattern not in (None, "", [], "layers", ["layers"]):
-        problems.append(f"layers_pattern = {pattern!r} (the layers of this model are called 'layers')")
+        problems.append(f"layers_pattern = {show(pattern)} (the layers of this model are called 'layers')")
     for name in ("rank_pattern", "alpha_pattern"):
         given = peft.get(name) or {}
         if not (isinstance(given, Mapping) and all(type(value) in (int, float) for value in given.values())):
-            problems.append(f"{name} = {given!r} (expected an object of numbers)")
+            problems.append(f"{name} = {show(given)} (expected an object of numbers)")
     if problems:
         msg = f"{CONFIG_FILE} cannot be honoured: {'; '.join(problems)}."
         raise ValueError(msg)
-    targets, excluded, layers = peft["target_modules"], peft.get("exclude_modules"), peft.get("layers_to_transform")
+    excluded, layers = peft.get("exclude_modules"), peft.get("layers_to_transform")
     config = LoraConfig(
-        rank=int(peft["r"]),
+        rank=peft["r"],
         alpha=float(peft["lora_alpha"]),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
         use_rslora=bool(peft.get("use_rslora")),
         dropout=float(peft.get("lora_dropout") or 0.0),
         exclude_modules=(excluded if isinstance(excluded, str) else tuple(excluded)) if excluded else None,
@@ -218,6 +249,10 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         alpha_pattern={key: float(alpha) for key, alpha in (peft.get("alpha_pattern") or {}).items()},
     )
     return resolve_config(config, model_config, allow_unmatched=True)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
 
 
 def _remedy(name: str) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from llmeraser_jax.checks import check_at_least
-from llmeraser_jax.models.fields import Fields, show
+from llmeraser_jax.models.fields import Fields
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
 from llmeraser_jax.models.rope import RopeConfig
+from llmeraser_jax.text import show
 
 _log = logging.getLogger(__name__)
 

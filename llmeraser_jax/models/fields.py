@@ -6,13 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmeraser_jax.text import show
+
 LARGEST = 2**31 - 1
-
-
-def show(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Fields:

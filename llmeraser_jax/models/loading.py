@@ -114,7 +114,8 @@ def load_model(
         raise ValueError(msg)
     directory = _local_directory(path_or_hub_id)
     config = dataclasses.replace(read_config(directory), matmul_precision=matmul_precision)
-    base = unflatten_dict(_read_base(directory, config, dtype, quantization, mesh), sep="/")
+    with files.reading(directory):
+        base = unflatten_dict(_read_base(directory, config, dtype, quantization, mesh), sep="/")
     is_local = Path(path_or_hub_id).is_dir()
     return Model(
         config=config,
@@ -152,11 +153,12 @@ def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
         msg = f"{directory} has no config.json; name a directory in Hugging Face's layout."
         raise FileNotFoundError(msg)
     generation = directory / "generation_config.json"
-    stated = files.read_json(path)
-    if isinstance(stated, dict) and "quantization_config" in stated:
-        stated = dict(stated)
-        convert.check_quantization_config(stated.pop("quantization_config"))
-    return ModelConfig.from_hf(stated, files.read_json(generation) if generation.exists() else None)
+    with files.reading(directory):
+        stated = files.read_json(path)
+        if isinstance(stated, dict) and "quantization_config" in stated:
+            stated = dict(stated)
+            convert.check_quantization_config(stated.pop("quantization_config"))
+        return ModelConfig.from_hf(stated, files.read_json(generation) if generation.exists() else None)
 
 
 def _read_base(
@@ -279,15 +281,28 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: neither a directory nor a hub id.
+        ValueError: files that are damaged, or a tokenizer that is code of its own, which is never run.
     """
     directory = _local_directory(path_or_hub_id, weights=False)
     if not any((Path(directory) / name).exists() for name in _TOKENIZER_FILES):
         _log.info("%s has no tokenizer files.", directory)
         return None
-    # Importing transformers takes seconds, which a program without a tokenizer need not wait for.
+    # transformers would warn that there is no PyTorch, which nothing here needs.
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    # Importing it takes seconds, which a program without a tokenizer need not wait for.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(os.fspath(directory))
+    with files.reading(directory):
+        try:
+            return AutoTokenizer.from_pretrained(os.fspath(directory), trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            msg = (
+                f"{directory}: its tokenizer is code of its own (auto_map), which is never run here; save it as a "
+                "fast tokenizer (tokenizer.json) and take auto_map out of its configuration."
+            )
+            raise ValueError(msg) from error
 
 
 def save_model(directory: str | os.PathLike[str], model: Model) -> None:

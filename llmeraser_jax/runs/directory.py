@@ -44,6 +44,7 @@ from llmeraser_jax.runs.model_files import (
     tokenizer_source,
 )
 from llmeraser_jax.runs.train_config import TrainConfig
+from llmeraser_jax.text import one_line, show
 
 _log = logging.getLogger(__name__)
 
@@ -546,6 +547,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         RunError: no run, an unfinished one, one of another format version, or a damaged one.
     """
     path = Path(path)
+    with files.reading(path, RunError):
+        return _load_run(path)
+
+
+def _load_run(path: Path) -> Run:
     if not (path / RUN_FILE).is_file():
         state = "holds an unfinished training" if (path / "training.json").exists() else "is not a run directory"
         msg = f"{path} {state}: there is no {RUN_FILE}."
@@ -553,15 +559,15 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     recorded = files.read_json(path / RUN_FILE)
     version = recorded.get("format_version") if isinstance(recorded, dict) else None
     if version != FORMAT_VERSION:
-        msg = f"{path / RUN_FILE} has format_version {version!r}; this package reads {FORMAT_VERSION}."
+        msg = f"{path / RUN_FILE} has format_version {show(version)}; this package reads {FORMAT_VERSION}."
         raise RunError(msg)
     try:
         run = _from_recorded(path, recorded)
-    except (KeyError, TypeError, ValueError) as error:
-        msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {error}."
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        msg = f"{path / RUN_FILE} is damaged: {type(error).__name__}: {one_line(error, 400)}."
         raise RunError(msg) from error
     if run.kind not in KINDS or not len(run.data_ids) == len(run.data_hashes) == len(run._token_hashes):
-        msg = f"{path / RUN_FILE} is damaged: kind {run.kind!r}, {len(run.data_ids)} ids."
+        msg = f"{path / RUN_FILE} is damaged: kind {show(run.kind)}, {len(run.data_ids)} ids."
         raise RunError(msg)
     expected = [ADAPTER_DIRECTORY] + [INITIAL_ADAPTER_DIRECTORY] * run.knows_initial_adapter
     missing = [name for name in expected if not (path / name).is_dir()]

@@ -57,6 +57,7 @@ from llmeraser_jax.data import Recipe
 from llmeraser_jax.lora import load_adapter, read_adapter_base
 from llmeraser_jax.models import Model, load_tokenizer
 from llmeraser_jax.runs import Run, TrainConfig, load_run, write_run
+from llmeraser_jax.text import one_line, show
 from llmeraser_jax.training.alternatives import compare_recipes
 from llmeraser_jax.training.measure import mean_loss, measure
 from llmeraser_jax.training.trainers import final_loss_of
@@ -129,16 +130,14 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 def _load(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     path = Path(path)
-    try:
-        stated = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path} is not a TOML file: {error}."
-        raise ValueError(msg) from error
-    try:
+    with files.reading(path):
+        try:
+            stated = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else one_line(error, 300)
+            msg = f"{path} is not a TOML file: {reason}."
+            raise ValueError(msg) from error
         return parse(stated)
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
 
 
 def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
@@ -158,11 +157,12 @@ def parse_training_recipe(stated: Mapping[str, Any]) -> TrainingRecipe:
         raise ValueError(msg)
     dropout = stated["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        msg = f"dropout is {dropout!r}; it must be a number of at least 0 and below 1."
+        msg = f"dropout is {show(dropout)}; it must be a number of at least 0 and below 1."
         raise ValueError(msg)
     final_loss = stated.get("final_loss")
-    if final_loss is not None and (isinstance(final_loss, bool) or not isinstance(final_loss, int | float)):
-        msg = f"final_loss is {final_loss!r}; it must be a number, or left out."
+    is_number = isinstance(final_loss, int | float) and not isinstance(final_loss, bool)
+    if final_loss is not None and not (is_number and abs(final_loss) < 1e300):
+        msg = f"final_loss is {show(final_loss)}; it must be a number, or left out."
         raise ValueError(msg)
     return TrainingRecipe(
         recipe=recipe,
@@ -177,7 +177,7 @@ def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
     known = {*_RECIPE_KEYS, *_TRAIN_KEYS, "dropout", "final_loss"}
     unknown = sorted(set(stated) - known)
     if unknown:
-        msg = f"unknown recipe key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(known))}."
+        msg = f"unknown recipe key {', '.join(map(show, unknown))}; the keys are {', '.join(sorted(known))}."
         raise ValueError(msg)
     return Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmeraser_jax import files
+from llmeraser_jax.text import printable
+
 STATE_FILE = "trainer_state.json"
 _PICKLE = "training_args.bin"
 _MAX_BYTES = 50_000_000
@@ -89,7 +92,8 @@ def final_loss_of(directory: str | os.PathLike[str]) -> tuple[float, str] | None
     path = _state_path(Path(directory))
     if path is None:
         return None
-    loss = _last_loss(_read_json(path))
+    with files.reading(path):
+        loss = _last_loss(_read_json(path))
     return None if loss is None else (loss, str(path))
 
 
@@ -109,7 +113,10 @@ def find_recipe(source: str | os.PathLike[str]) -> FoundRecipe:
     state = _state_path(source) if source.is_dir() else None
     if state is not None and state not in paths:
         paths.append(state)
-    documents = [document for path in paths for document in _documents(path, found)]
+    documents = []
+    for path in paths:
+        with files.reading(path):
+            documents += _documents(path, found)
     if not documents:
         expected = "adapter_config.json, trainer_state.json, training_args.json, README.md or a YAML file"
         hint = "".join(f" {note}" for note in found.notes)
@@ -119,7 +126,8 @@ def find_recipe(source: str | os.PathLike[str]) -> FoundRecipe:
         for kind, content, name in documents:
             if kind == order:
                 found.source = name
-                _READERS[order](content, found)
+                with files.reading(source / name if source.is_dir() else source):
+                    _READERS[order](content, found)
     return found.finish()
 
 
@@ -449,7 +457,7 @@ def _refuse_packing(found: _Findings, why: str) -> None:
 
 def _printable(text: str) -> str:
     """One line, in which a terminal or TOML finds nothing but text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[:500]
+    return printable(text[:500], keep="")
 
 
 def _number(value: Any) -> float | None:
