@@ -2,25 +2,30 @@
 
 import dataclasses
 import json
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from llmeraser_jax.convert import base_table, dequantize_base, write_safetensors
-from llmeraser_jax.lora import load_adapter, merge_lora, save_adapter
+from llmeraser_jax.lora import LoraConfig, init_lora, load_adapter, merge_lora, save_adapter
 from llmeraser_jax.models import (
+    ApplyDecoder,
     ModelConfig,
     generate,
     image_features,
+    llava_1_5_7b,
     load_model,
     load_or_compute_features,
     save_model,
 )
 from llmeraser_jax.models.loading import checkpoint_shapes
+from llmeraser_jax.models.vision import vision_features
 from llmeraser_jax.parallel import make_mesh, shard_base
 from tests.golden import files
 from tests.golden.cases import largest_relative_difference
@@ -311,10 +316,37 @@ def test_the_configuration_of_a_published_checkpoint_is_read_as_transformers_com
     assert (config.pad_token_id, config.eos_token_ids, config.norm_eps) == (32001, (2,), 1e-5)
     assert config.vision is not None
     assert (config.vision.num_features, config.vision.feature_width) == (576, 1024)
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config == llava_1_5_7b()
     sizes = {path: int(np.prod(shape)) for path, shape in checkpoint_shapes(config).items()}
     assert sum(sizes.values()) == 7_063_427_072  # as transformers counts llava-1.5-7b-hf
     assert sum(size for path, size in sizes.items() if path.startswith("vision/")) == 303_507_456
+
+
+def test_shapes_of_the_full_size_model():
+    config = llava_1_5_7b()
+    assert config.vision is not None
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    leaves = {path: struct(*shape) for path, shape in checkpoint_shapes(config).items()}
+    base: Any = unflatten_dict(leaves, sep="/")
+    vision = base.pop("vision")
+    lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), LoraConfig(target_modules="all-linear"), config))
+    tokens = struct(2, 640, dtype=jnp.int32)
+    features = jax.eval_shape(partial(vision_features, config.vision), vision, struct(2, 3, 336, 336))
+    assert (features.shape, features.dtype) == ((2, 576, 1024), jnp.bfloat16)
+    batch = (tokens, tokens, struct(2, 8, dtype=jnp.int32), struct(2, 1, *features.shape[1:]))
+
+    def loss(lora, base):
+        return jnp.sum(ApplyDecoder(config)(base, lora, *batch_of(batch)))
+
+    def batch_of(structs):
+        return [jnp.zeros(x.shape, x.dtype) for x in structs]
+
+    gradient = jax.eval_shape(jax.grad(loss), lora, base)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(lambda x: (x.shape, x.dtype), lora)
+    assert gradient.params["projector"]["linear_1"]["a"].shape == (1, 8, 1024)
 
 
 @pytest.mark.parametrize("case", LLAVA_CASES.values(), ids=LLAVA_CASES)
