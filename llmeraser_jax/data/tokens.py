@@ -32,12 +32,14 @@ class EncodedExample:
         tokens: the whole sequence.
         response_start: index of the (last) response's first token; at least 1.
         loss_mask: whether a token is a label of the loss. Nothing predicts the first one, whatever its mask says.
+        images: keys of its pictures, in the order in which `tokens` has places for them.
     """
 
     id: str
     tokens: Int32[np.ndarray, " time"]
     response_start: int
     loss_mask: Bool[np.ndarray, " time"]
+    images: tuple[str, ...] = ()
 
     @property
     def targets(self) -> Int64[np.ndarray, " targets"]:
@@ -66,10 +68,11 @@ class EncodedExample:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of tokens and mask; the same on every platform."""
+        """SHA-256 (hex) of tokens, mask and the keys of pictures; the same on every platform."""
         mask = self.loss_mask.copy()
         mask[:1] = False
-        return hashlib.sha256(self.tokens.astype("<i4").tobytes() + np.packbits(mask).tobytes()).hexdigest()
+        parts = (self.tokens.astype("<i4").tobytes(), np.packbits(mask).tobytes(), "\0".join(self.images).encode())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
