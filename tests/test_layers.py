@@ -24,6 +24,7 @@ ORDER = (
     ("unlearning",),
     ("rivals", "notation", "export"),
     ("evaluation",),
+    ("deletion",),
     ("demo",),
     ("cli",),
     (PACKAGE,),  # its __init__, which names the public things of all rooms
