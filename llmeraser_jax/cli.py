@@ -370,14 +370,16 @@ class Erase:
     def _erase(self, run, mesh: Mesh | None) -> Receipt:
         """With a progress bar, and the receipt in a few lines on standard output."""
         from llmeraser_jax.tracking import progress
-        from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
+        from llmeraser_jax.unlearning.drift import words_of
+        from llmeraser_jax.unlearning.job import erase_run
+        from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, read_receipt
 
         with progress(description="erasing the forget rows", total=100) as bar:
 
             def on_step(step) -> None:
                 bar.update(round(100 * step.progress) - bar.n)
 
-            _, result = erase_run(
+            made, result = erase_run(
                 run,
                 self.requests,
                 self.workdir,
@@ -399,6 +401,7 @@ class Erase:
         _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
         _tell_rows(receipt)
         _say(f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}")
+        _say(f"  since training  {words_of(read_receipt(made) or {})}")
         adapter, path = self.workdir / "adapter", self.workdir / RECEIPT_FILE
         _say(f"Adapter: {adapter}   receipt, with the solver's details: {path}")
         return receipt
@@ -560,6 +563,7 @@ class QueueProcess:
     def run(self) -> int:
         from llmeraser_jax.deletion import Ledger, process_queue
         from llmeraser_jax.tracking import progress
+        from llmeraser_jax.unlearning.drift import words_of
 
         mesh = self.devices.open()
         with progress(description="erasing the forget rows", total=100) as bar:
@@ -589,6 +593,7 @@ class QueueProcess:
             return 0
         if processed.fresh is not None:
             _tell_rows(processed.fresh)
+        _say(f"  since training  {words_of(processed.receipt)}\n")
         _tell_entries(processed.entries)
         _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
         receipt = processed.receipt

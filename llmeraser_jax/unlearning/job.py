@@ -20,16 +20,16 @@ from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import Run, load_run, write_run
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
+from llmeraser_jax.unlearning.drift import drift_after
 from llmeraser_jax.unlearning.erase import erase
 from llmeraser_jax.unlearning.problem import EditProblem
-from llmeraser_jax.unlearning.receipt import Receipt
+from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, Receipt, read_receipt
 from llmeraser_jax.unlearning.records import StepRecord, UnlearningError
 from llmeraser_jax.unlearning.result import Method, Result
 from llmeraser_jax.unlearning.task import UnlearningTask, task_of_run
 
 _log = logging.getLogger(__name__)
 
-RECEIPT_FILE = "receipt.json"
 REQUESTS_FILE = "requests.jsonl"
 DELTA_DIRECTORY = "delta"
 # Of the receipt file: content hashes of the examples given as never trained on, here and to the erasures before.
@@ -175,10 +175,12 @@ def erase_run(
         if on_incomplete == "retrain":
             result, receipt = _retrained_instead(run, task, retraining, result, receipt, data_path)
     written = receipt.to_mapping()
+    drift = drift_after(run, written, task.language_model, result.params)
+    written["drift"] = None if drift is None else drift.to_mapping()
 
     def write() -> None:
         with files.atomic_directory(workdir) as directory:
-            earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+            earlier = (read_receipt(run) or {}).get(SHOWN_KEY, ())
             now = () if calibration is None else map(data.content_hash, calibration)
             shown = list(dict.fromkeys((*earlier, *now)))
             whole = {**written, SHOWN_KEY: shown, "parent": run.reference()}
