@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import io
 import json
@@ -381,14 +382,16 @@ class Erase:
     def _erase(self, run, mesh: Mesh | None) -> Receipt:
         """With a progress bar, and the receipt in a few lines on standard output."""
         from llmeraser_jax.tracking import progress
-        from llmeraser_jax.unlearning.job import RECEIPT_FILE, erase_run
+        from llmeraser_jax.unlearning.drift import words_of
+        from llmeraser_jax.unlearning.job import erase_run
+        from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, read_receipt
 
         with progress(description="erasing the forget rows", total=100) as bar:
 
             def on_step(step) -> None:
                 bar.update(round(100 * step.progress) - bar.n)
 
-            _, result = erase_run(
+            made, result = erase_run(
                 run,
                 self.requests,
                 self.workdir,
@@ -410,9 +413,226 @@ class Erase:
         _say(f"Requests: {counts}, of {receipt.num_examples_before} examples.")
         _tell_rows(receipt)
         _say(f"  change          norm {receipt.delta_norm:.3g}, adapter {receipt.adapter_norm_before:.3g}")
+        _say(f"  since training  {words_of(read_receipt(made) or {})}")
         adapter, path = self.workdir / "adapter", self.workdir / RECEIPT_FILE
         _say(f"Adapter: {adapter}   receipt, with the solver's details: {path}")
         return receipt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueAdd:
+    """Add a deletion request; it is checked against the data, and nothing is erased yet.
+
+    Attributes:
+        ledger: directory of the ledger; made by the first request.
+        run_directory: the run that the request is about; default: where the ledger's last processing ended.
+        subject: whom the rows are about; the ledger keeps an HMAC of it.
+        pseudonym: instead, an id of your own, which is kept as it stands.
+        ids: rows to remove.
+        where: instead, COLUMN=VALUE: remove the rows that have this value in a column of the training data.
+        requests: instead, a request file as for erase, for edits.
+        requester: who asked: a role such as "data subject"; kept as it stands.
+        reason: kept as it stands; name no person in it.
+        received: the day it came, YYYY-MM-DD; default: today.
+        due: the day it must be answered by; default: a month after it came.
+        data: where the training data is now, and the column of --where; default: where it was.
+    """
+
+    ledger: Path
+    run_directory: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    subject: str | None = None
+    pseudonym: str | None = None
+    ids: tuple[str, ...] = ()
+    where: str | None = None
+    requests: Path | None = None
+    requester: str = ""
+    reason: str = ""
+    received: datetime.date | None = None
+    due: datetime.date | None = None
+    data: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, add_entry
+        from llmeraser_jax.deletion.pending import current_run
+        from llmeraser_jax.runs import load_run
+
+        if self.run_directory is None:
+            current_run(Ledger(self.ledger))  # without either, no ledger is made
+        else:
+            load_run(self.run_directory)
+        entry = add_entry(
+            Ledger.open(self.ledger),
+            self.run_directory,
+            subject=self.subject,
+            pseudonym=self.pseudonym,
+            ids=self.ids,
+            where=self.where,
+            requests_path=self.requests,
+            requester=self.requester,
+            reason=self.reason,
+            received=self.received,
+            due=self.due,
+            data_path=self.data,
+        )
+        _say(f"Entry {entry.number}: {_count(len(entry.rows), 'row')}, subject {entry.subject}, due {entry.due}.")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueList:
+    """Show every request and what has become of it.
+
+    Attributes:
+        ledger: directory of the ledger.
+    """
+
+    ledger: Path
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, read_state
+
+        entries = read_state(Ledger(self.ledger).lines()).entries
+        _tell_entries(list(entries.values()))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueDue:
+    """Show the requests that are due, the earliest first.
+
+    The exit status is 0 where nothing is due, else 3.
+
+    Attributes:
+        ledger: directory of the ledger.
+        by: the day until which; default: today.
+    """
+
+    ledger: Path
+    by: datetime.date | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, read_state
+
+        ledger = Ledger(self.ledger)
+        by = ledger.now().date() if self.by is None else self.by
+        state = read_state(ledger.lines())
+        due = state.waiting(by)
+        waiting = state.waiting()
+        if state.batch is not None:
+            _say(f"Batch {state.batch.number} is unfinished: `llmeraser queue process` goes on with it.")
+        if not due:
+            rest = (
+                f" {_count(len(waiting), 'entry', 'entries')} wait, the next until {waiting[0].due}."
+                if waiting
+                else ""
+            )
+            _say(f"Nothing is due by {by}.{rest}")
+            return 0
+        _tell_entries(due)
+        return 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueProcess:
+    """Erase what is due, in one request file, and write the outcomes back.
+
+    Killed at any moment, the same command goes on and does nothing twice. The exit status is that of erase.
+
+    Attributes:
+        ledger: directory of the ledger.
+        run_directory: the run to erase from; default: where the last processing ended.
+        all: also what is due later.
+        by: what is due until this day; default: today.
+        workdir: directory to make, as by erase; default: runs/batch-NUMBER in the ledger.
+        calibration: see erase; so are the flags that follow, and the method at the end.
+        target_loss: where removed rows should end, nats per token.
+        budget: at most this share of a retraining's gradient equivalents.
+        data: where the training data is now; default: where it was.
+        on_incomplete: what to do where the outcome is not called complete: warn, refuse or retrain.
+        seed: of every sample drawn.
+        chunk_size: examples per micro-batch.
+        devices: what to compute on.
+        method: how to forget.
+    """
+
+    ledger: Path
+    run_directory: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    all: bool = False
+    by: datetime.date | None = None
+    workdir: Path | None = None
+    calibration: Path | None = None
+    target_loss: float | None = None
+    budget: float | None = None
+    data: Path | None = None
+    on_incomplete: Literal["warn", "refuse", "retrain"] = "warn"
+    seed: int = 0
+    chunk_size: int = 16
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
+    method: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[OwnMethod]] = dataclasses.field(
+        default_factory=Auto
+    )
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, process_queue
+        from llmeraser_jax.tracking import progress
+        from llmeraser_jax.unlearning.drift import words_of
+
+        mesh = self.devices.open()
+        with progress(description="erasing the forget rows", total=100) as bar:
+
+            def on_step(step) -> None:
+                bar.update(round(100 * step.progress) - bar.n)
+
+            processed = process_queue(
+                Ledger(self.ledger),
+                self.run_directory,
+                by=self.by,
+                everything=self.all,
+                workdir=self.workdir,
+                method=self.method,
+                budget=self.budget,
+                compute={"mesh": mesh, "data_path": self.data, "on_step": on_step},
+                calibration_path=None if self.calibration is None else self.calibration.resolve(),
+                target_loss=self.target_loss,
+                on_incomplete=self.on_incomplete,
+                seed=self.seed,
+                chunk_size=self.chunk_size,
+            )
+        if processed is None:
+            if not self.all:
+                return QueueDue(ledger=self.ledger, by=self.by).run()
+            _say("No entry waits.")
+            return 0
+        if processed.fresh is not None:
+            _tell_rows(processed.fresh)
+        _say(f"  since training  {words_of(processed.receipt)}\n")
+        _tell_entries(processed.entries)
+        _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
+        receipt = processed.receipt
+        check = receipt["validity"]
+        return 0 if receipt["complete"] else 4 if check and check["verdict"] == Verdict.NOT_JUDGED else 3
+
+
+QueueCommand = (
+    Annotated[QueueAdd, tyro.conf.subcommand("add")]
+    | Annotated[QueueList, tyro.conf.subcommand("list")]
+    | Annotated[QueueDue, tyro.conf.subcommand("due")]
+    | Annotated[QueueProcess, tyro.conf.subcommand("process")]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Queue:
+    """Keep deletion requests in a ledger, and process them when they are due.
+
+    Attributes:
+        command: what to do with the ledger.
+    """
+
+    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[QueueCommand]]
+
+    def run(self) -> int:
+        return self.command.run()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -672,6 +892,7 @@ Command = (
     | Annotated[Adopt, tyro.conf.subcommand("adopt")]
     | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
+    | Annotated[Queue, tyro.conf.subcommand("queue")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
@@ -710,6 +931,29 @@ def _tell_rows(receipt: Receipt) -> None:
                 )
     share = "" if cost.share_of_retraining is None else f", {cost.share_of_retraining:.2g} of a retraining"
     _say(f"  cost            {cost.total:.0f} gradient equivalents{share}; {receipt.seconds:.1f} s")
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
+def _tell_entries(entries) -> None:
+    """Entries of a ledger (`deletion.Entry`) as a table."""
+    from llmeraser_jax.evaluation.render import Table, render_text
+
+    def state(entry) -> str:
+        if entry.outcome is None:
+            return f"{entry.state}{', a batch failed' if entry.failure else ''}"
+        arrived = list(entry.outcome["arrived"].values())
+        return f"done: {arrived.count(True)} of {_count(len(arrived), 'row')} arrived ({entry.outcome['verdict']})"
+
+    header = ("entry", "due", "received", "subject", "requester", "rows", "state")
+    rows = tuple(
+        (str(e.number), str(e.due), str(e.received), e.subject[:12], e.requester, str(len(e.rows)), state(e))
+        for e in entries
+    )
+    _say(render_text([Table(header, rows)]).rstrip("\n") if rows else "The ledger has no entries.")
 
 
 def _status(receipt: Receipt) -> int:

@@ -133,7 +133,7 @@ def export_run(
     if quantization is not None:
         check_quantization(quantization)
     files.require_empty(directory)
-    forget, replacements, before, reason = _edited_rows(run, data_path)
+    forget, replacements, before, reason = edited_rows(run, data_path)
     if reason:
         _log.warning("The forget rows are not measured: %s", reason)
     named = {example.id for example in (*forget, *replacements)}
@@ -183,7 +183,7 @@ def export_run(
     return exported
 
 
-def _edited_rows(
+def edited_rows(
     run: Run, data_path: str | os.PathLike[str] | None
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], Run | None, str]:
     """Of an erasure: the rows it names as they were, what replaced them, the run before it, and what is missing."""

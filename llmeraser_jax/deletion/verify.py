@@ -7,7 +7,6 @@ there is the signature of a certificate, whose key lies elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmeraser_jax import convert, data, files
+from llmeraser_jax.deletion.findings import Finding
 from llmeraser_jax.deletion.seal import (
     MARKER_FILE,
     SEAL_FILE,
@@ -41,21 +41,6 @@ from llmeraser_jax.unlearning.job import PARENT_ADAPTER_DIRECTORY, RECEIPT_FILE,
 
 _MAX_LISTED = 5
 _NORM_RTOL = 1e-4  # of norms that were summed in float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        name: what was checked.
-        ok: whether it is as recorded; also true of what is not at hand and nowhere promised to be.
-        detail: in words.
-    """
-
-    name: str
-    ok: bool
-    detail: str
 
 
 class _Directory:

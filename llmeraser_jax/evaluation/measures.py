@@ -119,20 +119,39 @@ def rounding(bench: Bench, model: Model, params: Any) -> dict[str, Any]:
     return {"forget_loss_4_bit": float(losses.mean())}
 
 
-def relearning(bench: Bench, model: Model, params: Any) -> dict[str, Any]:
-    """Loss on the forget set after a few steps of training on retained examples, if there are any."""
+def relearned(
+    bench: Bench, model: Model, params: Any, num_steps: int = NUM_RELEARNING_STEPS
+) -> tuple[Any, int] | None:
+    """The adapter after a short training on retained examples, and its number of steps.
+
+    Args:
+        bench: its problem and its training.
+        model: the base.
+        params: where the training starts.
+        num_steps: optimiser steps; fewer where there are fewer examples.
+
+    Returns:
+        None where the training is not known or no example is retained.
+    """
     problem = bench.problem
     gone = np.concatenate([problem.named, np.arange(problem.num_trained, len(problem.examples))])
     unrelated = retained_only(problem.examples, gone)
     if bench.train is None or not len(unrelated):
-        return {}
-    num_steps = min(NUM_RELEARNING_STEPS, len(unrelated))
+        return None
+    num_steps = min(num_steps, len(unrelated))
     size = min(bench.train.batch_size, len(unrelated) // num_steps)
     microbatch = None if bench.train.microbatch_size is None else min(bench.train.microbatch_size, size)
     rate = min(RELEARNING_RATE, bench.train.learning_rate)
     config = dataclasses.replace(bench.train, batch_size=size, microbatch_size=microbatch, learning_rate=rate)
-    again = bench.relearn(model, params, unrelated, config, num_steps=num_steps)
-    losses = score_examples(model, again, problem.examples, problem.named).losses
+    return bench.relearn(model, params, unrelated, config, num_steps=num_steps), num_steps
+
+
+def relearning(bench: Bench, model: Model, params: Any) -> dict[str, Any]:
+    """Loss on the forget set after a few steps of training on retained examples, if there are any."""
+    again, problem = relearned(bench, model, params), bench.problem
+    if again is None:
+        return {}
+    losses = score_examples(model, again[0], problem.examples, problem.named).losses
     return {"forget_loss_relearned": float(losses.mean())}
 
 

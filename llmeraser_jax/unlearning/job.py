@@ -21,16 +21,16 @@ from llmeraser_jax.runs import ADAPTER_DIRECTORY, KEYED, PLAIN, Run, RunKeys, fi
 from llmeraser_jax.training.replay import replay, run_with_checkpoints
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
+from llmeraser_jax.unlearning.drift import drift_after
 from llmeraser_jax.unlearning.erase import erase
 from llmeraser_jax.unlearning.problem import EditProblem
-from llmeraser_jax.unlearning.receipt import Receipt
+from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, Receipt, read_receipt
 from llmeraser_jax.unlearning.records import StepRecord, UnlearningError
 from llmeraser_jax.unlearning.result import Method, Result
 from llmeraser_jax.unlearning.task import UnlearningTask, task_of_run
 
 _log = logging.getLogger(__name__)
 
-RECEIPT_FILE = "receipt.json"
 REQUESTS_FILE = "requests.jsonl"
 PARENT_ADAPTER_DIRECTORY = "parent_adapter"
 # Of the receipt file: hashes of the examples given as never trained on, here and to the erasures before.
@@ -102,7 +102,7 @@ def _hashed(
 
 def _shown_before(run: Run, keys: RunKeys) -> Sequence[str]:
     """Hashes of what the erasures before were shown as never trained on."""
-    shown = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
+    shown = (read_receipt(run) or {}).get(SHOWN_KEY, ())
     if run.hashes == PLAIN:
         return [keys.shown(sha256) for sha256 in shown]
     if shown and run.keys is None:
@@ -206,6 +206,8 @@ def erase_run(
             result, receipt = _retrained_instead(run, task, retraining, result, receipt, data_path)
     written = receipt.to_mapping()
     previous = run.receipts[-1]["sha256"] if run.receipts else None
+    drift = drift_after(run, written, task.language_model, result.params)
+    written["drift"] = None if drift is None else drift.to_mapping()
 
     def write() -> None:
         with files.atomic_directory(workdir) as directory:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmeraser_jax import trees
+from llmeraser_jax import files, trees
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
 from llmeraser_jax.lora import Lora, product_norms
+from llmeraser_jax.runs import Run
 from llmeraser_jax.solvers import Status, describe
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.budget import GRADIENT, Cost
@@ -32,6 +33,7 @@ from llmeraser_jax.unlearning.task import UnlearningTask
 from llmeraser_jax.unlearning.validity import ValidityCheck
 from llmeraser_jax.unlearning.workspace import Workspace
 
+RECEIPT_FILE = "receipt.json"
 RECEIPT_FORMAT = 4
 _DIAGNOSTIC_SAMPLE = 64  # examples behind the reported gradient norms
 
@@ -171,6 +173,11 @@ class Receipt:
             if change and math.isnan(change["predicted"]):
                 change["predicted"] = None
         return mapping
+
+
+def read_receipt(run: Run) -> dict[str, Any] | None:
+    """What is in the receipt file of a run; None where a training made the run."""
+    return files.read_json(run.path / RECEIPT_FILE) if run.kind == "erase" else None
 
 
 def method_to_mapping(method: Any) -> dict[str, Any]:
