@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.lora import Lora, merge_lora
+from llmeraser_jax.lora import COPIES, Lora, merge_lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
@@ -125,7 +125,7 @@ def quantise_merged(
 ) -> tuple[Model, Lora | None]:
     """The base with the adapter merged in and its linear layers rounded, and what of the adapter did not merge.
 
-    Embedding, norms and the output head stay as they are, as is usual, and so does what an adapter holds besides
+    Embedding, norms and the output head are not rounded, as is usual, and so is not what an adapter holds besides
     low-rank updates (`Model.adapter_extras`: a projector that makes input embeddings, say). The merge is in the
     base's own dtype, as serving it would be.
 
@@ -147,7 +147,7 @@ def quantise_merged(
 
 
 def _check_extras(model: Model, lora: Lora | None) -> None:
-    stray = set() if lora is None else set(lora.params) - {"layers", *model.adapter_extras}
+    stray = set() if lora is None else set(lora.params) - {"layers", COPIES, *model.adapter_extras}
     if stray:
         msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
@@ -166,9 +166,11 @@ def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group
 
 def _unmerged(lora: Lora | None) -> Lora | None:
     """The extras of an adapter, without any low-rank update; None where there are none."""
-    if lora is None or set(lora.params) == {"layers"}:
+    extras = {} if lora is None else {k: v for k, v in lora.params.items() if k not in ("layers", COPIES)}
+    if lora is None or not extras:
         return None
-    return dataclasses.replace(lora, params={**lora.params, "layers": {}})
+    config = dataclasses.replace(lora.config, modules_to_save=())
+    return Lora(params={**extras, "layers": {}}, config=config)
 
 
 def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:

@@ -1,6 +1,7 @@
 """Adapters: a float32 pytree, its configuration, and PEFT's format."""
 
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config, resolve_target_modules
+from llmeraser_jax.lora.copies import COPIES, check_no_l2, copied_leaves, is_decayed, with_copies
 from llmeraser_jax.lora.params import (
     Lora,
     add_delta,
@@ -18,6 +19,7 @@ from llmeraser_jax.lora.peft_io import (
 )
 
 __all__ = [
+    "COPIES",
     "Lora",
     "LoraConfig",
     "adapted_modules",
@@ -25,7 +27,10 @@ __all__ = [
     "adapter_config_to_peft",
     "add_delta",
     "check_lora",
+    "check_no_l2",
+    "copied_leaves",
     "init_lora",
+    "is_decayed",
     "load_adapter",
     "merge_lora",
     "product_norms",
@@ -33,4 +38,5 @@ __all__ = [
     "resolve_config",
     "resolve_target_modules",
     "save_adapter",
+    "with_copies",
 ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
+from llmeraser_jax.lora.copies import COPIES, check_copies, fresh_copies, with_copies
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
@@ -24,7 +25,8 @@ class Lora:
     """An adapter, or any vector of its space.
 
     Attributes:
-        params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`.
+        params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`, and where the
+            configuration has `modules_to_save` their trained copies, `{"copies": ...}` with paths of the base.
         config: static; its `target_modules` are written out. A layer of lower rank than its module's highest has
             rows of A and columns of B that nothing reads; they are zero.
     """
@@ -33,7 +35,9 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lora:
+def init_lora(
+    key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None
+) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -42,9 +46,11 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
         key: random key.
         config: rank, scale and targets; `target_modules` is resolved against the model.
         model_config: the base model.
+        base: its parameters, which `modules_to_save` are copied from.
 
     Raises:
-        ValueError: `target_modules` cannot be honoured; see `resolve_config`.
+        ValueError: `target_modules` or `modules_to_save` cannot be honoured; see `resolve_config` and
+            `copies.copied_leaves`.
     """
     config = resolve_config(config, model_config)
     names, num_layers = adapted_modules(config, model_config), model_config.num_layers
@@ -58,7 +64,12 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
             "a": a if scales is None else jnp.where(scales[..., None] == 0, 0, a),
             "b": jnp.zeros((num_layers, width_out, rank), jnp.float32),
         }
-    return Lora(params={"layers": modules}, config=config)
+    if not config.modules_to_save:
+        return Lora(params={"layers": modules}, config=config)
+    if base is None:
+        msg = f"modules_to_save is {config.modules_to_save!r}, which needs the base to copy from; give it."
+        raise ValueError(msg)
+    return Lora(params={"layers": modules, COPIES: fresh_copies(config, model_config, base)}, config=config)
 
 
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
@@ -67,7 +78,8 @@ def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
     Raises:
         ValueError: an unknown module, or a shape that does not match the base's; the message names it.
     """
-    stray = [name for name in lora.params if name != "layers"]
+    check_copies(lora.config, config, base, lora.params.get(COPIES, {}))
+    stray = [name for name in lora.params if name not in ("layers", COPIES)]
     modules = lora.params.get("layers", {})
     stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
     stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
@@ -98,15 +110,16 @@ def add_delta(lora: Lora, delta: Lora) -> Lora:
 
 
 def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
-    """The base with `scaling * B A` added to each targeted kernel, in the kernel's own dtype.
+    """The base with `scaling * B A` added to each targeted kernel, and trained copies in place of its own leaves.
 
-    A base narrower than float32 rounds the sum; a quantised kernel is dequantised first, and its sum is not
-    quantised again. The adapter itself is not changed.
+    Everything has the dtype that the base has it in: one narrower than float32 rounds the sum; a quantised kernel
+    is dequantised first, and its sum is not quantised again. The adapter itself is not changed.
 
     Raises:
         ValueError: the base lacks a targeted module.
     """
-    merged = dict(base, layers=dict(base["layers"]))
+    merged = with_copies(base, lora.params.get(COPIES, {}), as_stored=True)
+    merged = dict(merged, layers=dict(merged["layers"]))
     for name, leaves in lora.params["layers"].items():
         if name not in merged["layers"]:
             msg = f"The adapter targets layers/{name}, which the base lacks."
@@ -124,7 +137,7 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
 
     The network sees `B A` only, which `(A, B) -> (M A, B M^-1)` does not change. The change is computed as
-    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices.
+    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices. Trained copies are no part.
 
     Returns:
         The norm of the change, and that of the product before.

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
+from llmeraser_jax.lora.copies import COPIES, copied_leaves
 from llmeraser_jax.lora.params import Lora, check_lora
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
@@ -29,7 +30,7 @@ EXTRAS_FILE = "extras.safetensors"  # the leaves that a model's `adapter_extras`
 _HONOURED = frozenset(
     {
         "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
-        "layers_to_transform", "layers_pattern", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
     }
 )  # fmt: skip
 
@@ -37,12 +38,12 @@ _HONOURED = frozenset(
 _INERT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-        "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+        "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config", "eva_config",
     }
 )  # fmt: skip
 
 # The initialisations that leave the base alone; PiSSA, OLoRA, LoftQ and the like change its weights.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -52,11 +53,15 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 _IN_THE_BASE = "put what was trained into the base, save that, and leave {name} out of the adapter"
+_TIED = (
+    "ensure_weight_tying = true ties the copies of embedding and head; here each is trained by itself. Put what was "
+    "trained into the base, and leave modules_to_save out of the adapter"
+)
+_PEFT_PREFIX = "base_model.model."
 _CONVERT = "save it with path_initial_model_for_weight_conversion, which makes it an adapter of the base as it was"
 
 # What one can do about fields that are not honoured.
 _REMEDIES = {
-    "modules_to_save": _IN_THE_BASE,
     "trainable_token_indices": _IN_THE_BASE,
     "init_lora_weights": _CONVERT,
     "target_parameters": "only linear layers can carry an adapter here; train with target_modules",
@@ -86,7 +91,12 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
             them are listed.
     """
     directory = Path(directory)
-    config = adapter_config_from_peft(_read_config(directory), model.config)
+    stated = _read_config(directory)
+    config = adapter_config_from_peft(stated, model.config)
+    copied = copied_leaves(config, model.config, model.base)
+    if stated.get("ensure_weight_tying") and copied and "lm_head" not in model.base:
+        msg = f"{directory / CONFIG_FILE} cannot be honoured: {_TIED}."
+        raise ValueError(msg)
     modules, num_layers = adapted_modules(config, model.config), model.config.num_layers
     weights = directory / WEIGHTS_FILE
     if not weights.exists():
@@ -103,11 +113,13 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
     places = {name: (path, place) for name, path, place in _tensors(config, modules, num_layers)}
     for name, (path, place) in places.items():
         shapes[name] = leaves[path][place].shape
-    table = convert.Table(tuple(convert.Rule(name, name) for name in places))
+    shapes |= {path: shape for path, (_, shape) in copied.items()}
+    table = convert.Table((*(convert.Rule(name, name) for name in places), *_copy_rules(copied)))
     source = convert.SafetensorsSource.from_file(weights)
     tensors = convert.import_tensors(table, source, shapes, "float32", f"The adapter {directory}")
     for name, (path, place) in places.items():
         leaves[path][place] = tensors[name]
+    leaves |= {f"{COPIES}/{path}": tensors[path] for path in copied}
     leaves |= _read_extras(directory, model.adapter_extras)
     return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
 
@@ -123,6 +135,11 @@ def _tensors(config: LoraConfig, modules: tuple[str, ...], num_layers: int) -> I
                 if rank:
                     place = (layer, slice(rank)) if side == "a" else (layer, slice(None), slice(rank))
                     yield name.replace("{layer}", str(layer)), path, place
+
+
+def _copy_rules(copied: Mapping[str, tuple[convert.Rule, Any]]) -> tuple[convert.Rule, ...]:
+    """The rules of trained copies as PEFT names them."""
+    return tuple(dataclasses.replace(rule, name=_PEFT_PREFIX + rule.name) for rule, _ in copied.values())
 
 
 def _read_extras(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -187,6 +204,9 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         given = peft.get(name) or {}
         if not (isinstance(given, Mapping) and all(type(value) in (int, float) for value in given.values())):
             problems.append(f"{name} = {given!r} (expected an object of numbers)")
+    saved = peft.get("modules_to_save") or []
+    if not (isinstance(saved, list | tuple) and all(isinstance(name, str) and name for name in saved)):
+        problems.append(f"modules_to_save = {saved!r} (expected a list of names)")
     if problems:
         msg = f"{CONFIG_FILE} cannot be honoured: {'; '.join(problems)}."
         raise ValueError(msg)
@@ -201,6 +221,7 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         layers_to_transform=(layers,) if type(layers) is int else tuple(layers or ()) or None,
         rank_pattern=dict(peft.get("rank_pattern") or {}),
         alpha_pattern={key: float(alpha) for key, alpha in (peft.get("alpha_pattern") or {}).items()},
+        modules_to_save=tuple(saved),
     )
     return resolve_config(config, model_config, allow_unmatched=True)
 
@@ -231,7 +252,7 @@ def adapter_config_to_peft(config: LoraConfig, base_model: str | None) -> dict[s
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "exclude_modules": excluded if excluded is None or isinstance(excluded, str) else list(excluded),
         "layers_to_transform": None if layers is None else list(layers),
         "layers_pattern": None,
@@ -280,6 +301,10 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
         files.atomic_write_json(temporary / CONFIG_FILE, config)
         places = _tensors(lora.config, modules, model.config.num_layers)
         tensors = {name: leaves[path][place] for name, path, place in places}
+        copied = copied_leaves(lora.config, model.config, model.base)
+        tensors |= convert.export_tensors(
+            convert.Table(_copy_rules(copied)), {path: leaves[f"{COPIES}/{path}"] for path in copied}
+        )
         convert.write_safetensors(temporary / WEIGHTS_FILE, tensors)
         if extras:
             others = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in extras}

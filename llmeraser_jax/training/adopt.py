@@ -52,9 +52,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmeraser_jax import data, files, losses, parallel, trees
+from llmeraser_jax import data, files, losses, parallel
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.lora import load_adapter, read_adapter_base
+from llmeraser_jax.lora import check_no_l2, load_adapter, read_adapter_base
 from llmeraser_jax.models import Model, load_tokenizer
 from llmeraser_jax.runs import Run, TrainConfig, load_run, write_run
 from llmeraser_jax.training.alternatives import compare_recipes
@@ -306,6 +306,7 @@ def adopt(
     files.require_empty(workdir)
     stated = load_training_recipe(recipe_path)
     lora = load_adapter(adapter_dir, model)
+    check_no_l2(lora.config, stated.train_config.l2)
     if lora.config.dropout != stated.dropout:
         msg = (
             f"The recipe states dropout = {stated.dropout}, and {adapter_dir} records lora_dropout = "
@@ -334,8 +335,7 @@ def adopt(
     _refuse(fit.problem, force=force, notes=notes)
     reported = final_loss_of(adapter_dir) if stated.final_loss is None else (stated.final_loss, str(recipe_path))
     loss = mean_loss(objective, lora, dataset, batch_size=batch_size, mesh=model.mesh)
-    no_adapter = trees.tree_zeros_like(lora)
-    base_loss = mean_loss(objective, no_adapter, dataset, batch_size=batch_size, mesh=model.mesh)
+    base_loss = mean_loss(objective, None, dataset, batch_size=batch_size, mesh=model.mesh)
     _log.info("Loss on %d examples: %.4f with the adapter, %.4f without.", len(dataset), loss, base_loss)
     if not loss < _CLEARLY_LOWER * base_loss:
         problem = (
