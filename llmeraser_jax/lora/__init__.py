@@ -9,6 +9,7 @@ from llmeraser_jax.lora.params import (
     init_lora,
     merge_lora,
     product_norms,
+    untrained,
 )
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
@@ -38,5 +39,6 @@ __all__ = [
     "resolve_config",
     "resolve_target_modules",
     "save_adapter",
+    "untrained",
     "with_copies",
 ]

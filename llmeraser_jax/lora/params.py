@@ -72,6 +72,21 @@ def init_lora(
     return Lora(params={"layers": modules, COPIES: fresh_copies(config, model_config, base)}, config=config)
 
 
+def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lora:
+    """The adapter with B zero, and the base's own modules for trained copies: it leaves the base's function unchanged.
+
+    Args:
+        lora: an adapter; its A stays.
+        model_config: the base model.
+        base: its parameters.
+    """
+    layers = {
+        name: {**leaves, "b": jnp.zeros_like(leaves["b"])} for name, leaves in lora.params["layers"].items()
+    }
+    copies = {COPIES: fresh_copies(lora.config, model_config, base)} if COPIES in lora.params else {}
+    return lora.replace(params={**lora.params, "layers": layers, **copies})
+
+
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
     """Refuses an adapter that does not fit: linen ignores module names that it does not know.
 
