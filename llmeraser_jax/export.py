@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from llmeraser_jax import convert, data, files, losses
 from llmeraser_jax.convert import check_quantization, dequantized, quantize
 from llmeraser_jax.data import Example
-from llmeraser_jax.lora import Lora
+from llmeraser_jax.lora import COPIES, Lora, with_copies
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.models.loading import checkpoint_shapes
 from llmeraser_jax.runs import Run, RunError, copy_tokenizer, load_run, model_directory
@@ -248,6 +248,10 @@ def write_merged(
     source = model_directory(model.path)
     config = files.read_json(source / "config.json")
     config.pop("quantization_config", None)
+    model = dataclasses.replace(model, base=with_copies(model.base, lora.params.get(COPIES, {})))
+    if model.config.tied_embeddings and "lm_head" in model.base:  # embedding or head was trained by itself
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
+        config["tie_word_embeddings"] = False
     for name in [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]:
         config[name] = dtype
     if quantization is not None:

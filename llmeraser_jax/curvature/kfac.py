@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from llmeraser_jax import checkpoint, trees
+from llmeraser_jax.lora import COPIES, Lora
 from llmeraser_jax.losses import Objective, weight_sum
 from llmeraser_jax.parallel import on_primary, to_host
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
@@ -110,7 +111,7 @@ def example_factors(
         num_roots: random roots per example, at one backward pass each.
 
     Raises:
-        ValueError: no roots, or a leaf that is no matrix.
+        ValueError: no roots, a leaf that is no matrix, or trained copies.
     """
 
     def sums(rows, weights):
@@ -144,7 +145,7 @@ def ekfac(
         num_roots: random roots per example, at one backward pass each.
 
     Raises:
-        ValueError: no roots, or a leaf that is no matrix.
+        ValueError: no roots, a leaf that is no matrix, or trained copies.
     """
     left, right = (jax.tree.map(lambda f: jnp.linalg.eigh(f)[1], side) for side in (factors.left, factors.right))
 
@@ -167,6 +168,20 @@ def _einsum(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=_EXACT)
 
 
+def refuse_copies(params: LoraParams) -> None:
+    """Refuses an adapter with trained copies: a factor of an embedding has as many rows as there are tokens.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if isinstance(params, Lora) and COPIES in params.params:
+        msg = (
+            f"Kronecker factors are for low-rank updates, and the adapter holds copies of "
+            f"{', '.join(params.config.modules_to_save)} (modules_to_save); solve without a preconditioner, or with rows."
+        )
+        raise ValueError(msg)
+
+
 def _sum_over_rows(
     objective: Objective,
     params: LoraParams,
@@ -180,6 +195,7 @@ def _sum_over_rows(
     if root_fn is None or num_roots < 1:
         msg = f"num_roots is {num_roots} and output_root_fn {root_fn}; Kronecker factors need both."
         raise ValueError(msg)
+    refuse_copies(params)
     if flat := [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim < 2]:
         msg = f"Leaves of shapes {flat} are no matrices; Kronecker factors need leaves [..., m, n]."
         raise ValueError(msg)

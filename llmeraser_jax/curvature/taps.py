@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmeraser_jax.curvature.kfac import KroneckerFactors, sum_over_chunks
+from llmeraser_jax.curvature.kfac import KroneckerFactors, refuse_copies, sum_over_chunks
 from llmeraser_jax.lora import Lora, low_rank_updates
 from llmeraser_jax.losses import LogitsAtResponse, Objective
 from llmeraser_jax.models import ApplyDecoder, Linear, ModelConfig, bind
@@ -85,13 +85,14 @@ def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Ke
         key: of the random roots, one per example.
 
     Raises:
-        ValueError: the objective is not this package's decoder, or has no root.
+        ValueError: the objective is not this package's decoder, or has no root; or the adapter has trained copies.
     """
     outputs_fn, root_fn = objective.outputs_fn, objective.output_root_fn
     decoder = outputs_fn.apply if isinstance(outputs_fn, LogitsAtResponse) else None
     if not isinstance(decoder, ApplyDecoder) or root_fn is None:
         msg = "Token factors need a decoder's objective with an output_root_fn; use kfac.example_factors instead."
         raise ValueError(msg)
+    refuse_copies(lora)
     apply = decoder
 
     def gram(rows, weights):

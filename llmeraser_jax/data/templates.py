@@ -93,7 +93,9 @@ class Recipe:
         max_length: tokens in a sequence at most, BOS and EOS included.
         truncation_side: which end of a sequence that does not fit is cut: "right" is TRL's keep_start, "left" its
             keep_end; or "error". An example without a token under the loss left is dropped, as TRL does.
-        packing: must be False: packed sequences mix examples, so none can be removed by itself.
+        packing: False, or "isolated": several examples in a sequence, none of which saw another, averaged over
+            tokens (`reduction` is "token"). That is the sum over examples that unpacked ones have, so it changes
+            nothing here. True, with attention across examples, is refused: none can be removed by itself.
         truncate: what is cut: the whole "sequence", answer or BOS included, or the "prompt" alone, which keeps BOS.
         chat_template: a chat template to use in place of the tokenizer's: its text, or a file (.jinja, .j2).
         chat_template_kwargs: arguments for the chat template, such as `enable_thinking`; a row's own column of
@@ -110,7 +112,7 @@ class Recipe:
     reduction: Literal["example", "token"] = "example"
     max_length: int = 512
     truncation_side: Literal["left", "right", "error"] = "left"
-    packing: bool = False
+    packing: bool | Literal["isolated"] = False
     truncate: Literal["sequence", "prompt"] = "sequence"
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -217,7 +219,7 @@ _CHOICES = {
     name: tuple(choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str))
     for name, hint in get_type_hints(Recipe).items()
 }
-_CHOICES = {name: choices for name, choices in _CHOICES.items() if choices}
+_CHOICES = {name: choices for name, choices in _CHOICES.items() if choices and name != "packing"}
 _OPTIONAL = frozenset(name for name, hint in get_type_hints(Recipe).items() if type(None) in get_args(hint))
 
 
@@ -245,8 +247,10 @@ def _check_fields(values: Mapping[str, Any]) -> None:
             problem = f"it must be one of {', '.join(_CHOICES[name])}"
         elif name in ("template", "response_prefix", "chat_template") and not isinstance(value, str):
             problem = "it must be a string"
-        elif name in ("add_bos", "add_eos", "packing") and not isinstance(value, bool):
+        elif name in ("add_bos", "add_eos") and not isinstance(value, bool):
             problem = "it must be true or false"
+        elif name == "packing" and value != "isolated" and not isinstance(value, bool):
+            problem = 'it must be false, or "isolated"'
         elif name == "max_length" and (type(value) is not int or value < 2):
             problem = "it must be an integer of at least 2 tokens"
         elif name == "chat_template_kwargs":
@@ -258,11 +262,17 @@ def _check_fields(values: Mapping[str, Any]) -> None:
             raise ValueError(msg)
     if values.get("template", "auto") not in TEMPLATES:
         _check_format_string(values["template"])
-    if values.get("packing"):
+    if values.get("packing") is True:
         msg = (
-            "packing is true, which is not supported: a packed sequence lets examples see each other, "
-            "so none can be removed by itself. Set packing = false; an adapter trained with packing "
-            "cannot be erased from."
+            "packing is true, which is not supported: examples in a packed sequence see each other, so none can be "
+            "removed by itself, and an adapter trained so cannot be erased from. Where attention kept them apart, "
+            'state packing = "isolated".'
+        )
+        raise ValueError(msg)
+    if values.get("packing") and values.get("reduction", "example") != "token":
+        msg = (
+            'packing is "isolated" and reduction is "example"; packed sequences are averaged over their tokens: state '
+            'reduction = "token".'
         )
         raise ValueError(msg)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.lora import Lora, low_rank_updates, merge_lora
+from llmeraser_jax.lora import COPIES, Lora, low_rank_updates, merge_lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
@@ -125,7 +125,7 @@ def quantise_merged(
 ) -> tuple[Model, Lora | None]:
     """The base with the adapter merged in and its linear layers rounded, and what of the adapter did not merge.
 
-    Embedding, norms and the output head stay as they are, as is usual, and so does what an adapter holds besides
+    Embedding, norms and the output head are not rounded, as is usual, and so is not what an adapter holds besides
     low-rank updates (`Model.adapter_extras`: a projector that makes input embeddings, say). The merge is in the
     base's own dtype, as serving it would be.
 
@@ -148,7 +148,7 @@ def quantise_merged(
 
 def _check_extras(model: Model, lora: Lora | None) -> None:
     merged = set() if lora is None else {group for group, _, _ in low_rank_updates(lora)}
-    stray = set() if lora is None else set(lora.params) - {"layers", *merged, *model.adapter_extras}
+    stray = set() if lora is None else set(lora.params) - {"layers", COPIES, *merged, *model.adapter_extras}
     if stray:
         msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
@@ -169,9 +169,10 @@ def _unmerged(lora: Lora | None) -> Lora | None:
     """The extras of an adapter, without any low-rank update; None where there are none."""
     if lora is None:
         return None
-    merged = {"layers", *(group for group, _, _ in low_rank_updates(lora))}
+    merged = {"layers", COPIES, *(group for group, _, _ in low_rank_updates(lora))}
     extras = {name: leaves for name, leaves in lora.params.items() if name not in merged}
-    return dataclasses.replace(lora, params={**extras, "layers": {}}) if extras else None
+    config = dataclasses.replace(lora.config, modules_to_save=())
+    return Lora(params={**extras, "layers": {}}, config=config) if extras else None
 
 
 def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:

@@ -1,6 +1,7 @@
 """Adapters: a float32 pytree, its configuration, and PEFT's format."""
 
 from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config, resolve_target_modules
+from llmeraser_jax.lora.copies import COPIES, check_no_l2, copied_leaves, is_decayed, with_copies
 from llmeraser_jax.lora.params import (
     Lora,
     add_delta,
@@ -9,6 +10,7 @@ from llmeraser_jax.lora.params import (
     low_rank_updates,
     merge_lora,
     product_norms,
+    untrained,
 )
 from llmeraser_jax.lora.peft_io import (
     adapter_config_from_peft,
@@ -20,6 +22,7 @@ from llmeraser_jax.lora.peft_io import (
 )
 
 __all__ = [
+    "COPIES",
     "Lora",
     "LoraConfig",
     "adapted_modules",
@@ -27,8 +30,11 @@ __all__ = [
     "adapter_config_to_peft",
     "add_delta",
     "check_lora",
+    "check_no_l2",
+    "copied_leaves",
     "copy_adapter",
     "init_lora",
+    "is_decayed",
     "load_adapter",
     "low_rank_updates",
     "merge_lora",
@@ -37,4 +43,6 @@ __all__ = [
     "resolve_config",
     "resolve_target_modules",
     "save_adapter",
+    "untrained",
+    "with_copies",
 ]

@@ -43,6 +43,8 @@ class LoraConfig:
         layers_to_transform: numbers of the layers that carry the adapter; None is all of them.
         rank_pattern: other ranks, by regular expression of the end of a module name; the first that matches holds.
         alpha_pattern: other alphas, in the same way.
+        modules_to_save: ends of names of modules that are trained whole (embedding, head, norms, linear layers): the
+            adapter holds copies of them that take the place of the base's. They carry no low-rank update.
     """
 
     rank: int = 8
@@ -54,9 +56,10 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # hashable, also from a list
@@ -75,6 +78,9 @@ class LoraConfig:
             raise ValueError(msg)
         if not self.target_modules:
             msg = "target_modules is empty; name at least one linear layer, e.g. ('q_proj', 'v_proj')."
+            raise ValueError(msg)
+        if not all(isinstance(name, str) and name for name in self.modules_to_save):
+            msg = f"modules_to_save is {self.modules_to_save!r}; it must hold names, e.g. 'embed_tokens', 'lm_head'."
             raise ValueError(msg)
         layers = self.layers_to_transform
         if layers is not None and not (layers and all(type(layer) is int and layer >= 0 for layer in layers)):
@@ -116,8 +122,10 @@ class LoraConfig:
         """Rank of the adapter of a module in a layer; 0 where it carries none."""
         name = self.module_name(module, layer)
         layers = self.layers_to_transform
-        left_out = (layers is not None and layer not in layers) or (
-            self.exclude_modules is not None and _matches(name, self.exclude_modules)
+        left_out = (
+            (layers is not None and layer not in layers)
+            or (self.exclude_modules is not None and _matches(name, self.exclude_modules))
+            or any(f".{saved}." in f".{name}." for saved in self.modules_to_save)
         )
         if left_out or not (self.target_modules == "all-linear" or _matches(name, self.target_modules)):
             return 0
@@ -250,7 +258,10 @@ def adapted_modules(config: LoraConfig, model_config: AdaptableConfig) -> tuple[
         name for name, stack in stacks.items() if any(config.rank_of(name, layer) for layer in range(stack.count))
     )
     if not modules:
-        msg = f"exclude_modules {config.exclude_modules!r} leaves none of {config.target_modules!r}."
+        others = f"exclude_modules {config.exclude_modules!r}"
+        if config.modules_to_save:
+            others += f" with modules_to_save {config.modules_to_save!r}"
+        msg = f"{others} leaves none of {config.target_modules!r}."
         raise ValueError(msg)
     return modules
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, adaptable_stacks, adapted_modules, resolve_config
+from llmeraser_jax.lora.copies import COPIES, check_copies, fresh_copies, with_copies
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
@@ -26,7 +27,8 @@ class Lora:
 
     Attributes:
         params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`; of a model that sees
-            pictures also `{"projector": {module: ...}}`, with one layer.
+            pictures also `{"projector": {module: ...}}`, with one layer; and where the configuration has
+            `modules_to_save` their trained copies, `{"copies": ...}` with paths of the base.
         config: static; its `target_modules` are written out. A layer of lower rank than its module's highest has
             rows of A and columns of B that nothing reads; they are zero.
     """
@@ -35,7 +37,9 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lora:
+def init_lora(
+    key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None
+) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -44,9 +48,11 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
         key: random key.
         config: rank, scale and targets; `target_modules` is resolved against the model.
         model_config: the base model.
+        base: its parameters, which `modules_to_save` are copied from.
 
     Raises:
-        ValueError: `target_modules` cannot be honoured; see `resolve_config`.
+        ValueError: `target_modules` or `modules_to_save` cannot be honoured; see `resolve_config` and
+            `copies.copied_leaves`.
     """
     config = resolve_config(config, model_config)
     names, stacks = adapted_modules(config, model_config), adaptable_stacks(model_config)
@@ -60,6 +66,11 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
             "a": a if scales is None else jnp.where(scales[..., None] == 0, 0, a),
             "b": jnp.zeros((stack.count, stack.outputs, rank), jnp.float32),
         }
+    if config.modules_to_save:
+        if base is None:
+            msg = f"modules_to_save is {config.modules_to_save!r}, which needs the base to copy from; give it."
+            raise ValueError(msg)
+        params[COPIES] = fresh_copies(config, model_config, base)
     return Lora(params=params, config=config)
 
 
@@ -71,15 +82,32 @@ def low_rank_updates(lora: Lora) -> Iterator[tuple[str, str, dict[str, jax.Array
                 yield group, name, leaves
 
 
+def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lora:
+    """The adapter with B zero, and the base's own modules for trained copies: it leaves the base's function unchanged.
+
+    Args:
+        lora: an adapter; its A stays.
+        model_config: the base model.
+        base: its parameters.
+    """
+    params = {group: dict(modules) for group, modules in lora.params.items()}
+    for group, name, leaves in low_rank_updates(lora):
+        params[group][name] = {**leaves, "b": jnp.zeros_like(leaves["b"])}
+    if COPIES in params:
+        params[COPIES] = fresh_copies(lora.config, model_config, base)
+    return lora.replace(params=params)
+
+
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
     """Refuses an adapter that does not fit: linen ignores module names that it does not know.
 
     Raises:
         ValueError: an unknown module, or a shape that does not match the base's; the message names it.
     """
+    check_copies(lora.config, config, base, lora.params.get(COPIES, {}))
     stacks = adaptable_stacks(config)
     groups = dict.fromkeys(["layers", *(stack.group for stack in stacks.values())])
-    stray = [group for group in lora.params if group not in groups]
+    stray = [group for group in lora.params if group not in (*groups, COPIES)]
     modules = {f"{group}/{name}": leaves for group in groups for name, leaves in lora.params.get(group, {}).items()}
     known = {f"{stack.group}/{name}" for name, stack in stacks.items()}
     stray += [path for path in modules if path not in known]
@@ -113,15 +141,16 @@ def add_delta(lora: Lora, delta: Lora) -> Lora:
 
 
 def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
-    """The base with `scaling * B A` added to each targeted kernel, in the kernel's own dtype.
+    """The base with `scaling * B A` added to each targeted kernel, and trained copies in place of its own leaves.
 
-    A base narrower than float32 rounds the sum; a quantised kernel is dequantised first, and its sum is not
-    quantised again. The adapter itself is not changed.
+    Everything has the dtype that the base has it in: one narrower than float32 rounds the sum; a quantised kernel
+    is dequantised first, and its sum is not quantised again. The adapter itself is not changed.
 
     Raises:
         ValueError: the base lacks a targeted module.
     """
-    merged = {**base, "layers": dict(base["layers"])}
+    copied = with_copies(base, lora.params.get(COPIES, {}), as_stored=True)
+    merged = {**copied, "layers": dict(copied["layers"])}
     for group, name, leaves in low_rank_updates(lora):
         merged[group] = dict(merged.get(group, {}))
         if name not in merged[group]:
@@ -141,7 +170,7 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
     """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
 
     The network sees `B A` only, which `(A, B) -> (M A, B M^-1)` does not change. The change is computed as
-    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices.
+    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices. Trained copies are no part.
 
     Returns:
         The norm of the change, and that of the product before.

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, Stack, adaptable_stacks, adapted_modules, resolve_config
+from llmeraser_jax.lora.copies import COPIES, copied_leaves
 from llmeraser_jax.lora.params import Lora, check_lora
 from llmeraser_jax.text import show
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
@@ -31,7 +32,7 @@ EXTRAS_FILE = "extras.safetensors"  # the leaves that a model's `adapter_extras`
 _HONOURED = frozenset(
     {
         "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
-        "layers_to_transform", "layers_pattern", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
     }
 )  # fmt: skip
 
@@ -39,12 +40,12 @@ _HONOURED = frozenset(
 _INERT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-        "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+        "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config", "eva_config",
     }
 )  # fmt: skip
 
 # The initialisations that leave the base alone; PiSSA, OLoRA, LoftQ and the like change its weights.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -54,11 +55,15 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 _IN_THE_BASE = "put what was trained into the base, save that, and leave {name} out of the adapter"
+_TIED = (
+    "ensure_weight_tying = true ties the copies of embedding and head; here each is trained by itself. Put what was "
+    "trained into the base, and leave modules_to_save out of the adapter"
+)
+_PEFT_PREFIX = "base_model.model."
 _CONVERT = "save it with path_initial_model_for_weight_conversion, which makes it an adapter of the base as it was"
 
 # What one can do about fields that are not honoured.
 _REMEDIES = {
-    "modules_to_save": _IN_THE_BASE,
     "trainable_token_indices": _IN_THE_BASE,
     "init_lora_weights": _CONVERT,
     "target_parameters": "only linear layers can carry an adapter here; train with target_modules",
@@ -93,7 +98,12 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
 
 
 def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
-    config = adapter_config_from_peft(_read_config(directory), model.config)
+    stated = _read_config(directory)
+    config = adapter_config_from_peft(stated, model.config)
+    copied = copied_leaves(config, model.config, model.base)
+    if stated.get("ensure_weight_tying") and copied and "lm_head" not in model.base:
+        msg = f"{directory / CONFIG_FILE} cannot be honoured: {_TIED}."
+        raise ValueError(msg)
     stacks = _adapted_stacks(config, model.config)
     weights = directory / WEIGHTS_FILE
     if not weights.exists():
@@ -111,10 +121,12 @@ def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
     places = {name: (path, place) for name, path, place in _tensors(config, stacks, names)}
     for name, (path, place) in places.items():
         shapes[name] = leaves[path][place].shape
-    table = convert.Table(tuple(convert.Rule(name, name) for name in places))
+    shapes |= {path: shape for path, (_, shape) in copied.items()}
+    table = convert.Table((*(convert.Rule(name, name) for name in places), *_copy_rules(copied)))
     tensors = convert.import_tensors(table, source, shapes, "float32", f"The adapter {directory}")
     for name, (path, place) in places.items():
         leaves[path][place] = tensors[name]
+    leaves |= {f"{COPIES}/{path}": tensors[path] for path in copied}
     leaves |= _read_extras(directory, model.adapter_extras)
     broken = [path for path, leaf in leaves.items() if not np.all(np.isfinite(leaf))]
     if broken:
@@ -145,6 +157,11 @@ def _tensors(
                 if rank:
                     place = (layer, slice(rank)) if side == "a" else (layer, slice(None), slice(rank))
                     yield name.replace("{layer}", str(layer)), path, place
+
+
+def _copy_rules(copied: Mapping[str, tuple[convert.Rule, Any]]) -> tuple[convert.Rule, ...]:
+    """The rules of trained copies as PEFT names them."""
+    return tuple(dataclasses.replace(rule, name=_PEFT_PREFIX + rule.name) for rule, _ in copied.values())
 
 
 def _read_extras(directory: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -241,6 +258,9 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         given = peft.get(name) or {}
         if not (isinstance(given, Mapping) and all(type(value) in (int, float) for value in given.values())):
             problems.append(f"{name} = {show(given)} (expected an object of numbers)")
+    saved = peft.get("modules_to_save") or []
+    if not (isinstance(saved, list | tuple) and all(isinstance(name, str) and name for name in saved)):
+        problems.append(f"modules_to_save = {show(saved)} (expected a list of names)")
     if problems:
         msg = f"{CONFIG_FILE} cannot be honoured: {'; '.join(problems)}."
         raise ValueError(msg)
@@ -255,6 +275,7 @@ def adapter_config_from_peft(peft: Mapping[str, Any], model_config: AdaptableCon
         layers_to_transform=(layers,) if type(layers) is int else tuple(layers or ()) or None,
         rank_pattern=dict(peft.get("rank_pattern") or {}),
         alpha_pattern={key: float(alpha) for key, alpha in (peft.get("alpha_pattern") or {}).items()},
+        modules_to_save=tuple(saved),
     )
     return resolve_config(config, model_config, allow_unmatched=True)
 
@@ -289,7 +310,7 @@ def adapter_config_to_peft(config: LoraConfig, base_model: str | None) -> dict[s
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "exclude_modules": excluded if excluded is None or isinstance(excluded, str) else list(excluded),
         "layers_to_transform": None if layers is None else list(layers),
         "layers_pattern": None,
@@ -339,6 +360,10 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
         files.atomic_write_json(temporary / CONFIG_FILE, config)
         places = _tensors(lora.config, stacks, convert.peft_table(model.config))
         tensors = {name: leaves[path][place] for name, path, place in places}
+        copied = copied_leaves(lora.config, model.config, model.base)
+        tensors |= convert.export_tensors(
+            convert.Table(_copy_rules(copied)), {path: leaves[f"{COPIES}/{path}"] for path in copied}
+        )
         convert.write_safetensors(temporary / WEIGHTS_FILE, tensors)
         if extras:
             others = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in extras}

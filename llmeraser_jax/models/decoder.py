@@ -32,6 +32,9 @@ and of the adapter, for each targeted linear layer:
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
     projector/{name}/{a,b}                      the same, of one layer
 
+An adapter's trained copies of modules take the place of the base's leaves. A tied base that holds a head, as one
+with a copied embedding does, is read as untied.
+
 A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
 `kernel + scaling * (B A)'`.
 """
@@ -51,7 +54,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.convert import QuantizedKernel, dequantized
-from llmeraser_jax.lora import check_lora
+from llmeraser_jax.lora import COPIES, check_lora, with_copies
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
@@ -467,9 +470,13 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
         ValueError: the adapter has a module or a shape that this model has no place for.
     """
     dtype = jnp.promote_types(jnp.float32, base["embed_tokens"]["embedding"].dtype)
+    if lora is not None:
+        check_lora(config, base, lora)
+        base = with_copies(base, lora.params.get(COPIES, {}))
+    if config.tied_embeddings and "lm_head" in base:
+        config = dataclasses.replace(config, tied_embeddings=False)
     if lora is None:
         return Decoder(config, dtype=dtype), {"params": base}
-    check_lora(config, base, lora)
     dtype = jnp.result_type(dtype, *(leaf.dtype for leaf in jax.tree.leaves(lora.params)))
     module = Decoder(config, lora.config.scaling, lora.config.dropout, dtype)
     return module, {"params": base, "lora": adapter_variables(lora)}

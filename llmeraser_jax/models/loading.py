@@ -76,7 +76,7 @@ class Model:
 
     def init_lora(self, key: Key, config: LoraConfig) -> Lora:
         """A fresh adapter for this model; see `lora.init_lora`."""
-        return init_lora(key, config, self.config)
+        return init_lora(key, config, self.config, self.base)
 
 
 def load_model(

@@ -24,12 +24,13 @@ class TrainConfig:
             memory and leaves the gradient as it is.
         learning_rate: at the end of the warm-up.
         warmup_ratio: share of all steps that the learning rate rises over, linearly from zero.
-        l2: lambda, in `l(z) = cross entropy + (l2 / 2) ||theta||^2`.
+        l2: lambda, in `l(z) = cross entropy + (l2 / 2) ||theta||^2`; 0 for an adapter with `modules_to_save`.
         seed: draws the order of the data in each epoch and, where none is given, the initial adapter.
         adam_b1: decay of Adam's mean of gradients.
         adam_b2: decay of Adam's mean of squared gradients.
         adam_eps: added to the root of the latter.
-        weight_decay: of AdamW: each step subtracts this share of the adapter, times the learning rate.
+        weight_decay: of AdamW: each step subtracts this share of the adapter, times the learning rate; not of norms
+            and biases among its `modules_to_save`, as in transformers' Trainer.
         max_grad_norm: longer gradients are scaled to this norm; None never does.
         checkpoint_every_steps: steps between two checkpoints.
     """

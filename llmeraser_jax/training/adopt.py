@@ -24,7 +24,7 @@ These are optional; `data.Recipe` and `training.TrainConfig` describe them:
     chat_template_kwargs = { enable_thinking = false }
     chat_template = "training.jinja"  # where it is not the tokenizer's, as with TRL's assistant_only_loss
     date = "2026-01-31"           # what the chat template wrote as the current date
-    packing = false               # true is refused: packed examples cannot be told apart
+    packing = false               # "isolated": packed, and no example saw another; true is refused
     batch_size = 128              # these are needed to retrain for comparison, and only for that
     learning_rate = 1e-4
     microbatch_size = 4
@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -52,9 +53,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmeraser_jax import data, files, losses, parallel, trees
+from llmeraser_jax import data, files, losses, parallel
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.lora import load_adapter, read_adapter_base
+from llmeraser_jax.lora import check_no_l2, load_adapter, read_adapter_base, untrained
 from llmeraser_jax.models import Model, load_tokenizer
 from llmeraser_jax.runs import Run, TrainConfig, load_run, write_run
 from llmeraser_jax.text import one_line, show
@@ -87,6 +88,7 @@ _SAMPLE_SEED = 0
 _CLEARLY_LOWER = 0.95  # of the base's loss: what an adapter has to be below
 _FAR_RATIO, _FAR_NATS = 1.5, 0.1  # a loss is far above the trainer's by this factor and this many nats more
 _FAR_BELOW = 0.3  # and far below it under this factor, less the nats
+_STEEP = 0.25  # of the gradient norm without training: above it an adapter is far from a minimum, above 1 untrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,8 +184,16 @@ def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
     return Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
 
 
-def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe) -> tuple[Model, Recipe]:
+def _with_tokenizer_of(
+    adapter_dir: Path, model: Model, recipe: Recipe, notes: list[str]
+) -> tuple[Model, Recipe]:
     """The model with the tokenizer that stands beside the adapter, and the recipe with its chat template.
+
+    Args:
+        adapter_dir: where they stand.
+        model: with the base's tokenizer.
+        recipe: as stated.
+        notes: gets in what the two tokenizers differ.
 
     Raises:
         ValueError: the chat template writes the current date, and the recipe does not state which one it wrote.
@@ -192,6 +202,12 @@ def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe) -> tuple
     template = adapter_dir / _CHAT_TEMPLATE_FILE
     if tokenizer is not None:
         _log.info("Using the tokenizer that stands beside the adapter, in %s.", adapter_dir)
+        differing = _differing_settings(tokenizer, model.tokenizer)
+        if differing:
+            notes.append(
+                f"The tokenizer beside the adapter differs from the base model's in {', '.join(differing)}; it is used, "
+                "since the training has put it there."
+            )
         model = dataclasses.replace(model, tokenizer=tokenizer)
     elif template.exists() and recipe.template == "chat" and recipe.chat_template is None:
         _log.info("Using the chat template that stands beside the adapter, %s.", template)
@@ -203,6 +219,15 @@ def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe) -> tuple
         )
         raise ValueError(msg)
     return model, recipe
+
+
+def _differing_settings(tokenizer: Any, other: Any) -> list[str]:
+    """In what two tokenizers differ, as far as it changes tokens; nothing where there is no other."""
+    if other is None:
+        return []
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template")
+    differing = [name for name in names if getattr(tokenizer, name, None) != getattr(other, name, None)]
+    return ["its vocabulary"] * (tokenizer.get_vocab() != other.get_vocab()) + differing
 
 
 def _refuse(problem: str | None, *, force: bool, notes: list[str]) -> None:
@@ -266,6 +291,22 @@ def _compare_with_trainer(
         )
 
 
+def _compare_gradients(norm: float, before: float, *, force: bool, notes: list[str]) -> None:
+    """Compares the norm of the data's mean gradient with what it is for the same adapter untrained."""
+    share = norm / before if before else math.inf
+    if share > 1:
+        problem = (
+            f"the gradient of the data's loss has norm {norm:.3g}, and {before:.3g} before any training: the adapter "
+            "rests at no minimum of it. Model, data or recipe is not what it was trained with."
+        )
+        _refuse(problem, force=force, notes=notes)
+    elif share > _STEEP:
+        notes.append(
+            f"The gradient of the data's loss has norm {norm:.3g}, {share:.0%} of what it is before any training: the "
+            "adapter is far from a minimum, and influence is the less exact."
+        )
+
+
 def adopt(
     model: Model,
     adapter_dir: str | os.PathLike[str],
@@ -280,12 +321,13 @@ def adopt(
     """Makes a run directory of an adapter trained elsewhere, after checking that it fits data and recipe.
 
     On a small sample other recipes are tried (`alternatives.compare_recipes`). The adapter is refused where one of
-    them fits much better, where it does not clearly lower the loss on its data, or where that loss is far above the
-    one that the trainer reported: an erasure by a wrong recipe is an erasure of something else.
+    them fits much better, where it does not clearly lower the loss on its data, where that loss is far above the
+    one that the trainer reported, or where the gradient of the loss is no smaller than before any training: an
+    erasure by a wrong recipe is an erasure of something else.
 
     `Run.result` then has the mean loss on the data with and without the adapter (`loss`, `base_loss`), and on
     a seeded sample the gradient norms of the objective and of its data term (`gradient_norm`,
-    `data_gradient_norm`). An objective with a gradient much larger than the data term's is not the one that
+    `data_gradient_norm`), and of the latter with the adapter untrained (`untrained_gradient_norm`). An objective with a gradient much larger than the data term's is not the one that
     the adapter minimises: its `l2` is not what the training had. `trainer_loss` and `trainer_loss_from` are the
     trainer's last loss and where it stood, `recipe_fit` says what fits the sample best, and `notes` what to know.
 
@@ -306,20 +348,22 @@ def adopt(
     files.require_empty(workdir)
     stated = load_training_recipe(recipe_path)
     lora = load_adapter(adapter_dir, model)
+    check_no_l2(lora.config, stated.train_config.l2)
     if lora.config.dropout != stated.dropout:
         msg = (
             f"The recipe states dropout = {stated.dropout}, and {adapter_dir} records lora_dropout = "
             f"{lora.config.dropout}. Correct the one that is wrong."
         )
         raise ValueError(msg)
-    model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe)
+    notes = _base_notes(adapter_dir, model)
+    model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe, notes)
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
     lora = parallel.replicate(lora, model.mesh)
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.
     batch_size = _BATCH_SIZE if model.mesh is None else _BATCH_SIZE * model.mesh.shape["data"]
-    notes = _base_notes(adapter_dir, model) + _training_notes(stated)
+    notes += _training_notes(stated)
     order = np.random.RandomState(_SAMPLE_SEED).permutation(len(dataset))
     fit = compare_recipes(
         objective,
@@ -334,8 +378,7 @@ def adopt(
     _refuse(fit.problem, force=force, notes=notes)
     reported = final_loss_of(adapter_dir) if stated.final_loss is None else (stated.final_loss, str(recipe_path))
     loss = mean_loss(objective, lora, dataset, batch_size=batch_size, mesh=model.mesh)
-    no_adapter = trees.tree_zeros_like(lora)
-    base_loss = mean_loss(objective, no_adapter, dataset, batch_size=batch_size, mesh=model.mesh)
+    base_loss = mean_loss(objective, None, dataset, batch_size=batch_size, mesh=model.mesh)
     _log.info("Loss on %d examples: %.4f with the adapter, %.4f without.", len(dataset), loss, base_loss)
     if not loss < _CLEARLY_LOWER * base_loss:
         problem = (
@@ -345,17 +388,22 @@ def adopt(
         _refuse(problem, force=force, notes=notes)
     if reported is not None:
         _compare_with_trainer(loss, fit.token_loss, *reported, force=force, notes=notes)
-    for note in notes:
-        _log.warning("%s", note)
-    measured = measure(
-        objective, lora, dataset, batch_size=batch_size, indices=np.sort(order[:sample_size]), mesh=model.mesh
+    sample = np.sort(order[:sample_size])
+    start = parallel.replicate(untrained(lora, model.config, model.base), model.mesh)
+    measured, before = (
+        measure(objective, params, dataset, batch_size=batch_size, indices=sample, mesh=model.mesh)
+        for params in (lora, start)
     )
     _log.info(
-        "Gradient norm on %d of them: %.3g of the objective, %.3g of its data term.",
+        "Gradient norm on %d of them: %.3g of the objective, %.3g of its data term; %.3g of that untrained.",
         measured.num_examples,
         measured.gradient_norm,
         measured.data_gradient_norm,
+        before.data_gradient_norm,
     )
+    _compare_gradients(measured.data_gradient_norm, before.data_gradient_norm, force=force, notes=notes)
+    for note in notes:
+        _log.warning("%s", note)
 
     def write() -> None:
         with files.atomic_directory(workdir) as directory:
@@ -375,6 +423,7 @@ def adopt(
                     "base_loss": base_loss,
                     "gradient_norm": measured.gradient_norm,
                     "data_gradient_norm": measured.data_gradient_norm,
+                    "untrained_gradient_norm": before.data_gradient_norm,
                     "num_sampled": measured.num_examples,
                     "num_truncated": dataset.num_truncated,
                     "num_dropped": len(dataset.dropped_ids),

@@ -24,6 +24,7 @@ from llmeraser_jax import files, losses, parallel, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.environment import peak_memory_bytes
+from llmeraser_jax.lora import check_no_l2, is_decayed
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.runs import TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
@@ -128,8 +129,12 @@ class Adam(NamedTuple):
         if self.max_grad_norm is not None:
             parts.insert(0, optax.clip_by_global_norm(self.max_grad_norm))
         if self.weight_decay:
-            parts.append(optax.add_decayed_weights(self.weight_decay))
+            parts.append(optax.add_decayed_weights(self.weight_decay, mask=_decayed))
         return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def _decayed(params: LoraParams) -> LoraParams:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path), params)
 
 
 def adam_of(config: TrainConfig) -> Adam:
@@ -261,7 +266,7 @@ def finetune(
         The adapter, with loss and gradient norm of the objective over all training data.
 
     Raises:
-        ValueError: the data set is empty, or `workdir` holds another training.
+        ValueError: the data set is empty, `workdir` holds another training, or an L2 term meets trained copies.
         FileExistsError: `workdir` holds something that is no training.
         RuntimeError: another process is training in `workdir`.
         FloatingPointError: loss or gradient is no longer finite.
@@ -299,6 +304,7 @@ def finetune_held(
         keep_checkpoints: keep those of the first epoch, after which every row has been seen.
         replay: the training whose steps are repeated; None is one of its own.
     """
+    check_no_l2(getattr(lora, "config", None), config.l2)
     objective = losses.lm_objective(model.apply, model.base, l2=config.l2)
     lora = parallel.replicate(jax.tree.map(jnp.asarray, lora), model.mesh)
     with contextlib.ExitStack() as stack:

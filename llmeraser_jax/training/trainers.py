@@ -232,7 +232,9 @@ def _read_arguments(content: Mapping[str, Any], found: _Findings) -> None:
     if "max_length" in content or "max_seq_length" in content:
         found.state("max_length", content.get("max_length") or content.get("max_seq_length"))
     side = {"keep_start": "right", "keep_end": "left"}.get(str(content.get("truncation_mode")))
-    if side:
+    if content.get("packing") and content.get("packing_strategy") == "bfd_split":
+        found.state("truncation_side", "error", "bfd_split divides rows longer than max_length; take them out")
+    elif side:
         found.state("truncation_side", side, f"truncation_mode = {content['truncation_mode']}")
     if content.get("assistant_only_loss"):
         found.state("loss_on", "assistant", "assistant_only_loss")
@@ -249,11 +251,13 @@ def _read_arguments(content: Mapping[str, Any], found: _Findings) -> None:
         strategy = content.get("packing_strategy")
         if strategy == "wrapped":
             _refuse_packing(found, 'packing_strategy = "wrapped"')
+        elif "flash" in str(_part(content, "model_init_kwargs").get("attn_implementation")):
+            found.state("packing", "isolated", "flash attention keeps packed rows apart")
         else:
             found.ask(
                 "packing",
-                "false where TRL packed with flash attention: rows did not see each other, and their token mean is "
-                "that of unpacked rows. true with another attention: they did, and none can be removed by itself",
+                '"isolated" where TRL packed with flash attention: rows did not see each other, and their token mean '
+                "is that of unpacked rows. true where they did: none can be removed by itself",
             )
 
 
@@ -295,9 +299,7 @@ def _read_axolotl(content: Mapping[str, Any], found: _Findings) -> None:
     found.state("truncation_side", "error", "axolotl leaves out rows longer than sequence_len; take them out too")
     _optimiser(content.get("optimizer"), content.get("lr_scheduler"), found)
     if content.get("sample_packing"):
-        found.state(
-            "packing", False, "sample_packing keeps attention inside each row: the same sum as unpacked rows"
-        )
+        found.state("packing", "isolated", "sample_packing keeps attention inside each row")
     datasets = content.get("datasets")
     first = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], Mapping) else {}
     if isinstance(datasets, list) and len(datasets) > 1:
@@ -345,7 +347,7 @@ def _read_llamafactory(content: Mapping[str, Any], found: _Findings) -> None:
     else:
         found.state("loss_on", "assistant", "train_on_prompt and mask_history are off")
     if content.get("neat_packing"):
-        found.state("packing", False, "neat_packing keeps attention inside each row: the same sum as unpacked rows")
+        found.state("packing", "isolated", "neat_packing keeps attention inside each row")
     elif content.get("packing"):
         _refuse_packing(found, "packing = true without neat_packing")
     found.ask(
@@ -446,6 +448,11 @@ def _optimiser(name: Any, schedule: Any, found: _Findings) -> None:
         found.note(f"The optimiser was {name!r}; a retraining for comparison uses Adam.")
     if schedule is not None and "cosine" not in str(schedule):
         found.note(f"The schedule was {schedule!r}; a retraining for comparison uses a cosine.")
+
+
+def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = content.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _refuse_packing(found: _Findings, why: str) -> None:

@@ -22,6 +22,7 @@ from llmeraser_jax.data import (
     encode_examples,
     find_look_alikes,
 )
+from llmeraser_jax.lora import check_no_l2
 from llmeraser_jax.losses import Objective, lm_objective
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import replicate
@@ -126,6 +127,7 @@ class UnlearningTask:
         if isinstance(self.model, Objective):
             return self.model
         assert self.training is not None  # of a language model
+        check_no_l2(getattr(self.adapter, "config", None), self.training.l2)
         return lm_objective(self.model.apply, self.model.base, l2=self.training.l2)
 
     @functools.cached_property

@@ -117,7 +117,8 @@ def test_a_tokenizer_without_bos_gets_none(word_tokenizer):
     ("fields", "message"),
     [
         ({"packing": True}, "packing is true, which is not supported"),
-        ({"packing": "no"}, "packing is 'no'; it must be true or false"),
+        ({"packing": "no"}, "packing is 'no'; it must be false, or \"isolated\""),
+        ({"packing": "isolated"}, 'averaged over their tokens: state reduction = "token"'),
         (
             {"template": "alpacca"},
             "template is 'alpacca'; it must be one of auto, none, plain, alpaca, tallrec, qa, chat, or",

@@ -104,7 +104,7 @@ def test_the_base_model_is_recorded(tmp_path):
         ({"alpha_pattern": {"q_proj": -4}}, "alpha_pattern"),
         ({"layers_to_transform": [5]}, "layers_to_transform"),
         ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*put what was trained into the base"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save = 'lm_head'.*expected a list of names"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),

@@ -73,6 +73,9 @@ def adapt(model, settings, seed=1):
             if "lora_" in name:
                 value = 0.3 * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(value.bfloat16().float())
+            elif "modules_to_save" in name:
+                value = parameter + 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(value.bfloat16().float())
     return adapted.eval()
 
 

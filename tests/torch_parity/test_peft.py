@@ -40,6 +40,15 @@ SETTINGS = {
         "exclude_modules": r".*\.0\..*k_proj",
     },
     "a layer by an expression": {"r": 2, "target_modules": r".*\.1\..*(k_proj|down_proj)"},
+    "embedding, head and norms": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": "all-linear",
+        "modules_to_save": ["embed_tokens", "lm_head", "norm"],
+    },
+    "embedding": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a linear layer": {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["v_proj", "model.norm"]},
     "rank one, gaussian": {"r": 1, "target_modules": ["gate_proj"], "init_lora_weights": "gaussian"},
 }
 
@@ -133,7 +142,7 @@ def test_a_round_trip_through_peft_is_bit_exact(base, tmp_path):
     ("settings", "name"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["mlp"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"bias": "lora_only"}, "bias"),
@@ -147,6 +156,39 @@ def test_what_peft_saves_with_an_option_that_is_not_honoured_is_refused(base, se
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=name):
         load_adapter(tmp_path / "adapter", load_model(directory))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_taken_as_peft_converts_it(base, init, tmp_path):
+    """PEFT's conversion makes it an adapter of the base as it was, of twice the rank."""
+    import torch
+
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    import peft
+
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
+    adapted = peft.get_peft_model(_theirs(directory), settings)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "initial")
+    adapted.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    expected = reference.logits(adapted.eval())
+    adapted.save_pretrained(tmp_path / "as trained")
+    model = load_model(directory)
+    with pytest.raises(ValueError, match="init_lora_weights.*path_initial_model_for_weight_conversion"):
+        load_adapter(tmp_path / "as trained", model)
+    adapted.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    lora = load_adapter(tmp_path / "converted", model)
+    assert lora.config.rank == 4
+    tokens, mask = case_tokens()
+    assert largest_relative_difference(jax.jit(model.apply)(model.base, lora, tokens, mask), expected, mask) < 1e-5
 
 
 def _mask(shape):

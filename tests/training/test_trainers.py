@@ -162,7 +162,7 @@ def test_axolotl_alone_and_inside_its_model_card(tmp_path):
     stated = values(alone)
     assert stated["template"] == "alpaca" and stated["loss_on"] == "response" and stated["add_eos"] is True
     assert (stated["batch_size"], stated["learning_rate"], stated["weight_decay"]) == (4, 2e-4, 0.01)
-    assert stated["packing"] is False and "attention inside each row" in alone.values["packing"].source
+    assert stated["packing"] == "isolated" and "attention inside each row" in alone.values["packing"].source
     assert (stated["dropout"], stated["max_length"]) == (0.05, 2048)
     assert set(alone.questions) == {"add_bos", "seed"}
     card = f"---\nbase_model: x\n---\n<details>\n\n```yaml\n{AXOLOTL}```\n</details>\n"
@@ -180,18 +180,22 @@ def test_llama_factory_asks_which_template_its_own_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "packed"),
-    [("packing: true", True), ("packing: true\nneat_packing: true", False)],
+    [("packing: true", True), ("packing: true\nneat_packing: true", "isolated")],
 )
 def test_packing_with_attention_across_rows_is_stated_and_so_refused(tmp_path, extra, packed):
     (tmp_path / "train.yaml").write_text(LLAMA_FACTORY + extra)
     found = find_recipe(tmp_path / "train.yaml")
-    assert values(found)["packing"] is packed
-    assert any("attention across them" in note for note in found.notes) is packed
+    assert values(found)["packing"] == packed
+    assert any("attention across them" in note for note in found.notes) is (packed is True)
     trl = {**TRL, "packing": True, "packing_strategy": "wrapped"}
     (tmp_path / "training_args.json").write_text(json.dumps(trl))
     assert values(find_recipe(tmp_path / "training_args.json"))["packing"] is True
     (tmp_path / "training_args.json").write_text(json.dumps({**TRL, "packing": True}))
     assert "flash attention" in find_recipe(tmp_path / "training_args.json").questions["packing"]
+    flash = {"packing": True, "model_init_kwargs": {"attn_implementation": "kernels-community/flash-attn2"}}
+    (tmp_path / "training_args.json").write_text(json.dumps({**TRL, **flash, "packing_strategy": "bfd_split"}))
+    stated = values(find_recipe(tmp_path / "training_args.json"))
+    assert stated["packing"] == "isolated" and stated["truncation_side"] == "error"
 
 
 class _Bomb:
