@@ -7,7 +7,8 @@ disk, both come from the conversion table of the base's family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert
 from llmeraser_jax.convert import dequantized
-from llmeraser_jax.lora.config import LoraConfig
+from llmeraser_jax.lora.config import LoraConfig, adapted_modules
 from llmeraser_jax.types import AdaptableConfig, BaseParams
 
 COPIES = "copies"
@@ -45,15 +46,18 @@ def copied_leaves(
     wanted = {name for name in model_config.module_names if name.endswith(config.modules_to_save)}
     shapes = _shapes(base)
     found, parts, used = {}, [], set()
-    for rule in convert.BASE_TABLES[model_config.model_type].rules:
+    # As `module_names` and PEFT's files name the parts of a model that sees pictures.
+    layout = convert.LlavaLayout.of(model_config.module_names)
+    for rule in convert.base_table(model_config, layout).rules:
         module = rule.name.rpartition(".")[0]
         layers = range(model_config.num_layers) if "{layer}" in module else (0,)
         names = {module.replace("{layer}", str(layer)) for layer in layers}
-        if rule.path in shapes and names & wanted:
+        covered = {name: _covering(name, wanted) for name in names}
+        if rule.path in shapes and any(covered.values()):
             found[rule.path] = rule, shapes[rule.path]
-            parts += sorted(names - wanted)
-            used |= names
-    adapted = [name for name in wanted & used if _carries_adapter(name, config, model_config)]
+            parts += sorted(name for name in names if covered[name] is None)
+            used |= {*names, *filter(None, covered.values())}
+    adapted = [name for name in used if _carries_adapter(name, config, model_config)]
     problems = [
         (
             [name for name in config.modules_to_save if not any(module.endswith(name) for module in wanted)],
@@ -71,9 +75,18 @@ def copied_leaves(
     return found
 
 
+def _covering(name: str, wanted: Collection[str]) -> str | None:
+    """The module of `wanted` that is the named one or holds it; None where there is none."""
+    parts = name.split(".")
+    ends = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((end for end in ends if end in wanted), None)
+
+
 def _carries_adapter(name: str, config: LoraConfig, model_config: AdaptableConfig) -> bool:
-    module = name.rpartition(".")[2]
-    return module in model_config.linear_shapes and config.rank_of(module, int(name.split(".")[2])) > 0
+    module, layer = name.rpartition(".")[2], re.search(r"\.layers\.(\d+)\.", name)
+    if module not in adapted_modules(config, model_config):
+        return False
+    return config.rank_of(module, int(layer[1]) if layer else 0) > 0
 
 
 def _shapes(base: BaseParams) -> dict[str, tuple[int, ...]]:

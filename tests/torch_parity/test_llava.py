@@ -118,6 +118,12 @@ SETTINGS = {
         "layers_to_transform": [1],
         "exclude_modules": _OUT,
     },
+    "projector whole": {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "exclude_modules": _OUT,
+        "modules_to_save": ["multi_modal_projector"],
+    },
     "patterns": {
         "r": 3,
         "lora_alpha": 6,
@@ -152,7 +158,7 @@ def test_what_peft_saves_loads_here_with_the_same_logits(base, settings, tmp_pat
     for key, value in saved.items():
         np.testing.assert_array_equal(copied[key], value, err_msg=key)
     again = peft.PeftModel.from_pretrained(llava_reference.load(base), tmp_path / "copy").eval()
-    np.testing.assert_array_equal(llava_reference.logits(again), expected)
+    assert _differ(llava_reference.logits(again), expected, inputs) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -195,17 +201,13 @@ def test_a_merged_export_is_read_by_transformers(base, tmp_path):
     assert _differ(ours, llava_reference.logits(llava_reference.load(tmp_path / "merged")), inputs) < 1e-5
 
 
-def test_what_peft_trains_in_the_tower_or_saves_whole_is_refused(base, tmp_path):
+def test_what_peft_trains_in_the_tower_is_refused(base, tmp_path):
     from tests.torch_parity import llava_reference, reference
 
     settings = {"r": 2, "target_modules": ["q_proj"]}
     reference.adapt(llava_reference.load(base), settings).save_pretrained(tmp_path / "tower")
     with pytest.raises(ValueError, match="vision tower is frozen"):
         load_adapter(tmp_path / "tower", load_model(base))
-    whole = {**settings, "exclude_modules": _OUT, "modules_to_save": ["multi_modal_projector"]}
-    reference.adapt(llava_reference.load(base), whole).save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="modules_to_save"):
-        load_adapter(tmp_path / "whole", load_model(base))
     # Names that the configuration hides, tensors do not.
     config = json.loads((tmp_path / "tower" / "adapter_config.json").read_text())
     config["exclude_modules"] = _OUT
