@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, Stack, adaptable_stacks, adapted_modules, resolve_config
 from llmeraser_jax.lora.copies import COPIES, copied_leaves
-from llmeraser_jax.lora.params import Lora, check_lora
+from llmeraser_jax.lora.params import Lora, check_lora, low_rank_updates
 from llmeraser_jax.text import show
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
@@ -341,7 +341,7 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
     layers = {name: leaves for name, leaves in lora.params.items() if name not in extras}
     check_lora(model.config, model.base, dataclasses.replace(lora, params=layers))
     stacks = _adapted_stacks(lora.config, model.config)
-    held = {name for modules in layers.values() for name in modules}
+    held = {name for _, name, _ in low_rank_updates(dataclasses.replace(lora, params=layers))}
     if isinstance(lora.config.target_modules, str) or held != set(stacks):
         msg = (
             f"The adapter's configuration names {lora.config.target_modules!r}, its parameters "
