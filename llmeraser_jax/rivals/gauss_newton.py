@@ -92,7 +92,7 @@ class KFade(_GaussNewton):
     """
 
     num_steps: int = 3
-    kl: float = 0.01
+    kl: float = 1e-3
     sample_size: int | None = 64
 
     def __post_init__(self) -> None:
