@@ -433,8 +433,8 @@ class Study:
 
             return self._kept(name, seed, compute)
 
+        pairs = zip(self.retrained, self.bench.retrained, strict=True)  # trained before anything is timed
         before = kept(BEFORE, None, self.before, self.lora)
-        pairs = zip(self.retrained, self.bench.retrained, strict=True)
         return before, tuple(kept(RETRAINED, run.train_config.seed, run, lora) for run, lora in pairs)
 
     def _distance(self, fitted: Result) -> float:
