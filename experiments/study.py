@@ -85,7 +85,7 @@ NUM_DESCENT_STEPS = 20  # at least: where the forget set is a batch or two, desc
 
 # Of rivals without a learning rate: the field that says how far they go, and what is offered.
 STRENGTHS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "k-fade": ("kl", (1e-3, 1e-2, 1e-1)),
+    "k-fade": ("kl", (1e-4, 1e-3, 1e-2)),
     "win-u": ("damping", (1e-4, 1e-3, 1e-2)),
     "msa": ("scale", (0.5, 1.0, 2.0)),
     "task-vector": ("scale", (0.5, 1.0, 2.0)),
@@ -433,8 +433,8 @@ class Study:
 
             return self._kept(name, seed, compute)
 
+        pairs = zip(self.retrained, self.bench.retrained, strict=True)  # trained before anything is timed
         before = kept(BEFORE, None, self.before, self.lora)
-        pairs = zip(self.retrained, self.bench.retrained, strict=True)
         return before, tuple(kept(RETRAINED, run.train_config.seed, run, lora) for run, lora in pairs)
 
     def _distance(self, fitted: Result) -> float:

@@ -211,7 +211,11 @@ def make_scenario(config: RealModelConfig, model: Model, rows: Rows, kind: Kind)
 def models_of(found: Comparison) -> dict[str, Record]:
     """The first record of every model, by name: before, the methods, retrained."""
     records = [record for kind in ("before", "unlearned", "retrained") for record in found.of(kind)]
-    return {record.model: record for record in reversed(records) if record.scores}
+    first: dict[str, Record] = {}
+    for record in records:
+        if record.scores:
+            first.setdefault(record.model, record)
+    return first
 
 
 def seconds_table(found: Comparison) -> Table:

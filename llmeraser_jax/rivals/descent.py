@@ -49,7 +49,8 @@ class Phase:
         retain: loss of retained rows; None looks at none.
         retain_weight: its coefficient v.
         dual_rate: above 0, v is a multiplier of the constraint that the retained loss stay below what it was at the
-            first step plus `retain_slack`: after each step it rises by `dual_rate` times the excess, or falls.
+            first step plus `retain_slack`: after each step it rises by `dual_rate` times the excess, or falls. Then
+            w is v too.
         retain_slack: nats.
     """
 
@@ -248,9 +249,11 @@ def descend(
         places = step_indices(step, seed=optimiser.seed, num_examples=len(named), batch_size=size)
         replacements = problem.replacements[places]
         wanted = replacements[replacements >= 0]
+        weight = phase.retain_weight if multiplier is None else multiplier
         parts = [("forget", phase.forget, named[places], phase.forget_weight / len(places), size)]
         if len(problem.wanted):
-            parts.append(("wanted", CrossEntropy(), wanted, phase.wanted_weight / len(places), size))
+            wanted_weight = weight if phase.dual_rate else phase.wanted_weight
+            parts.append(("wanted", CrossEntropy(), wanted, wanted_weight / len(places), size))
         if phase.retain is not None:
             chosen = retained[
                 step_indices(
@@ -260,7 +263,6 @@ def descend(
                     batch_size=retain_size,
                 )
             ]
-            weight = phase.retain_weight if multiplier is None else multiplier
             parts.append(("retain", phase.retain, chosen, weight / len(chosen), retain_size))
         values, gradient = terms_gradient(
             model.apply,

@@ -18,10 +18,11 @@ after further training, as in the paper: `lora.add_delta(further, result.delta)`
 **WIN-U** (Zhao et al. 2026, arXiv 2604.13438): one Newton step on what is left, from curvature of all the data
 that was stored at the end of training, and S alone: no retained row is read. With A the stored curvature and U the
 rows of the named examples' Gauss-Newton matrices, the curvature of what is left is `A - U'U`, inverted by
-Woodbury's identity. A is EK-FAC's here, whose making counts as preparation; where it is exact (one matrix, one
-output), the step is Newton's. What differs: edits, whose replacements' rows are added; U are random roots,
-`num_roots` for each example; and since EK-FAC does not couple matrices, and A - U'U need not be positive definite,
-mu is doubled until the largest eigenvalue of `U A^-1 U'` is at most `max_leverage`.
+Woodbury's identity. Of this paper too the rest is this package's reading. A is EK-FAC's here, whose making counts
+as preparation; where it is exact (one matrix, one output), the step is Newton's. What differs: edits, whose
+replacements' rows are added; U are random roots, `num_roots` for each example; and since EK-FAC does not couple
+matrices, and A - U'U need not be positive definite, mu is doubled until the largest eigenvalue of `U A^-1 U'` is
+at most `max_leverage`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class KFade(_GaussNewton):
     """
 
     num_steps: int = 3
-    kl: float = 0.01
+    kl: float = 1e-3
     sample_size: int | None = 64
 
     def __post_init__(self) -> None:

@@ -68,12 +68,20 @@ class HiddenAtResponse:
         return jnp.take_along_axis(hidden[0], positions[..., None], axis=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _HiddenLoss(ExampleLoss):
-    """Mean square of the difference from a target, of activations after the first `depth` of the layers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationLoss(ExampleLoss):
+    """Mean square of the difference of activations from the trained adapter's, or from a random direction.
+
+    Attributes:
+        depth: share of the layers after which they are read.
+        steering: length of the direction, as a multiple of the trained adapter's activation; None is that itself.
+        seed: of the direction.
+    """
 
     num_teachers: ClassVar[int] = 1
     depth: float
+    steering: float | None = None
+    seed: int = 0
 
     def network(self, apply: Callable[..., Array]) -> HiddenAtResponse:
         """The first layers.
@@ -91,31 +99,14 @@ class _HiddenLoss(ExampleLoss):
         network = self.network(apply)
         return network.num_layers / network.config.num_layers
 
-    def _target(self, trained: Array) -> Array:
-        return trained
-
     def __call__(self, logits: Array, teachers: tuple[Array, ...], batch: TokenBatch) -> Array:
         """Mean over response tokens; `logits` and `teachers` are activations."""
-        squares = jnp.mean((logits - self._target(teachers[0])) ** 2, axis=-1)
-        return jnp.sum(squares * batch.target_weights, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldActivations(_HiddenLoss):
-    """The target is the trained adapter's activation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SteeredActivations(_HiddenLoss):
-    """The target is a random direction, `steering` times as long as the trained adapter's activation."""
-
-    steering: float
-    seed: int
-
-    def _target(self, trained: Array) -> Array:
-        direction = jax.random.uniform(jax.random.key(self.seed), trained.shape[-1:], trained.dtype)
-        length = self.steering * jnp.linalg.norm(trained, axis=-1, keepdims=True)
-        return length * direction / jnp.linalg.norm(direction)
+        target = teachers[0]
+        if self.steering is not None:
+            direction = jax.random.uniform(jax.random.key(self.seed), target.shape[-1:], target.dtype)
+            length = self.steering * jnp.linalg.norm(target, axis=-1, keepdims=True)
+            target = length * direction / jnp.linalg.norm(direction)
+        return jnp.sum(jnp.mean((logits - target) ** 2, axis=-1) * batch.target_weights, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +135,8 @@ class RMU(Descent):
         return (
             Phase(
                 epochs=self.epochs,
-                forget=SteeredActivations(depth=self.depth, steering=self.steering, seed=self.seed),
-                retain=HeldActivations(depth=self.depth),
+                forget=ActivationLoss(depth=self.depth, steering=self.steering, seed=self.seed),
+                retain=ActivationLoss(depth=self.depth),
                 retain_weight=self.retain_weight,
             ),
         )

@@ -4,7 +4,7 @@ Sources, each with the settings of open-unlearning (github.com/locuslab/open-unl
 follow): WGA, Wang et al. 2025 (arXiv 2502.19301); SatImp, Yang et al. 2025 (arXiv 2505.11953), whose weights of
 0.1 on S and 1 on retained rows are a ratio here; UNDIAL, Dong et al. 2024 (arXiv 2402.10052), which looks at no
 retained rows; PDU, Entesari et al. 2025 (arXiv 2506.05314). What differs from all: edits (see
-`descent.ForgetAndRetain`; of PDU the wanted pair has weight 1); an adapter is moved and not the whole model; means
+`descent.ForgetAndRetain`; PDU's wanted pair has the multiplier); an adapter is moved and not the whole model; means
 are over each response's tokens and then over examples, where the sources' are over the tokens of a batch, of
 UNDIAL and PDU the prompt's included; UNDIAL's cross entropy against its soft labels is a KL here, which has the
 same gradient. PDU's constraint is stated as a slack above the loss of the first retained batch, where the source

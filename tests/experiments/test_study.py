@@ -22,7 +22,7 @@ from llmeraser_jax.evaluation.render import render_markdown
 from llmeraser_jax.evaluation.scoring import answer, score_examples
 from llmeraser_jax.evaluation.summary import klom_of, summarise
 from llmeraser_jax.models import load_model
-from llmeraser_jax.rivals import NPO, SISA, Ensemble, ensemble_model, make_ensemble
+from llmeraser_jax.rivals import NPO, SISA, Ensemble, KFade, ensemble_model, make_ensemble
 from llmeraser_jax.runs import load_run
 from llmeraser_jax.unlearning import Workspace, task_of_run
 from tests.training import tiny
@@ -139,6 +139,20 @@ def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, mo
     losses = record.scores["named"]["losses"]
     assert np.mean(losses) == pytest.approx(owner.losses(owner.model, afresh.params)["forget_loss"], rel=1e-5)
     np.testing.assert_allclose(losses, methods_of(results)["npo"][0].scores["named"]["losses"], rtol=1e-4)
+
+
+def test_rivals_without_a_rate_are_offered_strengths_and_without_the_oracle_all_have_their_defaults(done):
+    scenario, workdir, _ = done
+    owner = study.Study(scenario, workdir, retrain_seeds=2)
+    offered = owner.method("k-fade", 1)
+    assert offered.chosen_as == "kl" and [m.kl for m in offered.candidates.values()] == list(offered.candidates)
+    # Two named rows are one step of an epoch.
+    assert {(m.scale, m.epochs) for m in owner.method("msa", 0).candidates.values()} == {
+        (0.5, 20), (1.0, 20), (2.0, 20),
+    }  # fmt: skip
+    owner.scenario = dataclasses.replace(scenario, oracle=False)
+    assert owner.method("k-fade", 1) == KFade()
+    assert owner.method("npo", 3) == NPO(epochs=20, seed=3)
 
 
 def test_costs_are_the_gradients_that_were_taken(done):
