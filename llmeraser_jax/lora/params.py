@@ -35,9 +35,7 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(
-    key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None
-) -> Lora:
+def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -73,18 +71,16 @@ def init_lora(
 
 
 def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lora:
-    """The adapter with B zero, and the base's own modules for trained copies: it leaves the base's function unchanged.
+    """The adapter with B zero and the base's own modules for trained copies, which changes nothing of the base.
 
     Args:
         lora: an adapter; its A stays.
         model_config: the base model.
         base: its parameters.
     """
-    layers = {
-        name: {**leaves, "b": jnp.zeros_like(leaves["b"])} for name, leaves in lora.params["layers"].items()
-    }
+    layers = {name: {**leaves, "b": jnp.zeros_like(leaves["b"])} for name, leaves in lora.params["layers"].items()}
     copies = {COPIES: fresh_copies(lora.config, model_config, base)} if COPIES in lora.params else {}
-    return lora.replace(params={**lora.params, "layers": layers, **copies})
+    return Lora(params={**lora.params, "layers": layers, **copies}, config=lora.config)
 
 
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -53,7 +54,10 @@ def generate(
     def decode(tokens, mask, stops):
         return greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens)
 
-    return generate_batches(decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
+    config = model.config
+    if lora is not None and lora.config.vocab_size is not None:  # training added tokens
+        config = dataclasses.replace(config, vocab_size=lora.config.vocab_size)
+    return generate_batches(decode, config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
 
 
 def generate_batches(
