@@ -294,14 +294,14 @@ def _compare_gradients(norm: float, before: float, *, force: bool, notes: list[s
     share = norm / before if before else math.inf
     if share > 1:
         problem = (
-            f"the gradient of the data's loss has norm {norm:.3g}, and {before:.3g} before any training: the adapter "
-            "rests at no minimum of it. Model, data or recipe is not what it was trained with."
+            f"the gradient of the data's loss has norm {norm:.3g}, and {before:.3g} before any training: the "
+            "adapter rests at no minimum of it. Model, data or recipe is not what it was trained with."
         )
         _refuse(problem, force=force, notes=notes)
     elif share > _STEEP:
         notes.append(
-            f"The gradient of the data's loss has norm {norm:.3g}, {share:.0%} of what it is before any training: the "
-            "adapter is far from a minimum, and influence is the less exact."
+            f"The gradient of the data's loss has norm {norm:.3g}, {share:.0%} of what it is before any training: "
+            "the adapter is far from a minimum, and influence is the less exact."
         )
 
 
@@ -325,10 +325,10 @@ def adopt(
 
     `Run.result` then has the mean loss on the data with and without the adapter (`loss`, `base_loss`), and on
     a seeded sample the gradient norms of the objective and of its data term (`gradient_norm`,
-    `data_gradient_norm`), and of the latter with the adapter untrained (`untrained_gradient_norm`). An objective with
-    a gradient much larger than the data term's is not the one that the adapter minimises: its `l2` is not what the
-    training had. `trainer_loss` and `trainer_loss_from` are the trainer's last loss and where it stood, `recipe_fit`
-    says what fits the sample best, and `notes` what to know.
+    `data_gradient_norm`), and of the latter with the adapter untrained (`untrained_gradient_norm`). An objective
+    with a gradient much larger than the data term's is not the one that the adapter minimises: its `l2` is not what
+    the training had. `trainer_loss` and `trainer_loss_from` are the trainer's last loss and where it stood,
+    `recipe_fit` says what fits the sample best, and `notes` what to know.
 
     Args:
         model: the base model.
