@@ -76,11 +76,11 @@ class Devices:
             _log.setLevel(logging.WARNING)
         return parse_mesh(self.mesh)
 
-    def load_run(self, path: Path):
-        """The run at `path`, to be computed with as these flags say."""
+    def load_run(self, path: Path, model: str | None = None):
+        """The run at `path`, to be computed with as these flags say; `model` is where its base is now."""
         from llmeraser_jax.runs import load_run
 
-        run = load_run(path)
+        run = load_run(path).with_model_at(model)
         return dataclasses.replace(run, matmul_precision=self.matmul_precision or run.matmul_precision)
 
 
@@ -337,6 +337,7 @@ class Erase:
             Without them removals go along the influence path, which costs more and can go too far.
         target_loss: where removed rows should end, nats per token, instead of the calibration rows' mean loss.
         budget: at most this share of a retraining's gradient equivalents; inf lifts the limit. Default: 1.
+        model: where the base model is now; default: where it was.
         data: where the training data is now; default: where it was.
         on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
             adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
@@ -356,6 +357,7 @@ class Erase:
     calibration: Annotated[Path | None, tyro.conf.arg(aliases=("--heldout",))] = None
     target_loss: float | None = None
     budget: float | None = None
+    model: str | None = None
     data: Path | None = None
     on_incomplete: Annotated[Literal["warn", "refuse", "retrain"], tyro.conf.arg(aliases=("--fallback",))] = "warn"
     seed: int = 0
@@ -370,7 +372,7 @@ class Erase:
         from llmeraser_jax.unlearning import IncompleteError
 
         mesh = self.devices.open()
-        run = self.devices.load_run(self.run_directory)
+        run = self.devices.load_run(self.run_directory, self.model)
         try:
             receipt = self._erase(run, mesh)
         except IncompleteError as error:
@@ -646,6 +648,7 @@ class Retrain:
         seeds: how many retrainings; their seeds differ from the run's own.
         replay: instead, once, with the run's own seed from the last checkpoint that finetune kept before the first
             forgotten row was seen.
+        model: where the base model is now; default: where it was.
         data: where the training data is now; default: where it was.
         devices: what to compute on.
     """
@@ -655,6 +658,7 @@ class Retrain:
     workdir: Path
     seeds: int = 3
     replay: bool = False
+    model: str | None = None
     data: Path | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
@@ -664,7 +668,7 @@ class Retrain:
         from llmeraser_jax.training.retrain import retrain
 
         mesh = self.devices.open()
-        run = self.devices.load_run(self.run_directory)
+        run = self.devices.load_run(self.run_directory, self.model)
         requests = load_requests(self.requests, run.load_examples(self.data))
         model = run.load_model(mesh=mesh)
         if self.replay:
@@ -692,6 +696,7 @@ class Evaluate:
         data: held-out examples, which no model was trained on; those that `erase` was shown (--heldout) are left
             out of membership inference.
         train_data: where the training data of --before is now; default: where it was.
+        model: where the base model is now; default: where it was.
         show_texts: keep the forget set's texts, and what each model answers to its questions, in the report.
             Without it no text of an example is kept: what was to be forgotten must not live on in a report.
         devices: what to compute on.
@@ -703,6 +708,7 @@ class Evaluate:
     retrained: Path | None = None
     data: Path | None = None
     train_data: Path | None = None
+    model: str | None = None
     show_texts: bool = False
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
@@ -712,8 +718,8 @@ class Evaluate:
         from llmeraser_jax.evaluation.render import HTML_FILE, MARKDOWN_FILE, render_text
 
         report = evaluate_runs(
-            self.devices.load_run(self.before),
-            self.devices.load_run(self.after),
+            self.devices.load_run(self.before, self.model),
+            self.devices.load_run(self.after, self.model),
             self.workdir,
             retrained=() if self.retrained is None else retrained_runs(self.retrained),
             heldout_path=self.data,
@@ -783,6 +789,7 @@ class Export:
         dtype: of the weights: bfloat16, float32 or float16.
         quantization: store the layers' kernels as bitsandbytes does: nf4, nf4-double or int8.
         data: where the training data is now, of an erasure that of the run before it; default: where it was.
+        model: where the base model is now; default: where it was.
     """
 
     run_directory: tyro.conf.Positional[Path]
@@ -790,13 +797,14 @@ class Export:
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     data: Path | None = None
+    model: str | None = None
 
     def run(self) -> int:
         from llmeraser_jax.export import EXPORT_FILE, export_run
         from llmeraser_jax.runs import load_run
 
         exported = export_run(
-            load_run(self.run_directory),
+            load_run(self.run_directory).with_model_at(self.model),
             self.merged,
             dtype=self.dtype,
             quantization=self.quantization,

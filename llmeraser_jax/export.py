@@ -249,9 +249,11 @@ def write_merged(
     config = files.read_json(source / "config.json")
     config.pop("quantization_config", None)
     model = dataclasses.replace(model, base=with_copies(model.base, lora.params.get(COPIES, {})))
-    if model.config.tied_embeddings and "lm_head" in model.base:  # embedding or head was trained by itself
-        model = dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
-        config["tie_word_embeddings"] = False
+    if COPIES in lora.params:  # a tied head was trained by itself; tokens were added
+        tied, rows = "lm_head" not in model.base, len(model.base["embed_tokens"]["embedding"])
+        now = dataclasses.replace(model.config, tied_embeddings=tied, vocab_size=rows)
+        model = dataclasses.replace(model, config=now)
+        config |= {"tie_word_embeddings": tied, "vocab_size": rows}
     for name in [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]:
         config[name] = dtype
     if quantization is not None:

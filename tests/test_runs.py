@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmeraser_jax import data, runs
+from llmeraser_jax.cli import main
 from llmeraser_jax.models import load_model
 from tests.training import tiny
 from tests.training.conftest import data_path, finished_run, model, model_path  # noqa: F401
@@ -54,6 +55,22 @@ def test_a_run_comes_back_as_it_was_written(finished_run, model, data_path):
     np.testing.assert_array_equal(
         np.asarray(loaded.base["embed_tokens"]["embedding"]), np.asarray(model.base["embed_tokens"]["embedding"])
     )
+
+
+def test_a_base_that_was_moved_can_be_named_and_is_compared(tmp_path, model_path, data_path, capsys):
+    shutil.copytree(model_path, tmp_path / "base")
+    moved = load_model(tmp_path / "base")
+    run = write(tmp_path / "run", moved, data.load_examples(data_path))
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    with pytest.raises(runs.RunError, match=r"no model directory .*base.* name where it is now \(--model\)"):
+        run.load_model()
+    again = run.with_model_at(str(tmp_path / "elsewhere")).load_model()
+    assert again.path == str(tmp_path / "elsewhere")
+    arguments = ["retrain", "--run", str(run.path), "--requests", str(tmp_path / "requests.jsonl"), "--seeds", "1"]
+    (tmp_path / "requests.jsonl").write_text('{"id": "r1", "action": "remove"}')
+    other = tiny.save_tiny_model(tmp_path / "other", seed=1)
+    assert main([*arguments, "--workdir", str(tmp_path / "re"), "--model", str(other)]) == 1
+    assert f"The base model at {other} is not the one" in capsys.readouterr().err
 
 
 def test_a_derived_run_keeps_its_examples_inside_and_can_be_moved(tmp_path, model, examples, finished_run):

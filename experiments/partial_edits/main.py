@@ -35,18 +35,12 @@ class Main:
         each: rows of each kind of request.
         epochs: passes over the data.
         seed: of the retraining; the adapter that is edited has seed 0.
-        l2: of the loss.
-        weight_decay: decoupled, as AdamW's: what erasing leaves out of account.
-        dropout: of the adapter in both trainings; erasing is without.
     """
 
     people: int = 96
     each: int = 2
     epochs: int = 80
     seed: int = 1
-    l2: float = 1e-3
-    weight_decay: float = 0.0
-    dropout: float = 0.0
 
 
 def following(values: Sequence[str], value: str) -> str:
@@ -110,16 +104,8 @@ def main(config: Main) -> None:
     outside = [row(f"u{i}", person) for i, person in enumerate(unseen)]
     calibration = encode_examples(outside, dataset.recipe, model.tokenizer)
     requests = parse_requests(lines, examples)
-    train = TrainConfig(
-        epochs=config.epochs,
-        batch_size=8,
-        learning_rate=4e-3,
-        warmup_ratio=0.1,
-        l2=config.l2,
-        weight_decay=config.weight_decay,
-    )
-    lora = LoraConfig(rank=8, alpha=16.0, target_modules="all-linear", dropout=config.dropout)
-    initial = model.init_lora(jax.random.key(0), lora)
+    train = TrainConfig(epochs=config.epochs, batch_size=8, learning_rate=4e-3, warmup_ratio=0.1, l2=1e-3)
+    initial = model.init_lora(jax.random.key(0), LoraConfig(rank=8, alpha=16.0, target_modules="all-linear"))
     before = finetune(model, dataset, train, lora=initial).lora
     task = UnlearningTask(
         model=model,

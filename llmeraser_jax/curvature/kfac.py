@@ -177,7 +177,8 @@ def refuse_copies(params: LoraParams) -> None:
     if isinstance(params, Lora) and COPIES in params.params:
         msg = (
             f"Kronecker factors are for low-rank updates, and the adapter holds copies of "
-            f"{', '.join(params.config.modules_to_save)} (modules_to_save); solve without a preconditioner, or with rows."
+            f"{', '.join(params.config.modules_to_save)} (modules_to_save); solve with rows, or without a "
+            "preconditioner."
         )
         raise ValueError(msg)
 

@@ -271,8 +271,8 @@ def _check_fields(values: Mapping[str, Any]) -> None:
         raise ValueError(msg)
     if values.get("packing") and values.get("reduction", "example") != "token":
         msg = (
-            'packing is "isolated" and reduction is "example"; packed sequences are averaged over their tokens: state '
-            'reduction = "token".'
+            'packing is "isolated" and reduction is "example"; packed sequences are averaged over their tokens: '
+            'state reduction = "token".'
         )
         raise ValueError(msg)
 

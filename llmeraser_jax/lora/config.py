@@ -43,8 +43,10 @@ class LoraConfig:
         layers_to_transform: numbers of the layers that carry the adapter; None is all of them.
         rank_pattern: other ranks, by regular expression of the end of a module name; the first that matches holds.
         alpha_pattern: other alphas, in the same way.
-        modules_to_save: ends of names of modules that are trained whole (embedding, head, norms, linear layers): the
-            adapter holds copies of them that take the place of the base's. They carry no low-rank update.
+        modules_to_save: ends of names of modules that are trained whole (embedding, head, norms, linear layers):
+            the adapter holds copies of them that take the place of the base's. They carry no low-rank update.
+        vocab_size: rows of copied embedding and head, both of them, where training added tokens; None is as many as
+            the base has.
     """
 
     rank: int = 8
@@ -57,6 +59,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     modules_to_save: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
@@ -80,7 +83,9 @@ class LoraConfig:
             msg = "target_modules is empty; name at least one linear layer, e.g. ('q_proj', 'v_proj')."
             raise ValueError(msg)
         if not all(isinstance(name, str) and name for name in self.modules_to_save):
-            msg = f"modules_to_save is {self.modules_to_save!r}; it must hold names, e.g. 'embed_tokens', 'lm_head'."
+            msg = (
+                f"modules_to_save is {self.modules_to_save!r}; it must hold names, e.g. 'embed_tokens', 'lm_head'."
+            )
             raise ValueError(msg)
         layers = self.layers_to_transform
         if layers is not None and not (layers and all(type(layer) is int and layer >= 0 for layer in layers)):

@@ -1,12 +1,13 @@
 """Owns trained copies: modules that an adapter holds whole, in place of the base's (PEFT's `modules_to_save`).
 
-The copies are the part `COPIES` of an adapter's parameters: a nested dict with the paths of the base's own leaves,
-so that applying an adapter is a replacement of leaves. Which leaves a module name means, and what they are called on
-disk, both come from the conversion table of the base's family.
+The copies are the part `COPIES` of an adapter's parameters: a nested dict with the paths of the base's own
+leaves, so that applying an adapter is a replacement of leaves. Which leaves a module name means, and what they are
+called on disk, both come from the conversion table of the base's family.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -39,7 +40,8 @@ def copied_leaves(
 
     Raises:
         ValueError: a name that selects nothing, or something that cannot be copied: a module without parameters of
-            its own, one that is copied in some layers only, or one that carries an adapter.
+            its own, one that is copied in some layers only, or one that carries an adapter; or tokens are added
+            though embedding or head is not copied.
     """
     if not config.modules_to_save:
         return {}
@@ -57,6 +59,9 @@ def copied_leaves(
             found[rule.path] = rule, shapes[rule.path]
             parts += sorted(name for name in names if covered[name] is None)
             used |= {*names, *filter(None, covered.values())}
+    if config.vocab_size is not None:
+        shapes = _with_tokens_added(config, shapes, found)
+        found = {path: (rule, shapes[path]) for path, (rule, _) in found.items()}
     adapted = [name for name in used if _carries_adapter(name, config, model_config)]
     problems = [
         (
@@ -91,21 +96,54 @@ def _carries_adapter(name: str, config: LoraConfig, model_config: AdaptableConfi
 
 def _shapes(base: BaseParams) -> dict[str, tuple[int, ...]]:
     """Shapes by path; the head of a tied base is its embedding."""
-    shapes = {str(path): tuple(leaf.shape) for path, leaf in flatten_dict(base, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(base, sep="/")
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if _HEAD not in shapes and _EMBEDDING in shapes:
         shapes[_HEAD] = shapes[_EMBEDDING][::-1]
     return shapes
 
 
+def _with_tokens_added(
+    config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    size, before = config.vocab_size, shapes[_EMBEDDING][0]
+    if size is None or size < before or not (_EMBEDDING in found and _HEAD in found):
+        msg = (
+            f"vocab_size is {size}, and the base has {before} tokens; tokens can be added where 'embed_tokens' and "
+            f"'lm_head' are both among modules_to_save, and these are {list(config.modules_to_save)}."
+        )
+        raise ValueError(msg)
+    return {**shapes, _EMBEDDING: (size, shapes[_EMBEDDING][1]), _HEAD: (shapes[_HEAD][0], size)}
+
+
+def with_vocabulary_of(config: LoraConfig, base: BaseParams, stored: Mapping[str, Any]) -> LoraConfig:
+    """The configuration with the number of tokens of stored copies of embedding and head, where it is larger.
+
+    Args:
+        config: of an adapter.
+        base: the base model's parameters.
+        stored: shapes on disk by name in a model's checkpoint; the first axis of both counts tokens.
+    """
+    rows = {shape[0] for name, shape in stored.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    more = len(rows) == 1 and max(rows) > _shapes(base)[_EMBEDDING][0]
+    return dataclasses.replace(config, vocab_size=rows.pop()) if more else config
+
+
 def fresh_copies(config: LoraConfig, model_config: AdaptableConfig, base: BaseParams) -> dict[str, Any]:
-    """The base's own modules in float32, which is what training starts from; empty where nothing is copied."""
-    leaves: Mapping[str, Any] = flatten_dict(base, sep="/")
+    """The base's own modules in float32, which is what training starts from; empty where nothing is copied.
 
-    def copy(path):
+    An added token begins as the mean of all others.
+    """
+    leaves: dict[str, Any] = flatten_dict(base, sep="/")
+
+    def copy(path, shape):
         leaf = leaves[path] if path in leaves else leaves[_EMBEDDING].T  # the head of a tied base
-        return jnp.array(dequantized(leaf), jnp.float32)
+        leaf = jnp.array(dequantized(leaf), jnp.float32)
+        widths = [(0, wanted - got) for wanted, got in zip(shape, leaf.shape, strict=True)]
+        return jnp.pad(leaf, widths, mode="mean") if any(map(sum, widths)) else leaf
 
-    return unflatten_dict({path: copy(path) for path in copied_leaves(config, model_config, base)}, sep="/")
+    copied = copied_leaves(config, model_config, base)
+    return unflatten_dict({path: copy(path, shape) for path, (_, shape) in copied.items()}, sep="/")
 
 
 def check_copies(config: LoraConfig, model_config: AdaptableConfig, base: BaseParams, copies: Any) -> None:
@@ -115,7 +153,8 @@ def check_copies(config: LoraConfig, model_config: AdaptableConfig, base: BasePa
         ValueError: a leaf missing, unknown or of another shape; the message names it.
     """
     expected = {path: shape for path, (_, shape) in copied_leaves(config, model_config, base).items()}
-    got = {str(path): tuple(leaf.shape) for path, leaf in flatten_dict(copies, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(copies, sep="/")
+    got = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if got != expected:
         wrong = [path for path in {**expected, **got} if expected.get(path) != got.get(path)]
         details = "; ".join(f"{p} is {got.get(p, 'missing')}, expected {expected.get(p, 'none')}" for p in wrong)
@@ -149,8 +188,8 @@ def with_copies(base: BaseParams, copies: Mapping[str, Any], *, as_stored: bool 
 def check_no_l2(config: Any, l2: float) -> None:
     """Refuses an L2 term where modules are copied.
 
-    It would pull them to zero, first of all the rows of tokens that no example has. No trainer does that: AdamW's decay
-    is no part of the loss, and acts as `is_decayed` says.
+    It would pull them to zero, first of all the rows of tokens that no example has. No trainer does that: AdamW's
+    decay is no part of the loss, and acts as `is_decayed` says.
 
     Args:
         config: of an adapter; of anything else, nothing is refused.
@@ -161,13 +200,13 @@ def check_no_l2(config: Any, l2: float) -> None:
     """
     if l2 and isinstance(config, LoraConfig) and config.modules_to_save:
         msg = (
-            f"l2 is {l2:g}, which would pull the trained copies of {', '.join(config.modules_to_save)} to zero; state "
-            "l2 = 0, and AdamW's decay as weight_decay."
+            f"l2 is {l2:g}, which would pull the trained copies of {', '.join(config.modules_to_save)} to zero; "
+            "state l2 = 0, and AdamW's decay as weight_decay."
         )
         raise ValueError(msg)
 
 
 def is_decayed(path: tuple[Any, ...]) -> bool:
-    """Whether decoupled weight decay acts on a leaf, by its path of keys in an adapter: on copied norms it does not."""
+    """Whether decoupled weight decay acts on a leaf, by its path in an adapter: on copied norms it does not."""
     keys = [getattr(key, "key", getattr(key, "name", key)) for key in path]
     return COPIES not in keys or keys[-1] not in _UNDECAYED

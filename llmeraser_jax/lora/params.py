@@ -37,9 +37,7 @@ class Lora:
     config: LoraConfig = flax.struct.field(pytree_node=False)
 
 
-def init_lora(
-    key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None
-) -> Lora:
+def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None) -> Lora:
     """A fresh adapter that leaves the base's function unchanged.
 
     A is uniform in +-1/sqrt(in) and B zero, as in PEFT.
@@ -83,7 +81,7 @@ def low_rank_updates(lora: Lora) -> Iterator[tuple[str, str, dict[str, jax.Array
 
 
 def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lora:
-    """The adapter with B zero, and the base's own modules for trained copies: it leaves the base's function unchanged.
+    """The adapter with B zero and the base's own modules for trained copies, which changes nothing of the base.
 
     Args:
         lora: an adapter; its A stays.
@@ -95,7 +93,7 @@ def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lo
         params[group][name] = {**leaves, "b": jnp.zeros_like(leaves["b"])}
     if COPIES in params:
         params[COPIES] = fresh_copies(lora.config, model_config, base)
-    return lora.replace(params=params)
+    return Lora(params=params, config=lora.config)
 
 
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.lora.config import LoraConfig, Stack, adaptable_stacks, adapted_modules, resolve_config
-from llmeraser_jax.lora.copies import COPIES, copied_leaves
+from llmeraser_jax.lora.copies import COPIES, copied_leaves, with_vocabulary_of
 from llmeraser_jax.lora.params import Lora, check_lora, low_rank_updates
 from llmeraser_jax.text import show
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
@@ -56,8 +56,8 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 
 _IN_THE_BASE = "put what was trained into the base, save that, and leave {name} out of the adapter"
 _TIED = (
-    "ensure_weight_tying = true ties the copies of embedding and head; here each is trained by itself. Put what was "
-    "trained into the base, and leave modules_to_save out of the adapter"
+    "ensure_weight_tying = true ties the copies of embedding and head; here each is trained by itself. Put what "
+    "was trained into the base, and leave modules_to_save out of the adapter"
 )
 _PEFT_PREFIX = "base_model.model."
 _CONVERT = "save it with path_initial_model_for_weight_conversion, which makes it an adapter of the base as it was"
@@ -100,18 +100,14 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
 def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
     stated = _read_config(directory)
     config = adapter_config_from_peft(stated, model.config)
+    source = _weights(directory)
+    stored = {name.removeprefix(_PEFT_PREFIX): shape for name, (shape, _) in source.shapes().items()}
+    config = with_vocabulary_of(config, model.base, stored) if config.modules_to_save else config
     copied = copied_leaves(config, model.config, model.base)
     if stated.get("ensure_weight_tying") and copied and "lm_head" not in model.base:
         msg = f"{directory / CONFIG_FILE} cannot be honoured: {_TIED}."
         raise ValueError(msg)
     stacks = _adapted_stacks(config, model.config)
-    weights = directory / WEIGHTS_FILE
-    if not weights.exists():
-        found = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f" It holds {', '.join(found)}; convert that to safetensors first." if found else ""
-        msg = f"{directory} has no {WEIGHTS_FILE}.{hint}"
-        raise FileNotFoundError(msg)
-    source = convert.SafetensorsSource.from_file(weights)
     leaves, shapes = {}, {}
     for module, stack in stacks.items():
         rank = config.stack_rank(module, stack.count)
@@ -136,6 +132,16 @@ def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
         )
         raise ValueError(msg)
     return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
+
+
+def _weights(directory: Path) -> convert.SafetensorsSource:
+    path = directory / WEIGHTS_FILE
+    if not path.exists():
+        found = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f" It holds {', '.join(found)}; convert that to safetensors first." if found else ""
+        msg = f"{directory} has no {WEIGHTS_FILE}.{hint}"
+        raise FileNotFoundError(msg)
+    return convert.SafetensorsSource.from_file(path)
 
 
 def _adapted_stacks(config: LoraConfig, model_config: AdaptableConfig) -> dict[str, Stack]:

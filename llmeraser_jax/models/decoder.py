@@ -33,7 +33,7 @@ and of the adapter, for each targeted linear layer:
     projector/{name}/{a,b}                      the same, of one layer
 
 An adapter's trained copies of modules take the place of the base's leaves. A tied base that holds a head, as one
-with a copied embedding does, is read as untied.
+with a copied embedding does, is read as untied; there are as many tokens as the embedding has rows.
 
 A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
 `kernel + scaling * (B A)'`.
@@ -473,8 +473,11 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
     if lora is not None:
         check_lora(config, base, lora)
         base = with_copies(base, lora.params.get(COPIES, {}))
-    if config.tied_embeddings and "lm_head" in base:
-        config = dataclasses.replace(config, tied_embeddings=False)
+    rows = base["embed_tokens"]["embedding"].shape[0]
+    if rows != config.vocab_size or (config.tied_embeddings and "lm_head" in base):
+        config = dataclasses.replace(
+            config, vocab_size=rows, tied_embeddings=config.tied_embeddings and "lm_head" not in base
+        )
     if lora is None:
         return Decoder(config, dtype=dtype), {"params": base}
     dtype = jnp.result_type(dtype, *(leaf.dtype for leaf in jax.tree.leaves(lora.params)))

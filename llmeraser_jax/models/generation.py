@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -57,8 +58,11 @@ def generate(
     def decode(tokens, mask, stops, *pictures):
         return greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens, *pictures)
 
+    config = model.config
+    if lora is not None and lora.config.vocab_size is not None:  # training added tokens
+        config = dataclasses.replace(config, vocab_size=lora.config.vocab_size)
     return generate_batches(
-        decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids, images=images
+        decode, config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids, images=images
     )
 
 

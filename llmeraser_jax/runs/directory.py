@@ -285,6 +285,10 @@ class Run:
     def _token_hashes(self) -> Sequence[str | None]:
         return (None,) * len(self.data_ids) if self.token_hashes is None else self.token_hashes
 
+    def with_model_at(self, path: str | None) -> Run:
+        """The run with its base model at another place, whose files are compared on loading; None leaves it."""
+        return self if path is None else dataclasses.replace(self, model_path=path)
+
     def load_model(self, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
         """The base model, after comparing its files with those that were used.
 
@@ -293,7 +297,7 @@ class Run:
             mesh: devices to shard it over.
 
         Raises:
-            RunError: the files have changed.
+            RunError: the files are not there, or have changed.
         """
         self._verify_fingerprint(self.model_path)
         model = load_model(
@@ -328,7 +332,11 @@ class Run:
             raise RunError(msg)
 
     def _verify_fingerprint(self, model_path: str) -> None:
-        found = model_fingerprint(model_path)
+        try:
+            found = model_fingerprint(model_path)
+        except FileNotFoundError as error:
+            msg = f"{error} {self.path} was trained on it; name where it is now (--model)."
+            raise RunError(msg) from error
         if found != self.model_sha256:
             msg = (
                 f"The base model at {model_path} is not the one that {self.path} was trained on: its "

@@ -184,9 +184,7 @@ def _parse_recipe(stated: Mapping[str, Any]) -> Recipe:
     return Recipe.from_mapping({k: v for k, v in stated.items() if k in _RECIPE_KEYS})
 
 
-def _with_tokenizer_of(
-    adapter_dir: Path, model: Model, recipe: Recipe, notes: list[str]
-) -> tuple[Model, Recipe]:
+def _with_tokenizer_of(adapter_dir: Path, model: Model, recipe: Recipe, notes: list[str]) -> tuple[Model, Recipe]:
     """The model with the tokenizer that stands beside the adapter, and the recipe with its chat template.
 
     Args:
@@ -205,8 +203,8 @@ def _with_tokenizer_of(
         differing = _differing_settings(tokenizer, model.tokenizer)
         if differing:
             notes.append(
-                f"The tokenizer beside the adapter differs from the base model's in {', '.join(differing)}; it is used, "
-                "since the training has put it there."
+                f"The tokenizer beside the adapter differs from the base model's in {', '.join(differing)}; it is "
+                "used, since the training has put it there."
             )
         model = dataclasses.replace(model, tokenizer=tokenizer)
     elif template.exists() and recipe.template == "chat" and recipe.chat_template is None:
@@ -296,14 +294,14 @@ def _compare_gradients(norm: float, before: float, *, force: bool, notes: list[s
     share = norm / before if before else math.inf
     if share > 1:
         problem = (
-            f"the gradient of the data's loss has norm {norm:.3g}, and {before:.3g} before any training: the adapter "
-            "rests at no minimum of it. Model, data or recipe is not what it was trained with."
+            f"the gradient of the data's loss has norm {norm:.3g}, and {before:.3g} before any training: the "
+            "adapter rests at no minimum of it. Model, data or recipe is not what it was trained with."
         )
         _refuse(problem, force=force, notes=notes)
     elif share > _STEEP:
         notes.append(
-            f"The gradient of the data's loss has norm {norm:.3g}, {share:.0%} of what it is before any training: the "
-            "adapter is far from a minimum, and influence is the less exact."
+            f"The gradient of the data's loss has norm {norm:.3g}, {share:.0%} of what it is before any training: "
+            "the adapter is far from a minimum, and influence is the less exact."
         )
 
 
@@ -327,9 +325,10 @@ def adopt(
 
     `Run.result` then has the mean loss on the data with and without the adapter (`loss`, `base_loss`), and on
     a seeded sample the gradient norms of the objective and of its data term (`gradient_norm`,
-    `data_gradient_norm`), and of the latter with the adapter untrained (`untrained_gradient_norm`). An objective with a gradient much larger than the data term's is not the one that
-    the adapter minimises: its `l2` is not what the training had. `trainer_loss` and `trainer_loss_from` are the
-    trainer's last loss and where it stood, `recipe_fit` says what fits the sample best, and `notes` what to know.
+    `data_gradient_norm`), and of the latter with the adapter untrained (`untrained_gradient_norm`). An objective
+    with a gradient much larger than the data term's is not the one that the adapter minimises: its `l2` is not what
+    the training had. `trainer_loss` and `trainer_loss_from` are the trainer's last loss and where it stood,
+    `recipe_fit` says what fits the sample best, and `notes` what to know.
 
     Args:
         model: the base model.
@@ -360,6 +359,7 @@ def adopt(
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
     lora = parallel.replicate(lora, model.mesh)
+    start = parallel.replicate(untrained(lora, model.config, model.base), model.mesh)  # the base, tokens added
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.
     batch_size = _BATCH_SIZE if model.mesh is None else _BATCH_SIZE * model.mesh.shape["data"]
@@ -371,6 +371,7 @@ def adopt(
         [dataset.examples[k] for k in np.sort(order[:recipe_sample_size])],
         dataset.recipe,
         model.tokenizer,
+        start=start,
         mesh=model.mesh,
     )
     _log.info("A row as it was trained, by the stated recipe, the part under the loss in ⟦ ⟧:\n%s", fit.shown)
@@ -378,7 +379,7 @@ def adopt(
     _refuse(fit.problem, force=force, notes=notes)
     reported = final_loss_of(adapter_dir) if stated.final_loss is None else (stated.final_loss, str(recipe_path))
     loss = mean_loss(objective, lora, dataset, batch_size=batch_size, mesh=model.mesh)
-    base_loss = mean_loss(objective, None, dataset, batch_size=batch_size, mesh=model.mesh)
+    base_loss = mean_loss(objective, start, dataset, batch_size=batch_size, mesh=model.mesh)
     _log.info("Loss on %d examples: %.4f with the adapter, %.4f without.", len(dataset), loss, base_loss)
     if not loss < _CLEARLY_LOWER * base_loss:
         problem = (
@@ -389,7 +390,6 @@ def adopt(
     if reported is not None:
         _compare_with_trainer(loss, fit.token_loss, *reported, force=force, notes=notes)
     sample = np.sort(order[:sample_size])
-    start = parallel.replicate(untrained(lora, model.config, model.base), model.mesh)
     measured, before = (
         measure(objective, params, dataset, batch_size=batch_size, indices=sample, mesh=model.mesh)
         for params in (lora, start)

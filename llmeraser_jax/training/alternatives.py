@@ -96,6 +96,7 @@ def compare_recipes(
     recipe: Recipe,
     tokenizer: Any,
     *,
+    start: LoraParams | None = None,
     mesh: Mesh | None = None,
 ) -> RecipeFit:
     """Tries a recipe and others that make sense for the same rows.
@@ -110,22 +111,23 @@ def compare_recipes(
         examples: a sample of the training data; rows that a recipe cuts or drops are left out of it.
         recipe: as stated.
         tokenizer: the model's.
+        start: the adapter untrained; None is the base alone.
         mesh: devices to share micro-batches out over.
 
     Raises:
         ValueError: no row of the sample has a token under the stated recipe's loss.
     """
-    measured = _Measured(objective, examples, tokenizer, mesh)
-    start = dataclasses.replace(recipe, loss_on="response") if recipe.loss_on == "all" else recipe
-    measured.make_room(start, *_neighbours(start, tokenizer))
-    stated = measured.try_recipe(start, lora, "the stated recipe")
+    measured = _Measured(objective, examples, tokenizer, start, mesh)
+    first = dataclasses.replace(recipe, loss_on="response") if recipe.loss_on == "all" else recipe
+    measured.make_room(first, *_neighbours(first, tokenizer))
+    stated = measured.try_recipe(first, lora, "the stated recipe")
     if stated is None:
         msg = f"None of {len(examples)} sampled rows has a token under the loss as the recipe renders them."
         raise ValueError(msg)
     best, found = None, [stated]
     while best is not found[0]:
         best = found[0]
-        tried = [measured.try_recipe(r, lora, _words(r, start)) for r in _neighbours(best.recipe, tokenizer)]
+        tried = [measured.try_recipe(r, lora, _words(r, first)) for r in _neighbours(best.recipe, tokenizer)]
         found += [candidate for candidate in tried if candidate is not None]
         found.sort(key=lambda c: c.loss)
     best = next(c for c in found if c is stated or c.loss < BETTER_THAN_BASE * measured.loss(c.recipe, None))
@@ -143,9 +145,15 @@ class _Measured:
     """Losses of the sample under any recipe; tokens that were measured once are not measured again."""
 
     def __init__(
-        self, objective: Objective, examples: Sequence[Example], tokenizer: Any, mesh: Mesh | None
+        self,
+        objective: Objective,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        start: LoraParams | None,
+        mesh: Mesh | None,
     ) -> None:
-        self._objective, self._examples, self._tokenizer, self._mesh = objective, examples, tokenizer, mesh
+        self._objective, self._examples, self._tokenizer = objective, examples, tokenizer
+        self._start, self._mesh = start, mesh
         self._seen: set[tuple[str, ...]] = set()
         self._sums: dict[tuple[Recipe, bool], tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = {}
         self._shape = BucketShape(time=_TIME_MULTIPLE, response=1)
@@ -194,7 +202,10 @@ class _Measured:
         return float(sums.sum() / counts.sum())
 
     def sums(self, recipe: Recipe, lora: LoraParams | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-        """Of each example, the sum over its tokens under the loss, how many these are, and its id."""
+        """Of each example, the sum over its tokens under the loss, how many these are, and its id.
+
+        Without an adapter they are those of the untrained one.
+        """
         key = (dataclasses.replace(recipe, reduction="example"), lora is None)
         if key not in self._sums:
             dataset = self.encode(recipe)
@@ -202,7 +213,8 @@ class _Measured:
             chunk = max(1, min(len(dataset), _MAX_TOKENS // self._shape.time))
             n = len(dataset)
             stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=-(-chunk // share) * share)
-            means = losses.example_losses(self._objective, lora, parallel.place_stack(stack, self._mesh))
+            params = self._start if lora is None else lora
+            means = losses.example_losses(self._objective, params, parallel.place_stack(stack, self._mesh))
             counts = dataset.num_targets.astype(np.float64)
             self._sums[key] = means.astype(np.float64) * counts, counts, dataset.ids
         return self._sums[key]

@@ -44,6 +44,7 @@ _OPTIONAL_QUESTIONS = {
     "batch_size": "examples per optimiser step: per device, times accumulation steps, times devices (to retrain)",
     "learning_rate": "the peak learning rate (to retrain)",
     "seed": "any number, if it is not known (to retrain)",
+    "final_loss": "the training loss that the trainer reported last; adopt compares its own with it",
 }
 
 
@@ -256,8 +257,8 @@ def _read_arguments(content: Mapping[str, Any], found: _Findings) -> None:
         else:
             found.ask(
                 "packing",
-                '"isolated" where TRL packed with flash attention: rows did not see each other, and their token mean '
-                "is that of unpacked rows. true where they did: none can be removed by itself",
+                '"isolated" where TRL packed with flash attention: rows did not see each other, and their token '
+                "mean is that of unpacked rows. true where they did: none can be removed by itself",
             )
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from llmeraser_jax.evaluation.robustness import quantise_merged
 from llmeraser_jax.export import write_merged
 from llmeraser_jax.lora import LoraConfig, init_lora, load_adapter, merge_lora, save_adapter
 from llmeraser_jax.losses import gradient_sum, lm_objective, loss_sum
-from llmeraser_jax.models import load_model, save_model
+from llmeraser_jax.models import generate, load_model, save_model
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.finetune import Adam, finetune
 from llmeraser_jax.types import ExampleStack, TokenBatch
@@ -88,7 +90,9 @@ def test_a_module_that_is_copied_carries_no_low_rank_update():
     assert set(lora.params["layers"]) == {"k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(lora.params["copies"]["layers"]) == {"q_proj", "o_proj"}
     biased = tiny_model(qkv_bias=True, model_type="qwen2")
-    copies = biased.init_lora(jax.random.key(0), LoraConfig(modules_to_save=("q_proj",), target_modules="all-linear"))
+    copies = biased.init_lora(
+        jax.random.key(0), LoraConfig(modules_to_save=("q_proj",), target_modules="all-linear")
+    )
     assert set(copies.params["copies"]["layers"]["q_proj"]) == {"kernel", "bias"}
 
 
@@ -123,7 +127,9 @@ def test_curvature_products_with_copies_are_those_of_dense_matrices(kind, tied):
         else:
             logits = outputs(flat)
             jacobian = jax.jit(jax.jacobian(outputs))(flat).reshape(-1, flat.size)
-            inner = jax.hessian(lambda z: jnp.sum(weights[0] * objective.output_loss_fn(z.reshape(logits.shape), batch)))
+            inner = jax.hessian(
+                lambda z: jnp.sum(weights[0] * objective.output_loss_fn(z.reshape(logits.shape), batch))
+            )
             expected = jacobian.T @ inner(logits.ravel()) @ jacobian
         gradient = jax.grad(lambda p: loss_sum(objective, unravel(p), rows))(flat)
         np.testing.assert_allclose(
@@ -190,6 +196,39 @@ def test_the_files_come_back_bit_for_bit_under_the_names_that_peft_gives_them(ti
         load_adapter(tmp_path / "adapter", model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_training_added_are_read_used_and_exported(tied, tmp_path):
+    save_model(tmp_path / "base", tiny_model(tied_embeddings=tied))
+    model = load_model(tmp_path / "base")
+    names = ("embed_tokens", "lm_head")
+    lora = copied(model, names=names, vocab_size=31)
+    embedding, head = (
+        lora.params["copies"][k][leaf] for k, leaf in (("embed_tokens", "embedding"), ("lm_head", "kernel"))
+    )
+    assert embedding.shape == (31, 16) and head.shape == (16, 31)
+    fresh = model.init_lora(jax.random.key(0), lora.config)
+    np.testing.assert_allclose(
+        fresh.params["copies"]["embed_tokens"]["embedding"][29:],
+        np.broadcast_to(np.mean(model.base["embed_tokens"]["embedding"], 0), (2, 16)),
+        rtol=1e-5,
+    )
+    save_adapter(tmp_path / "adapter", lora, model)
+    again = load_adapter(tmp_path / "adapter", model)
+    assert again.config == lora.config
+    tokens = TOKENS.at[0, 2].set(30)
+    logits = apply(model.apply, model.base, again, tokens, MASK)
+    assert logits.shape == (3, 9, 31) and np.all(np.isfinite(logits))
+    (tmp_path / "merged").mkdir()
+    write_merged(tmp_path / "merged", model, lora, dtype="float32")
+    merged = load_model(tmp_path / "merged")
+    assert merged.config.vocab_size == 31
+    np.testing.assert_allclose(apply(merged.apply, merged.base, None, tokens, MASK), logits, rtol=0, atol=1e-4)
+    assert len(generate(model, lora, [[30, 4]], 2, stop_ids=())[0]) == 2
+    for broken in ({"modules_to_save": ("embed_tokens",)}, {"vocab_size": 20}):
+        with pytest.raises(ValueError, match="tokens can be added where 'embed_tokens' and 'lm_head' are both"):
+            model.init_lora(jax.random.key(0), dataclasses.replace(lora.config, **broken))
+
+
 def test_tied_copies_are_refused_where_the_base_is_tied(tmp_path):
     for tied in (False, True):
         model = tiny_model(tied_embeddings=tied)
@@ -228,10 +267,12 @@ def test_decoupled_decay_spares_copied_norms_and_an_l2_term_is_refused():
     lora = copied(model)
     adam = Adam(0.9, 0.999, 1e-8, None, weight_decay=0.5).transformation()
     zero = trees.tree_zeros_like(lora)
-    direction, _ = adam.update(zero, adam.init(lora), lora)
+    direction: Any = adam.update(zero, adam.init(lora), lora)[0]
     copies, moved = lora.params["copies"], direction.params["copies"]
     np.testing.assert_allclose(moved["embed_tokens"]["embedding"], 0.5 * copies["embed_tokens"]["embedding"])
-    np.testing.assert_allclose(direction.params["layers"]["q_proj"]["a"], 0.5 * lora.params["layers"]["q_proj"]["a"])
+    np.testing.assert_allclose(
+        direction.params["layers"]["q_proj"]["a"], 0.5 * lora.params["layers"]["q_proj"]["a"]
+    )
     assert not np.any(moved["final_norm"]["scale"]) and not np.any(moved["layers"]["input_norm"]["scale"])
     with pytest.raises(ValueError, match=r"l2 is 0\.001, which would pull the trained copies of embed_tokens"):
         finetune(model, toy_dataset(), TrainConfig(l2=1e-3), lora=lora)

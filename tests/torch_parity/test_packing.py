@@ -35,8 +35,14 @@ def test_a_packed_batch_is_the_token_mean_of_its_rows(tmp_path):
     packed = pack_dataset(Dataset.from_dict(columns), 16, "bfd")
     assert len(packed) < len(rows)
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(list(packed))
+    # What flash attention does with these positions: a row begins where they do, and sees itself alone.
+    of_row = torch.cumsum(batch["position_ids"][0] == 0, 0)
+    seen = torch.tril(of_row[:, None] == of_row[None, :])
+    isolated = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
-        expected = float(theirs(**batch).loss)
+        expected = float(theirs(**{**batch, "attention_mask": isolated}).loss)
+        across = float(theirs(**{**batch, "attention_mask": torch.ones_like(batch["input_ids"])}).loss)
+    assert abs(across - expected) > 0.01  # packing with attention across rows is another sum
 
     recipe = Recipe.from_mapping(
         {"template": "plain", "response_prefix": "", "add_bos": False, "reduction": "token", "packing": "isolated"}

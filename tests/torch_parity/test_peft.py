@@ -158,6 +158,29 @@ def test_what_peft_saves_with_an_option_that_is_not_honoured_is_refused(base, se
         load_adapter(tmp_path / "adapter", load_model(directory))
 
 
+def test_tokens_that_training_added_are_those_of_a_base_that_peft_resized(base, tmp_path):
+    import torch
+
+    from tests.torch_parity import reference
+
+    directory, _ = base
+    resized = _theirs(directory)
+    size = resized.config.vocab_size + 3
+    resized.resize_token_embeddings(size)
+    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted = reference.adapt(resized, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens, mask = case_tokens()
+    tokens = np.array(tokens)
+    tokens[0, -1] = size - 1
+    with torch.no_grad():
+        out = adapted(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(np.asarray(mask)))
+    model = load_model(directory)
+    lora = load_adapter(tmp_path / "adapter", model)
+    ours = jax.jit(model.apply)(model.base, lora, tokens, mask)
+    assert largest_relative_difference(ours, out.logits.numpy(), mask) < 1e-5
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_changed_its_base_is_taken_as_peft_converts_it(base, init, tmp_path):
     """PEFT's conversion makes it an adapter of the base as it was, of twice the rank."""
@@ -168,11 +191,13 @@ def test_an_adapter_that_changed_its_base_is_taken_as_peft_converts_it(base, ini
     directory, _ = base
     import peft
 
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init
+    )
     adapted = peft.get_peft_model(_theirs(directory), settings)
-    adapted.peft_config["default"].init_lora_weights = True
+    settings.init_lora_weights = True
     adapted.save_pretrained(tmp_path / "initial")
-    adapted.peft_config["default"].init_lora_weights = init
+    settings.init_lora_weights = init
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
@@ -180,7 +205,7 @@ def test_an_adapter_that_changed_its_base_is_taken_as_peft_converts_it(base, ini
     expected = reference.logits(adapted.eval())
     adapted.save_pretrained(tmp_path / "as trained")
     model = load_model(directory)
-    with pytest.raises(ValueError, match="init_lora_weights.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(ValueError, match=r"init_lora_weights.*path_initial_model_for_weight_conversion"):
         load_adapter(tmp_path / "as trained", model)
     adapted.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")

@@ -35,6 +35,11 @@ def write_toml(path, stated):
     return path
 
 
+def scaled(lora, share):
+    """The adapter with that share of its B."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: share * x if path[-1].key == "b" else x, lora)
+
+
 @pytest.fixture
 def recipe_path(tmp_path):
     return write_toml(tmp_path / "recipe.toml", RECIPE)
@@ -68,6 +73,7 @@ def test_an_adopted_run_reports_both_losses_and_both_gradient_norms(
         "base_loss": np.mean(base),
         "gradient_norm": trees.tree_norm(losses.gradient_sum(objective, lora, stack)),
         "data_gradient_norm": trees.tree_norm(losses.gradient_sum(data_only, lora, stack)),
+        "untrained_gradient_norm": trees.tree_norm(losses.gradient_sum(data_only, scaled(lora, 0.0), stack)),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(run.result[name], value, rtol=1e-5)
@@ -97,6 +103,54 @@ def test_an_adapter_that_does_not_lower_the_loss_is_refused_unless_forced(
     run = adopt(model, tmp_path / "worse", data_path, recipe_path, tmp_path / "run", force=True)
     assert run.result["loss"] >= run.result["base_loss"]
     assert "does not lower the loss" in caplog.text
+
+
+def test_an_adapter_as_steep_as_an_untrained_one_is_refused_unless_forced(
+    tmp_path, model, data_path, finished_run, recipe_path
+):
+    adapter = finished_run.load_adapter(model)
+    for name, share in (("steep", 0.1), ("hardly trained", 0.3)):
+        save_adapter(tmp_path / name, scaled(adapter, share), model)
+    with pytest.raises(ValueError, match=r"has norm 5\.\d+, and 4\.\d+ before any training.* --force"):
+        adopt(model, tmp_path / "steep", data_path, recipe_path, tmp_path / "run")
+    run = adopt(model, tmp_path / "steep", data_path, recipe_path, tmp_path / "run", force=True)
+    assert any(note.startswith("Forced: the gradient") for note in run.result["notes"])
+    run = adopt(model, tmp_path / "hardly trained", data_path, recipe_path, tmp_path / "second")
+    assert any("far from a minimum" in note for note in run.result["notes"])
+
+
+def test_another_tokenizer_beside_the_adapter_is_noted(tmp_path, model, data_path, finished_run, recipe_path):
+    shutil.copytree(finished_run.path / "adapter", tmp_path / "adapter")
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run = adopt(model, tmp_path / "adapter", data_path, recipe_path, tmp_path / "run")
+    assert run.result["notes"] == []
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run = adopt(model, tmp_path / "adapter", data_path, recipe_path, tmp_path / "second")
+    assert any(
+        "beside the adapter differs from the base model's in chat_template" in n for n in run.result["notes"]
+    )
+
+
+def test_an_adapter_with_trained_copies_is_adopted_with_the_loss_of_the_base_beside_it(
+    tmp_path, model, data_path, finished_run
+):
+    trained = finished_run.load_adapter(model)
+    config = dataclasses.replace(trained.config, modules_to_save=("lm_head", "embed_tokens"))
+    copies = model.init_lora(jax.random.key(0), config).params["copies"]
+    lora = dataclasses.replace(trained, params={**trained.params, "copies": copies}, config=config)
+    save_adapter(tmp_path / "adapter", lora, model)
+    with pytest.raises(
+        ValueError, match=r"l2 is 0\.001, which would pull the trained copies of lm_head, embed_tokens"
+    ):
+        adopt(model, tmp_path / "adapter", data_path, write_toml(tmp_path / "l2.toml", RECIPE), tmp_path / "run")
+    recipe = write_toml(tmp_path / "recipe.toml", {**RECIPE, "l2": 0.0})
+    run = adopt(model, tmp_path / "adapter", data_path, recipe, tmp_path / "run")
+    plain = adopt(model, finished_run.path / "adapter", data_path, recipe, tmp_path / "plain")
+    for name in ("loss", "base_loss"):
+        np.testing.assert_allclose(run.result[name], plain.result[name], rtol=1e-5)
+    assert run.result["data_gradient_norm"] > plain.result["data_gradient_norm"]  # that of the copies too
 
 
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, model, data_path, recipe_path):

@@ -164,7 +164,7 @@ def test_axolotl_alone_and_inside_its_model_card(tmp_path):
     assert (stated["batch_size"], stated["learning_rate"], stated["weight_decay"]) == (4, 2e-4, 0.01)
     assert stated["packing"] == "isolated" and "attention inside each row" in alone.values["packing"].source
     assert (stated["dropout"], stated["max_length"]) == (0.05, 2048)
-    assert set(alone.questions) == {"add_bos", "seed"}
+    assert set(alone.questions) == {"add_bos", "seed", "final_loss"}
     card = f"---\nbase_model: x\n---\n<details>\n\n```yaml\n{AXOLOTL}```\n</details>\n"
     assert values(find_recipe(write(tmp_path / "out", README__md=card))) == stated
 
