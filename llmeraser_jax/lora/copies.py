@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert
 from llmeraser_jax.convert import dequantized
-from llmeraser_jax.lora.config import LoraConfig, adapted_modules
+from llmeraser_jax.lora.config import LoraConfig, adaptable_stacks
 from llmeraser_jax.types import AdaptableConfig, BaseParams
 
 COPIES = "copies"
@@ -62,7 +62,8 @@ def copied_leaves(
     if config.vocab_size is not None:
         shapes = _with_tokens_added(config, shapes, found)
         found = {path: (rule, shapes[path]) for path, (rule, _) in found.items()}
-    adapted = [name for name in used if _carries_adapter(name, config, model_config)]
+    modules = adaptable_stacks(model_config)
+    adapted = [name for name in used if name.rpartition(".")[2] in modules and _rank_of(name, config) > 0]
     problems = [
         (
             [name for name in config.modules_to_save if not any(module.endswith(name) for module in wanted)],
@@ -87,11 +88,9 @@ def _covering(name: str, wanted: Collection[str]) -> str | None:
     return next((end for end in ends if end in wanted), None)
 
 
-def _carries_adapter(name: str, config: LoraConfig, model_config: AdaptableConfig) -> bool:
-    module, layer = name.rpartition(".")[2], re.search(r"\.layers\.(\d+)\.", name)
-    if module not in adapted_modules(config, model_config):
-        return False
-    return config.rank_of(module, int(layer[1]) if layer else 0) > 0
+def _rank_of(name: str, config: LoraConfig) -> int:
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return config.rank_of(name.rpartition(".")[2], int(layer[1]) if layer else 0)
 
 
 def _shapes(base: BaseParams) -> dict[str, tuple[int, ...]]:
