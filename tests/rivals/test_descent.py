@@ -93,14 +93,19 @@ def test_the_request_is_what_the_tests_take_it_for(task):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_to_go_becomes_less_probable_also_against_what_is_wanted(task, fitted, name):
-    after = fitted[0][name][0].params
-    (named_before, wanted_before), (named_after, wanted_after) = (
-        (losses(task, params, NAMED), losses(task, params, WANTED)) for params in (task.adapter, after)
-    )
-    assert named_after.mean() > named_before.mean() + 0.05
-    # The edited rows: how much less probable the wanted pair is than the one that was trained on.
-    assert np.mean(wanted_after - named_after[1:]) < np.mean(wanted_before - named_before[1:]) - 0.1
+def test_what_is_to_go_becomes_less_probable(task, fitted, name):
+    before, after = (losses(task, params, NAMED) for params in (task.adapter, fitted[0][name][0].params))
+    assert after.mean() > before.mean() + 0.05
+
+
+# PDU flattens all that is predicted at the queries of S, which the wanted pair of a correction shares.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pdu"])
+def test_what_was_trained_on_becomes_less_probable_against_what_is_wanted(task, fitted, name):
+    margins = [
+        np.mean(losses(task, params, WANTED) - losses(task, params, NAMED)[1:])
+        for params in (task.adapter, fitted[0][name][0].params)
+    ]
+    assert margins[1] < margins[0] - 0.1
 
 
 def test_retained_rows_hold_the_ascent_back(task, fitted):
