@@ -83,7 +83,7 @@ class LoraConfig:
             )
             raise ValueError(msg)
         if self.vocab_size is not None and not self.modules_to_save:
-            msg = f"vocab_size is {self.vocab_size}, and modules_to_save is empty; name embed_tokens and lm_head there."
+            msg = f"vocab_size is {self.vocab_size}; it needs embed_tokens and lm_head among modules_to_save."
             raise ValueError(msg)
         layers = self.layers_to_transform
         if layers is not None and not (layers and all(type(layer) is int and layer >= 0 for layer in layers)):
