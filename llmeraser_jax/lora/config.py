@@ -87,6 +87,9 @@ class LoraConfig:
                 f"modules_to_save is {self.modules_to_save!r}; it must hold names, e.g. 'embed_tokens', 'lm_head'."
             )
             raise ValueError(msg)
+        if self.vocab_size is not None and not self.modules_to_save:
+            msg = f"vocab_size is {self.vocab_size}; it needs embed_tokens and lm_head among modules_to_save."
+            raise ValueError(msg)
         layers = self.layers_to_transform
         if layers is not None and not (layers and all(type(layer) is int and layer >= 0 for layer in layers)):
             msg = f"layers_to_transform is {layers!r}; it must name at least one layer, from 0."

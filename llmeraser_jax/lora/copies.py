@@ -121,7 +121,7 @@ def with_vocabulary_of(config: LoraConfig, base: BaseParams, stored: Mapping[str
     Args:
         config: of an adapter.
         base: the base model's parameters.
-        stored: shapes on disk by name in a model's checkpoint; the first axis of both counts tokens.
+        stored: shapes on disk by name; the first axis of embedding and head counts tokens.
     """
     rows = {shape[0] for name, shape in stored.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
     more = len(rows) == 1 and max(rows) > _shapes(base)[_EMBEDDING][0]

@@ -101,7 +101,7 @@ def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
     stated = _read_config(directory)
     config = adapter_config_from_peft(stated, model.config)
     source = _weights(directory)
-    stored = {name.removeprefix(_PEFT_PREFIX): shape for name, (shape, _) in source.shapes().items()}
+    stored = {name: shape for name, (shape, _) in source.shapes().items()}
     config = with_vocabulary_of(config, model.base, stored) if config.modules_to_save else config
     copied = copied_leaves(config, model.config, model.base)
     if stated.get("ensure_weight_tying") and copied and "lm_head" not in model.base:
@@ -118,7 +118,9 @@ def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
     for name, (path, place) in places.items():
         shapes[name] = leaves[path][place].shape
     shapes |= {path: shape for path, (_, shape) in copied.items()}
-    table = convert.Table((*(convert.Rule(name, name) for name in places), *_copy_rules(copied)))
+    # Where the vocabulary was resized, PEFT also saves how an embedding was before training, and its copy again.
+    ignored = (r".*\.(original_module|modules_to_save)\.\w+",) if copied else ()
+    table = convert.Table((*(convert.Rule(name, name) for name in places), *_copy_rules(copied)), ignored)
     tensors = convert.import_tensors(table, source, shapes, "float32", f"The adapter {directory}")
     for name, (path, place) in places.items():
         leaves[path][place] = tensors[name]
