@@ -188,7 +188,7 @@ def test_what_happens_to_an_erasure_that_is_not_complete(run, work, tmp_path, ca
     assert main([*common, "--workdir", str(tmp_path / "no"), "--on-incomplete", "refuse", *QUICK]) == 3
     said = capsys.readouterr()
     assert "No adapter is written" in said.err and "NOT ARRIVED" in said.out and not (tmp_path / "no").exists()
-    assert main([*common, "--workdir", str(tmp_path / "again"), "--on-incomplete", "retrain", *QUICK]) == 0
+    assert main([*common, "--workdir", str(tmp_path / "again"), "--fallback", "retrain", *QUICK]) == 0
     assert not (tmp_path / "again.retraining").exists()
     receipt = json.loads((tmp_path / "again" / "receipt.json").read_text())
     assert receipt["method"] == "retrained" and receipt["complete"]

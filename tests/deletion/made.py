@@ -33,6 +33,7 @@ class Push:
     """Moves every entry of the adapter by as much, with a receipt as a method writes it."""
 
     by: float = 0.01
+    complete: bool = True
 
     def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
         new = jax.tree.map(lambda x: x + jnp.asarray(self.by, x.dtype), task.adapter)
@@ -47,7 +48,7 @@ class Push:
             num_examples_before=10,
             num_examples_after=9,
             method="push",
-            complete=True,
+            complete=self.complete,
             validity=None,
             targets=None,
             outcome="complete",
