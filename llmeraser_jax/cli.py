@@ -225,6 +225,7 @@ class Adopt:
         devices: what to compute on.
         force: adopt it although another recipe fits the data much better, its loss is not clearly below the base's,
             or is far above the one that the trainer reported.
+        show_examples: log a row as the recipe renders it; without it no log holds a text of the data.
     """
 
     model: str
@@ -236,6 +237,7 @@ class Adopt:
     base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     force: bool = False
+    show_examples: bool = False
 
     def run(self) -> int:
         from llmeraser_jax.models import load_model
@@ -248,7 +250,15 @@ class Adopt:
             quantization=self.base_quantization,
             matmul_precision=self.devices.matmul_precision or "auto",
         )
-        run = adopt(model, self.adapter, self.data, self.recipe, self.workdir, force=self.force)
+        run = adopt(
+            model,
+            self.adapter,
+            self.data,
+            self.recipe,
+            self.workdir,
+            force=self.force,
+            show_examples=self.show_examples,
+        )
         result = run.result
         _say(f"Adopted an adapter trained on {len(run.data_ids)} examples.")
         _say(f"  loss with / without the adapter     {result['loss']:.4f} / {result['base_loss']:.4f}")
@@ -709,7 +719,7 @@ class Evaluate:
     data: Path | None = None
     train_data: Path | None = None
     model: str | None = None
-    show_texts: bool = False
+    show_texts: Annotated[bool, tyro.conf.arg(aliases=("--show-examples",))] = False
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
 
     def run(self) -> int:

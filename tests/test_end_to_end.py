@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from llmeraser_jax.runs import load_run
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.unlearning import CurvatureSpec, Step, UnlearningTask, erase, make_problem
+from llmeraser_jax.unlearning import job as unlearning_job
 from llmeraser_jax.unlearning.receipt import bf16_survival
+from tests.deletion.traces import traces_in, traces_of
 from tests.dense import DenseOperator, materialise
 from tests.training import tiny
 
@@ -67,6 +70,32 @@ def erased(run, work):
 @pytest.fixture(scope="module")
 def unseen(work):
     return tiny.write_rows(work / "unseen.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[10:]])
+
+
+@pytest.fixture(scope="module")
+def traces(run):
+    """Of what REQUESTS erase or replace."""
+    examples = [example for example in run.load_examples() if example.id in ("r1", "r4", "r7")]
+    dataset = run.encode(examples, run.load_model().tokenizer)
+    return traces_of(examples, ['"colour of s1"', '"colour of s4"', "colour of s7 grey"], dataset)
+
+
+def test_no_file_and_no_line_of_an_erasure_holds_what_was_erased(run, work, traces, monkeypatch, capfd, tmp_path):
+    """Neither texts nor tokens nor hashes without a key; solver states that a kill leaves behind included."""
+    monkeypatch.setattr(unlearning_job, "shutil", types.SimpleNamespace(rmtree=lambda *a, **k: None))
+    arguments = ["erase", "--run", str(run.path), "--requests", str(work / "requests.jsonl")]
+    options = ["--workdir", str(tmp_path / "out"), "--chunk-size", "4", "path", "--num-steps", "1", "--stream"]
+    assert main([*arguments, *options, "--solver", "cg:rtol=0.05,max_steps=2", *SMALL]) == 3
+    said = capfd.readouterr()
+    assert "NOT ARRIVED" in said.out and traces_in((said.out + said.err).encode(), traces) == []
+    assert list((tmp_path / "out.solves").rglob("solve.json")) or any((tmp_path / "out.solves").iterdir())
+    for name in ("out", "out.solves"):
+        assert traces_in(tmp_path / name, traces) == []
+    # The search finds what is there: in the data before, and in what an erasure might have written.
+    assert len(traces_in(run.data_path.read_bytes(), traces)) == 2
+    rows = {row.id: row for row in run.encode(run.load_examples(), run.load_model().tokenizer).encoded}
+    assert len(traces_in(json.dumps([rows["r1"].sha256, rows["r7"].tokens.tolist()]).encode(), traces)) == 2
+    assert len(traces_in(rows["r7"].tokens.astype("<i8").tobytes(), traces)) == 1
 
 
 def test_erase_writes_both_adapters_receipt_requests_and_edited_data(run, erased):
@@ -188,7 +217,7 @@ def test_what_happens_to_an_erasure_that_is_not_complete(run, work, tmp_path, ca
     assert main([*common, "--workdir", str(tmp_path / "no"), "--on-incomplete", "refuse", *QUICK]) == 3
     said = capsys.readouterr()
     assert "No adapter is written" in said.err and "NOT ARRIVED" in said.out and not (tmp_path / "no").exists()
-    assert main([*common, "--workdir", str(tmp_path / "again"), "--on-incomplete", "retrain", *QUICK]) == 0
+    assert main([*common, "--workdir", str(tmp_path / "again"), "--fallback", "retrain", *QUICK]) == 0
     assert not (tmp_path / "again.retraining").exists()
     receipt = json.loads((tmp_path / "again" / "receipt.json").read_text())
     assert receipt["method"] == "retrained" and receipt["complete"]
@@ -215,7 +244,9 @@ def test_an_existing_output_directory_is_refused_and_kept(run, work, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_evaluate_reports_every_promised_number_with_and_without_retraining(run, erased, work, unseen, capsys):
+def test_evaluate_reports_every_promised_number_with_and_without_retraining(
+    run, erased, work, unseen, traces, capsys
+):
     common = ["--run", str(run.path), "--requests", str(work / "requests.jsonl")]
     assert main(["retrain", *common, "--workdir", str(work / "re"), "--seeds", "2"]) == 0
     arguments = ["evaluate", "--before", str(run.path), "--after", str(erased.path), "--data", str(unseen)]
@@ -234,6 +265,7 @@ def test_evaluate_reports_every_promised_number_with_and_without_retraining(run,
     assert {"status", "iterations", "relative_residual", "negative_curvature"} <= report["solver"].keys()
     assert {path.suffix for path in (work / "eval").iterdir()} == {".json", ".html", ".md", ".png"}
     assert not any("texts" in row for row in report["named_examples"])
+    assert traces_in(work / "eval", traces) == [] and traces_in(erased.path, traces) == []
     assert main([*arguments, "--show-texts", "--workdir", str(work / "eval_alone")]) == 0
     alone = json.loads((work / "eval_alone" / "report.json").read_text())
     assert alone["gap_closure"]["forget_loss"] is None and alone["gap_closure"]["reason"]["forget_loss"]

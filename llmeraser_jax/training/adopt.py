@@ -313,6 +313,7 @@ def adopt(
     workdir: str | os.PathLike[str],
     *,
     force: bool = False,
+    show_examples: bool = False,
     sample_size: int = 256,
     recipe_sample_size: int = 16,
 ) -> Run:
@@ -337,6 +338,7 @@ def adopt(
         recipe_path: how; the module's description has the format.
         workdir: the run directory, new or empty; written whole or not at all.
         force: adopt an adapter that would be refused for its losses.
+        show_examples: log a row as the recipe renders it; else no log holds a text of the data.
         sample_size: examples that the gradient norms are measured on.
         recipe_sample_size: examples that other recipes are tried on.
 
@@ -374,7 +376,8 @@ def adopt(
         start=start,
         mesh=model.mesh,
     )
-    _log.info("A row as it was trained, by the stated recipe, the part under the loss in ⟦ ⟧:\n%s", fit.shown)
+    if show_examples:
+        _log.info("A row as it was trained, by the stated recipe, the part under the loss in ⟦ ⟧:\n%s", fit.shown)
     notes += [note[0].upper() + note[1:] for note in (*fit.hints, *filter(None, [fit.note]))]
     _refuse(fit.problem, force=force, notes=notes)
     reported = final_loss_of(adapter_dir) if stated.final_loss is None else (stated.final_loss, str(recipe_path))

@@ -75,7 +75,7 @@ class RecipeFit:
             return None
         return (
             f"{self.best.words} gives {self.best.loss:.4g}, the stated recipe {self.stated.loss:.4g} (mean loss of "
-            "the responses of a sample); look at the rendered row."
+            "the responses of a sample); look at a row as it is rendered (--show-examples)."
         )
 
     @property

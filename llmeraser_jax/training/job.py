@@ -217,7 +217,7 @@ def _kept(result: TrainResult, dataset: TokenDataset) -> dict[str, Any]:
     shape = dataset.uniform_shape
     return {
         "checkpoints": {str(step): sha256 for step, sha256 in result.kept.items()},
-        "shape": [shape.time, shape.response],
+        "shape": {"time": shape.time, "response": shape.response},
     }
 
 

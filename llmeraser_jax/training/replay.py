@@ -91,7 +91,7 @@ def plan_replay(trained: Run, dataset: TokenDataset) -> Replay:
         config.num_steps(len(ids)),
     )
     kept = {int(step): sha256 for step, sha256 in trained.result["checkpoints"].items()}
-    shape = BucketShape(*trained.result["shape"])
+    shape = BucketShape(**trained.result["shape"])
     usable = [step for step in kept if step <= first_seen]
     if dataset.uniform_shape != shape:
         _log.warning("A changed row is longer than all rows of the training; the replay begins at its start.")
@@ -146,7 +146,7 @@ def replay(
         model = run.load_model()
     else:
         run.verify_model(model)
-    dataset = run.encode(edited, model.tokenizer, buckets=[BucketShape(*trained.result["shape"])])
+    dataset = run.encode(edited, model.tokenizer, buckets=[BucketShape(**trained.result["shape"])])
     initial = trained.load_initial_adapter(model)
     assert initial is not None  # of a training of our own
     return train_run(

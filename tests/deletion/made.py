@@ -15,6 +15,7 @@ from llmeraser_jax.models import Model
 from llmeraser_jax.unlearning import Receipt
 from llmeraser_jax.unlearning.budget import Cost
 from llmeraser_jax.unlearning.job import erase_run
+from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.receipt import NamedExample, summarise_solves
 from llmeraser_jax.unlearning.result import Result
 from llmeraser_jax.unlearning.task import UnlearningTask
@@ -33,11 +34,13 @@ class Push:
     """Moves every entry of the adapter by as much, with a receipt as a method writes it."""
 
     by: float = 0.01
+    complete: bool = True
 
     def run(self, task: UnlearningTask, workspace: Workspace) -> Result:
         new = jax.tree.map(lambda x: x + jnp.asarray(self.by, x.dtype), task.adapter)
         change = trees.tree_sub(new, task.adapter)
         products = product_norms(task.adapter, change)
+        assert not isinstance(task.requests, EditProblem)
         named = tuple(NamedExample(id=r.id, action=str(r.action)) for r in task.requests)
         actions = [one.action for one in named]
         receipt = Receipt(
@@ -47,7 +50,7 @@ class Push:
             num_examples_before=10,
             num_examples_after=9,
             method="push",
-            complete=True,
+            complete=self.complete,
             validity=None,
             targets=None,
             outcome="complete",

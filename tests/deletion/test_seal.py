@@ -108,13 +108,11 @@ def test_sealing_removes_what_restores_the_erased_state_and_records_it(out, tmp_
     said = capsys.readouterr().out
     assert "still to be deleted: the run that was erased from" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        ["adapter", "hash.key", "initial_adapter", "receipt.json", "requests.jsonl", "run.json", "seal.json"]
-        + ["train.jsonl"]
-    )
-    removed = {
-        e["name"]: (e["bytes"], e["hmac_sha256"]) for e in json.loads((out / "seal.json").read_text())["removed"]
-    }
+    directories, texts = ["adapter", "initial_adapter"], ["requests.jsonl", "train.jsonl"]
+    records = ["hash.key", "receipt.json", "run.json", "seal.json"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*directories, *texts, *records])
+    listed = json.loads((out / "seal.json").read_text())["removed"]
+    removed = {entry["name"]: (entry["bytes"], entry["hmac_sha256"]) for entry in listed}
     assert expected.items() <= removed.items() and len(removed) == len(expected) + 3
     assert {p: p.read_bytes() for p in bytes_} == bytes_
     assert main(["verify", str(out)]) == 0

@@ -43,7 +43,7 @@ def work(chain, tmp_path):
     before, receipts = None, []
     for name in names[:-1]:
         directory = tmp_path / name
-        keys = RunKeys.load(directory)
+        keys = keys_of(directory)
         record = edit(directory / "run.json", lambda r: None)
         if before is None:
             record["data"]["path"] = str(tmp_path / "train.jsonl")
@@ -58,6 +58,12 @@ def work(chain, tmp_path):
         (directory / "run.json").write_text(json.dumps({**record, "mac": keys.mac(record)}))
         before = directory
     return tmp_path
+
+
+def keys_of(directory) -> RunKeys:
+    keys = RunKeys.load(directory)
+    assert keys is not None
+    return keys
 
 
 def set_receipt(receipt, parent, previous):
@@ -315,7 +321,7 @@ def test_without_its_key_a_run_can_be_loaded_and_no_hash_of_it_linked_to_a_row(w
 
 
 def test_each_directory_has_a_key_of_its_own_and_shares_that_of_held_out_rows(work, model):
-    keys = [RunKeys.load(work / name) for name in ("run", "out1", "out2")]
+    keys = [keys_of(work / name) for name in ("run", "out1", "out2")]
     assert len({k.own for k in keys}) == 3 and len({k.heldout for k in keys}) == 1
     assert all((work / name / "hash.key").stat().st_mode & 0o777 == 0o600 for name in ("run", "out1"))
     (row,) = (e for e in data.load_examples(work / "train.jsonl") if e.id == "r0")
@@ -328,7 +334,7 @@ def test_each_directory_has_a_key_of_its_own_and_shares_that_of_held_out_rows(wo
 def test_a_hash_is_hmac_sha_256_as_rfc_2104_defines_it(work):
     import hashlib
 
-    keys = RunKeys.load(work / "out1")
+    keys = keys_of(work / "out1")
     block = keys.own.ljust(64, b"\0")
     inner, outer = (bytes(byte ^ pad for byte in block) for pad in (0x36, 0x5C))
     content = b"example\0" + b"ab" * 32
@@ -344,3 +350,34 @@ def test_a_directory_without_hashes_of_files_says_what_it_cannot_show(chain, tmp
     found = failures(tmp_path / "out")
     assert "short ones can be guessed" in found["key"] and "older version" in found["files"]
     assert Path(load_run(tmp_path / "out").path).is_dir()
+
+
+def test_an_erasure_from_a_directory_without_keys_has_keys(model, data_path, tmp_path, caplog):
+    run = made.trained(tmp_path / "run", model, data_path)
+    path = tmp_path / "run/run.json"
+
+    def without_keys(record):
+        held = record["data"]
+        examples = data.load_examples(data_path)
+        held.update(sha256=[data.content_hash(e) for e in examples])
+        tokens = run.encode(examples, model.tokenizer).token_sha256
+        held.update(token_sha256=[tokens[e.id] for e in examples])
+        for key in ("hashes", "key_check", "content", "tokens"):
+            del held[key]
+        del record["files"], record["mac"]
+
+    edit(path, without_keys)
+    (tmp_path / "run/hash.key").unlink()
+    old = load_run(tmp_path / "run")
+    assert "holds plain SHA-256 of its examples, from which whoever reads it can guess" in caplog.text
+    assert old.content_hash(old.load_examples()[1]) == data.content_hash(old.load_examples()[1])
+    out = made.erased(old, tmp_path / "out", model)
+    assert out.keys is not None
+    (detail,) = failures(out.path).values()  # of the parent
+    assert "older version and has no hashes of the adapter's files" in detail
+    receipt = json.loads((out.path / "receipt.json").read_text())
+    assert receipt["named"][0]["hash_before"] == out.content_hash(old.load_examples()[1])
+    assert load_run(out.path).load_examples() == out.load_examples()
+    with pytest.raises(RunError, match="1 changed: 'r2'"):
+        changed = [dataclasses.replace(e, response="x") if e.id == "r2" else e for e in out.load_examples()]
+        out.verify_examples(changed)

@@ -84,6 +84,9 @@ def test_a_wrong_template_is_refused_and_the_right_one_named(tmp_path, model, da
     wrong = write_toml(tmp_path / "wrong.toml", {**RECIPE, "template": "alpaca"})
     with pytest.raises(ValueError, match=r"Template 'plain' with BOS gives .*, the stated recipe .*did you mean"):
         adopt(model, adapter, data_path, wrong, tmp_path / "run")
+    assert "</s>" not in caplog.text  # no text of the data, unless it is asked for
+    with pytest.raises(ValueError, match="did you mean"):
+        adopt(model, adapter, data_path, wrong, tmp_path / "run", show_examples=True)
     assert not (tmp_path / "run").exists()
     assert "⟦ red </s>⟧" in caplog.text and "<unk>" in caplog.text
     run = adopt(model, adapter, data_path, wrong, tmp_path / "run", force=True)

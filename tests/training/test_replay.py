@@ -1,9 +1,9 @@
 """A replay from a checkpoint is the training that never saw the forgotten rows, bit for bit."""
 
 import dataclasses
-import json
 import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ import pytest
 from llmeraser_jax import data, losses, runs
 from llmeraser_jax.cli import main
 from llmeraser_jax.data import BucketShape
+from llmeraser_jax.deletion import verify_directory
 from llmeraser_jax.training.batches import lay_out_mean
 from llmeraser_jax.training.finetune import adam_of, adam_step, learning_rates
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.training.replay import plan_replay, replay, run_with_checkpoints
+from llmeraser_jax.unlearning import erase_run
+from tests.deletion import made
 from tests.training import tiny
 
 CONFIG = dataclasses.replace(tiny.CONFIG, epochs=3, checkpoint_every_steps=1)
@@ -48,7 +51,7 @@ def rows_of_step(step):
 
 def trained_without(run, model, edited, num_steps=9):
     """The oracle: the same schedule from the start, on edited data that holds nothing of the forgotten rows."""
-    shape = BucketShape(*run.result["shape"])
+    shape = BucketShape(**run.result["shape"])
     dataset = data.encode_examples(edited, run.recipe, model.tokenizer, buckets=[shape])
     objective = losses.lm_objective(model.apply, model.base, l2=CONFIG.l2)
     adam, params = adam_of(CONFIG), run.load_initial_adapter(model)
@@ -131,7 +134,7 @@ def test_a_row_longer_than_all_of_the_training_is_replayed_from_the_start(kept, 
     response = " ".join(["now"] * 20)
     requests = requests_for(kept, {"id": id_, "action": "correct_response", "response": response})
     edited = data.apply_requests(kept.load_examples(), requests)
-    shape = BucketShape(*kept.result["shape"])
+    shape = BucketShape(**kept.result["shape"])
     dataset = data.encode_examples(edited, kept.recipe, model.tokenizer, buckets=[shape])
     assert plan_replay(kept, dataset).first_step == 0
     assert "longer than all rows of the training" in caplog.text
@@ -140,8 +143,6 @@ def test_a_row_longer_than_all_of_the_training_is_replayed_from_the_start(kept, 
 def test_an_interrupted_replay_goes_on_and_a_finished_one_is_not_repeated(
     kept, model, tmp_path, caplog, monkeypatch
 ):
-    from llmeraser_jax.training import finetune
-
     requests = requests_for(kept, {"id": rows_of_step(1)[0]})
     whole = replay(kept, requests, tmp_path / "whole", model=model)
     calls = []
@@ -153,7 +154,7 @@ def test_an_interrupted_replay_goes_on_and_a_finished_one_is_not_repeated(
         return adam_step(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "adam_step", dying)
+        patch.setattr(sys.modules[adam_step.__module__], "adam_step", dying)
         with pytest.raises(KeyboardInterrupt):
             replay(kept, requests, tmp_path / "out", model=model)
     other = requests_for(kept, {"id": rows_of_step(1)[1]})
@@ -161,9 +162,9 @@ def test_an_interrupted_replay_goes_on_and_a_finished_one_is_not_repeated(
         replay(kept, other, tmp_path / "out", model=model)
     with caplog.at_level(logging.INFO):
         run = replay(kept, requests, tmp_path / "out", model=model)
+        assert replay(kept, requests, tmp_path / "out", model=model) == run
     assert "Going on after step 4 of 9" in caplog.text
     assert_same_bits(run.load_adapter(model), whole.load_adapter(model))
-    assert replay(kept, requests, tmp_path / "out", model=model) == run
     assert "nothing is done" in caplog.text
 
 
@@ -172,32 +173,25 @@ def test_another_checkpoint_in_the_place_of_the_one_that_was_written_is_refused(
     shutil.rmtree(tmp_path / "run/checkpoints/1")
     shutil.copytree(tmp_path / "run/checkpoints/2", tmp_path / "run/checkpoints/1")
     run = runs.load_run(tmp_path / "run")
-    with pytest.raises(ValueError, match="The checkpoint of step 1 .* is not the one that the training wrote"):
+    with pytest.raises(ValueError, match=r"The checkpoint of step 1 .* is not the one that the training wrote"):
         replay(run, requests_for(run, {"id": rows_of_step(1)[0]}), tmp_path / "out", model=model)
 
 
-def test_a_fallback_replays_into_the_chain_and_a_later_one_leaves_out_the_rows_of_both(
-    kept, model, tmp_path, capsys
-):
-    """The console: erase --fallback retrain, twice; and retrain --replay."""
+def test_a_fallback_replays_into_the_chain_and_a_later_one_leaves_out_the_rows_of_both(kept, model, tmp_path):
     first, second = rows_of_step(2)[0], rows_of_step(1)[2]
-    method = ["--chunk-size", "4", "step", "--solver", "cg:rtol=0.05,max_steps=1", "--sample-size", "4"]
-    run, gone = kept, []
+    run, gone, method = kept, [], made.Push(complete=False)
     for number, (id_, step) in enumerate(((first, 2), (second, 1)), start=1):
         gone.append(id_)
-        requests = tmp_path / f"{number}.jsonl"
-        requests.write_text(json.dumps({"id": id_, "action": "remove"}) + "\n")
-        arguments = ["erase", "--run", str(run.path), "--requests", str(requests), "--fallback", "retrain"]
-        # No loss is as high as this: the row has not arrived.
-        options = ["--workdir", str(tmp_path / f"out{number}"), "--target-loss", "50"]
-        assert main([*arguments, *options, *method]) == 0
-        receipt = json.loads((tmp_path / f"out{number}" / "receipt.json").read_text())
-        assert receipt["outcome"] == f"complete: replayed on the edited data after step {step}"
-        run = runs.load_run(tmp_path / f"out{number}")
+        requests = tiny.write_rows(tmp_path / f"{number}.jsonl", [{"id": id_, "action": "remove"}])
+        out = tmp_path / f"out{number}"
+        run, result = erase_run(run, requests, out, method, model=model, on_incomplete="retrain")
+        assert result.receipt is not None
+        assert result.receipt.outcome == f"complete: replayed on the edited data after step {step}"
         edited = tuple(e for e in kept.load_examples() if e.id not in gone)
         assert run.load_examples() == edited and len(run.receipts) == number
         assert_same_bits(run.load_adapter(model), trained_without(kept, model, edited)[0])
-        assert main(["verify", str(run.path)]) == 0, capsys.readouterr().out
+        assert [finding for finding in verify_directory(out) if not finding.ok] == []
+        assert not out.with_name(f"{out.name}.retraining").exists()
     command = ["retrain", "--run", str(kept.path), "--requests", str(tmp_path / "1.jsonl"), "--replay"]
     assert main([*command, "--workdir", str(tmp_path / "re")]) == 0
     again = runs.load_run(tmp_path / "re" / "replay")
