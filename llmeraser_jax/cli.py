@@ -624,6 +624,74 @@ class Queue:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Certify:
+    """Measure an erasure and write its certificate: HTML and Markdown for people, JSON for machines, a signature.
+
+    Certify before the run is sealed and the run before it is deleted: afterwards the texts of the erased rows are
+    gone, and the certificate has what the receipt recorded.
+
+    Attributes:
+        run_directory: made by erase or queue process; gets certificate/.
+        ledger: where the requests came from; default: the ledger that the run lies in.
+        key: Ed25519 private key to sign with, made by `openssl genpkey -algorithm ed25519 -out KEY.pem` or
+            ssh-keygen; needs the extra "certificate". Default: not signed.
+        calibration: rows that no model was trained on, for membership inference; default: what queue process was
+            given.
+        data: where the training data of the run before is now; default: where it was.
+        devices: what to compute on.
+    """
+
+    run_directory: tyro.conf.Positional[Path]
+    ledger: Path | None = None
+    key: Path | None = None
+    calibration: Path | None = None
+    data: Path | None = None
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, certify
+
+        mesh = self.devices.open()
+        page = certify(
+            self.devices.load_run(self.run_directory),
+            ledger=None if self.ledger is None else Ledger(self.ledger),
+            key_path=self.key,
+            calibration_path=self.calibration,
+            data_path=self.data,
+            mesh=mesh,
+        )
+        _say(f"Certificate: {page}   (.md, .json{'' if self.key is None else ', .json.sig'})")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a ledger, or the certificate of a run: hashes, chain, signatures, and the runs that they name.
+
+    The exit status is 0 where everything is as it should be, else 3.
+
+    Attributes:
+        path: directory of a ledger, or of a run with a certificate.
+        public_key: the key that must have signed, a PEM file; default: any key, whose fingerprint is shown.
+    """
+
+    path: tyro.conf.Positional[Path]
+    public_key: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import verify_certificate, verify_ledger
+        from llmeraser_jax.deletion.ledger import LEDGER_FILE
+
+        check = verify_ledger if (self.path / LEDGER_FILE).is_file() else verify_certificate
+        findings = check(self.path, public_key=self.public_key)
+        for finding in findings:
+            _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+        failed = sum(not finding.ok for finding in findings)
+        _say(f"{self.path}: {_count(failed, 'check') + ' failed' if failed else 'as it should be'}.")
+        return 3 if failed else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrain:
     """Train again on the edited data, once per seed: the oracle that erasing is compared with.
 
@@ -809,6 +877,8 @@ Command = (
     | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Queue, tyro.conf.subcommand("queue")]
+    | Annotated[Certify, tyro.conf.subcommand("certify")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
