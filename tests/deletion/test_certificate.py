@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -14,6 +15,7 @@ from llmeraser_jax.deletion.signature import SignatureError, load_private_key
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.evaluation.tasks import auc_metric
 from llmeraser_jax.runs import load_run
+from llmeraser_jax.unlearning.drift import drift_after
 from tests.deletion.small import SECRET, make_run
 from tests.deletion.test_ledger import rechained
 from tests.training import tiny
@@ -199,6 +201,45 @@ def test_without_the_run_before_the_receipt_s_numbers_are_certified(processed, r
     assert all(finding.ok for finding in verify_certificate(out))
 
 
+def test_the_drift_of_two_erasures_is_that_of_their_sums_and_of_dense_products(processed, run):
+    outs = [load_run(processed / "runs" / name) for name in ("batch-0005", "batch-0008")]
+    receipts = [json.loads((out.path / "receipt.json").read_text()) for out in outs]
+    first, last = (receipt["drift"] for receipt in receipts)
+
+    def products(of):
+        tensors = load_file(of.path / "adapter" / "adapter_model.safetensors")
+        names = [name for name in tensors if "lora_A" in name]
+        scaling = of.lora_config.alpha / of.lora_config.rank
+        return {n: scaling * tensors[n.replace("lora_A", "lora_B")] @ tensors[n] for n in names}
+
+    start, end = products(run), products(outs[1])
+    distance = np.sqrt(sum(np.sum((end[name] - start[name]) ** 2) for name in start))
+    norm = np.sqrt(sum(np.sum(product**2) for product in start.values()))
+    assert last["product_distance"] == pytest.approx(distance, rel=1e-4)
+    assert last["product_norm"] == pytest.approx(norm, rel=1e-4)
+    assert first["product_distance"] == pytest.approx(first["product_path"], rel=1e-4)
+    assert last["product_path"] == pytest.approx(sum(r["product_change_norm"] for r in receipts))
+    assert last["product_distance"] <= last["product_path"]
+    assert (last["erasures"], last["rows"]) == (2, 3)
+    for group in ("retained", "calibration"):
+        rises = [receipt["validity"][group]["rise"]["mean"] for receipt in receipts]
+        assert last[f"{group}_rise"] == pytest.approx(sum(rises))
+    shares = [receipt["gradient_equivalents"]["share_of_retraining"] for receipt in receipts]
+    assert last["cost"] == pytest.approx(sum(shares))
+
+
+def test_without_the_trained_adapter_the_path_stands_for_the_distance(processed, run, tmp_path):
+    out = shutil.copytree(processed / "runs" / "batch-0008", tmp_path / "alone")
+    recorded = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**recorded, "parent": {"path": "deleted", "sha256": "0"}}))
+    model = run.load_model()
+    receipt = {**json.loads((out / "receipt.json").read_text()), "product_change_norm": 100.0}
+    drift = drift_after(load_run(out), receipt, model, load_run(out).load_adapter(model))
+    assert drift is not None and drift.product_distance is None and drift.erasures == 3
+    assert drift.product_path > 100 and drift.advice == "retrain now" and "trained norm" in " ".join(drift.reasons)
+    assert drift_after(load_run(out), {**receipt, "method": "retrained"}, model, run.load_adapter(model)) is None
+
+
 def edited(name, change):
     """A tampering that edits a JSON file of a run."""
 
@@ -328,7 +369,7 @@ def test_new_texts_of_an_open_entry_that_were_changed_are_named(processed, tmp_p
     (texts,) = (ledger.path / "pending").iterdir()
     texts.write_text(texts.read_text().replace(SECRET, "blue"))
     (failed,) = (finding for finding in verify_ledger(ledger.path) if not finding.ok)
-    assert failed.name == "texts of entry 11" and "HMAC" in failed.detail
+    assert failed.name == "texts of entry 10" and "HMAC" in failed.detail
 
 
 def test_keys_that_cannot_sign_are_refused(tmp_path, key):
