@@ -239,6 +239,23 @@ def test_without_the_trained_adapter_the_walk_stands_for_the_distance(processed,
     assert drift_after(load_run(out), {**receipt, "method": "retrained"}, model, run.load_adapter(model)) is None
 
 
+def test_the_same_request_again_reuses_losses_and_comes_to_the_same_adapter(
+    processed, out, run, calibration, console, tmp_path
+):
+    requests = tiny.write_rows(tmp_path / "again.jsonl", [{"id": id_, "action": "remove"} for id_ in ("r1", "r2")])
+    arguments = ("erase", "--run", run.path, "--requests", requests, "--workdir", tmp_path / "again")
+    status, told = console(*arguments, "--chunk-size", "4", "--calibration", calibration, *PATH)
+    assert status in (0, 3, 4), told
+    first, again = (json.loads((path / "receipt.json").read_text()) for path in (out, tmp_path / "again"))
+    saved = first["gradient_equivalents"]["diagnostics"] - again["gradient_equivalents"]["diagnostics"]
+    assert again["reused_losses"] > first["reused_losses"]
+    assert saved == pytest.approx((again["reused_losses"] - first["reused_losses"]) / 3)
+    adapters = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (out, tmp_path / "again"))
+    for (name, one), (other_name, other) in zip(*(sorted(tensors.items()) for tensors in adapters), strict=True):
+        assert name == other_name
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
 def edited(name, change):
     """A tampering that edits a JSON file of a run."""
 

@@ -1,89 +1,123 @@
-"""A second request on one adapter takes losses from the first one, and comes to the same adapter for less."""
+"""Losses that are kept for the next request: which are taken, which are computed, and what they are kept for."""
 
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from llmeraser_jax.models import load_model
-from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning import TargetMatching, erase_run
+from llmeraser_jax.data import Example, Recipe, encode_examples
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.runs import Run
+from llmeraser_jax.training import TrainConfig
+from llmeraser_jax.unlearning import Workspace
 from llmeraser_jax.unlearning.budget import FORWARD
-from llmeraser_jax.unlearning.known_rows import KNOWN_ROWS_FILE
-from llmeraser_jax.unlearning.receipt import read_receipt
+from llmeraser_jax.unlearning.known_rows import KNOWN_ROWS_FILE, KnownRows
+from tests.problems import ArrayExamples, ridge_objective, split_params
 from tests.training import tiny
 
-METHOD = TargetMatching(num_steps=2, sample_size=4, restoration_steps=1, restoration_rows=4)
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def model(work):
-    return load_model(tiny.save_tiny_model(work / "model"))
-
-
-@pytest.fixture(scope="module")
-def run(work, model):
-    data = tiny.write_rows(work / "train.jsonl", tiny.rows())
-    return finetune_run(model, data, work / "run", recipe=tiny.RECIPE, lora=tiny.LORA, config=tiny.CONFIG)
-
-
-@pytest.fixture(scope="module")
-def unseen(work):
-    return tiny.write_rows(work / "unseen.jsonl", [{**row, "id": "h" + row["id"]} for row in tiny.rows(12)[8:]])
+OBJECTIVE = ridge_objective(1e-3)
 
 
 @pytest.fixture
-def erase(run, model, unseen, tmp_path):
-    def call(name, id_, calibration=unseen):
-        requests = tiny.write_rows(tmp_path / f"{name}.jsonl", [{"id": id_, "action": "remove"}])
-        out, result = erase_run(
-            run, requests, tmp_path / name, METHOD, chunk_size=4, model=model, calibration_path=calibration
-        )
-        return out, result.params, read_receipt(out)
-
-    (run.path / KNOWN_ROWS_FILE).unlink(missing_ok=True)
-    return call
+def examples():
+    rng = np.random.default_rng(0)
+    return ArrayExamples(rng.normal(size=(8, 3)), rng.normal(size=8))
 
 
-def cost(receipt):
-    return receipt["gradient_equivalents"]["total"] + receipt["gradient_equivalents"]["diagnostics"]
+@pytest.fixture
+def params():
+    return split_params(np.arange(3.0))
 
 
-def test_a_second_request_reuses_losses_and_ends_at_the_same_adapter(erase, run, tmp_path):
-    _, alone, without = erase("alone", "r4")
-    assert without["reused_losses"] == 0
-    (run.path / KNOWN_ROWS_FILE).unlink()
-    erase("first", "r1")
-    _, params, receipt = erase("second", "r4")
-    # Two calibration rows for the target, and the same two and eight of nine retained ones for the check.
-    assert receipt["reused_losses"] >= 2 + 2 + 8
-    # Without a file, rows that are asked for twice are computed once.
-    saved = (receipt["reused_losses"] - without["reused_losses"]) * FORWARD
-    assert cost(receipt) < cost(without) and cost(without) - cost(receipt) <= saved + 1e-6
-    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
-    assert receipt["validity"]["verdict"] == without["validity"]["verdict"]
-    kept = json.loads((run.path / KNOWN_ROWS_FILE).read_text())
-    assert "colour" not in json.dumps(kept) and "r4" not in kept["sets"]["trained"]["values"]
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as far as it matters here."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    return Run(
+        path=tmp_path,
+        kind="finetune",
+        model_path="",
+        model_dtype="float32",
+        model_sha256="0",
+        model_quantization=None,
+        matmul_precision="auto",
+        recipe=Recipe(),
+        normalizer=None,
+        lora_config=LoraConfig(rank=1, alpha=1.0),
+        train_config=TrainConfig(epochs=1),
+        unstated=(),
+        data_path=tmp_path,
+        data_ids=(),
+        data_sha256=(),
+        knows_initial_adapter=False,
+        result={},
+        parent=None,
+        receipts=(),
+        versions={},
+    )
 
 
-def test_what_belongs_to_other_calibration_rows_or_another_adapter_is_not_used(erase, run, work, caplog):
-    erase("first", "r1")
-    path = run.path / KNOWN_ROWS_FILE
-    kept = json.loads(path.read_text())
-    other = tiny.write_rows(work / "other.jsonl", [{**row, "id": "x" + row["id"]} for row in tiny.rows(12)[11:]])
-    _, _, receipt = erase("second", "r2", other)
-    fewer = receipt["reused_losses"]
-    for change in ({**kept, "belongs_to": {}}, {**kept, "format": 0}):
-        path.write_text(json.dumps(change))
-        _, _, receipt = erase(f"third{change['format']}", "r2")
-        assert receipt["reused_losses"] < fewer
-    path.write_text("damaged")
-    _, _, receipt = erase("fourth", "r2")
-    assert "is not used" in caplog.text and json.loads(path.read_text())["format"] == 1
+def values(workspace, params, examples, rows):
+    return workspace.trained_values(OBJECTIVE, params, examples, np.array(rows), "rhs")
+
+
+def test_known_rows_are_taken_and_only_the_others_are_paid_for(examples, params):
+    alone = values(Workspace(), params, examples, [1, 6, 3, 7, 0])
+    workspace = Workspace(known=KnownRows({"trained": (examples, 7)}))
+    values(workspace, params, examples, [6, 0, 7])
+    assert workspace.budget.cost.rhs == pytest.approx(3 * FORWARD)
+    again = values(workspace, params, examples, [1, 6, 3, 7, 0])
+    # Rows 6 and 0 are known; row 7 is no trained row.
+    assert workspace.budget.cost.rhs == pytest.approx((3 + 3) * FORWARD) and workspace.known.found == 2
+    for one, other in zip(alone, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    values(workspace, params, ArrayExamples(examples.inputs, examples.targets), [6])
+    assert workspace.budget.cost.rhs == pytest.approx(7 * FORWARD)  # another set of rows
+
+
+def left_in(run, examples, params, rows):
+    """What a request leaves in the run."""
+    known = KnownRows({"trained": (examples, 8)})
+    values(Workspace(known=known), params, examples, rows)
+    known.save(run)
+
+
+def taken_from(run, examples):
+    """Which rows a later request finds."""
+    known = KnownRows({"trained": (examples, 8)})
+    known.load(run)
+    return np.flatnonzero(known.split(examples, np.arange(8))).tolist()
+
+
+def test_a_later_request_finds_what_an_earlier_one_left(run, examples, params):
+    assert taken_from(run, examples) == []
+    left_in(run, examples, params, [2, 5])
+    assert taken_from(run, examples) == [2, 5]
+
+
+def test_what_belongs_to_another_adapter_or_setting_is_not_used(run, examples, params, caplog):
+    left_in(run, examples, params, [2, 5])
+    assert taken_from(dataclasses.replace(run, matmul_precision="bfloat16"), examples) == []
+    (run.path / "adapter" / "adapter_model.safetensors").write_bytes(b"others")
+    assert taken_from(run, examples) == []
+    (run.path / KNOWN_ROWS_FILE).write_text("damaged")
+    assert taken_from(run, examples) == [] and "is not used" in caplog.text
+
+
+def test_other_calibration_rows_are_measured_anew(run):
+    def rows(answer):
+        examples = [Example(id=str(k), instruction="colour of s1", response=answer) for k in range(2)]
+        return encode_examples(examples, tiny.RECIPE, tiny.word_tokenizer())
+
+    first, same, other = rows("red"), rows("red"), rows("blue")
+    known = KnownRows({"calibration": (first, 2)})
+    known.keep(first, np.arange(2), np.ones(2), np.zeros(2))
+    known.save(run)
+    for dataset, count in ((same, 2), (other, 0)):
+        known = KnownRows({"calibration": (dataset, 2)})
+        known.load(run)
+        assert known.split(dataset, np.arange(2)).sum() == count
+    assert "red" not in (run.path / KNOWN_ROWS_FILE).read_text()
+    assert json.loads((run.path / KNOWN_ROWS_FILE).read_text())["sets"]["calibration"]["values"]["1"] == [1.0, 0.0]
