@@ -65,12 +65,13 @@ def values(workspace, params, examples, rows):
 
 def test_known_rows_are_taken_and_only_the_others_are_paid_for(examples, params):
     alone = values(Workspace(), params, examples, [1, 6, 3, 7, 0])
-    workspace = Workspace(known=KnownRows({"trained": (examples, 7)}))
+    known = KnownRows({"trained": (examples, 7)})
+    workspace = Workspace(known=known)
     values(workspace, params, examples, [6, 0, 7])
     assert workspace.budget.cost.rhs == pytest.approx(3 * FORWARD)
     again = values(workspace, params, examples, [1, 6, 3, 7, 0])
     # Rows 6 and 0 are known; row 7 is no trained row.
-    assert workspace.budget.cost.rhs == pytest.approx((3 + 3) * FORWARD) and workspace.known.found == 2
+    assert workspace.budget.cost.rhs == pytest.approx((3 + 3) * FORWARD) and known.found == 2
     for one, other in zip(alone, again, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
     values(workspace, params, ArrayExamples(examples.inputs, examples.targets), [6])
