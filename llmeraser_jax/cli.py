@@ -561,17 +561,41 @@ class QueueProcess:
     )
 
     def run(self) -> int:
-        from llmeraser_jax.deletion import Ledger, process_queue
-        from llmeraser_jax.tracking import progress
+        from llmeraser_jax.unlearning import IncompleteError
         from llmeraser_jax.unlearning.drift import words_of
 
         mesh = self.devices.open()
+        try:
+            processed = self._process(mesh)
+        except IncompleteError as error:
+            _tell_rows(error.receipt)
+            sys.stderr.write(f"llmeraser: error: {error} The entries wait as before.\n")
+            return _status(error.receipt)
+        if processed is None:
+            if not self.all:
+                return QueueDue(ledger=self.ledger, by=self.by).run()
+            _say("No entry waits.")
+            return 0
+        if processed.fresh is not None:
+            _tell_rows(processed.fresh)
+        _say(f"  since training  {words_of(processed.receipt)}\n")
+        _tell_entries(processed.entries)
+        _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
+        receipt = processed.receipt
+        check = receipt["validity"]
+        return 0 if receipt["complete"] else 4 if check and check["verdict"] == Verdict.NOT_JUDGED else 3
+
+    def _process(self, mesh: Mesh | None):
+        """With a progress bar."""
+        from llmeraser_jax.deletion import Ledger, process_queue
+        from llmeraser_jax.tracking import progress
+
         with progress(description="erasing the forget rows", total=100) as bar:
 
             def on_step(step) -> None:
                 bar.update(round(100 * step.progress) - bar.n)
 
-            processed = process_queue(
+            return process_queue(
                 Ledger(self.ledger),
                 self.run_directory,
                 by=self.by,
@@ -586,19 +610,6 @@ class QueueProcess:
                 seed=self.seed,
                 chunk_size=self.chunk_size,
             )
-        if processed is None:
-            if not self.all:
-                return QueueDue(ledger=self.ledger, by=self.by).run()
-            _say("No entry waits.")
-            return 0
-        if processed.fresh is not None:
-            _tell_rows(processed.fresh)
-        _say(f"  since training  {words_of(processed.receipt)}\n")
-        _tell_entries(processed.entries)
-        _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
-        receipt = processed.receipt
-        check = receipt["validity"]
-        return 0 if receipt["complete"] else 4 if check and check["verdict"] == Verdict.NOT_JUDGED else 3
 
 
 QueueCommand = (
