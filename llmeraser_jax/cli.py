@@ -585,17 +585,41 @@ class QueueProcess:
     )
 
     def run(self) -> int:
-        from llmeraser_jax.deletion import Ledger, process_queue
-        from llmeraser_jax.tracking import progress
+        from llmeraser_jax.unlearning import IncompleteError
         from llmeraser_jax.unlearning.drift import words_of
 
         mesh = self.devices.open()
+        try:
+            processed = self._process(mesh)
+        except IncompleteError as error:
+            _tell_rows(error.receipt)
+            sys.stderr.write(f"llmeraser: error: {error} The entries wait as before.\n")
+            return _status(error.receipt)
+        if processed is None:
+            if not self.all:
+                return QueueDue(ledger=self.ledger, by=self.by).run()
+            _say("No entry waits.")
+            return 0
+        if processed.fresh is not None:
+            _tell_rows(processed.fresh)
+        _say(f"  since training  {words_of(processed.receipt)}\n")
+        _tell_entries(processed.entries)
+        _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
+        receipt = processed.receipt
+        check = receipt["validity"]
+        return 0 if receipt["complete"] else 4 if check and check["verdict"] == Verdict.NOT_JUDGED else 3
+
+    def _process(self, mesh: Mesh | None):
+        """With a progress bar."""
+        from llmeraser_jax.deletion import Ledger, process_queue
+        from llmeraser_jax.tracking import progress
+
         with progress(description="erasing the forget rows", total=100) as bar:
 
             def on_step(step) -> None:
                 bar.update(round(100 * step.progress) - bar.n)
 
-            processed = process_queue(
+            return process_queue(
                 Ledger(self.ledger),
                 self.run_directory,
                 by=self.by,
@@ -610,19 +634,6 @@ class QueueProcess:
                 seed=self.seed,
                 chunk_size=self.chunk_size,
             )
-        if processed is None:
-            if not self.all:
-                return QueueDue(ledger=self.ledger, by=self.by).run()
-            _say("No entry waits.")
-            return 0
-        if processed.fresh is not None:
-            _tell_rows(processed.fresh)
-        _say(f"  since training  {words_of(processed.receipt)}\n")
-        _tell_entries(processed.entries)
-        _say(f"Run: {processed.run.path}   `llmeraser certify {processed.run.path}` writes its certificate.")
-        receipt = processed.receipt
-        check = receipt["validity"]
-        return 0 if receipt["complete"] else 4 if check and check["verdict"] == Verdict.NOT_JUDGED else 3
 
 
 QueueCommand = (
@@ -645,6 +656,74 @@ class Queue:
 
     def run(self) -> int:
         return self.command.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certify:
+    """Measure an erasure and write its certificate: HTML and Markdown for people, JSON for machines, a signature.
+
+    Certify before the run is sealed and the run before it is deleted: afterwards the texts of the erased rows are
+    gone, and the certificate has what the receipt recorded.
+
+    Attributes:
+        run_directory: made by erase or queue process; gets certificate/.
+        ledger: where the requests came from; default: the ledger that the run lies in.
+        key: Ed25519 private key to sign with, made by `openssl genpkey -algorithm ed25519 -out KEY.pem` or
+            ssh-keygen; needs the extra "certificate". Default: not signed.
+        calibration: rows that no model was trained on, for membership inference; default: what queue process was
+            given.
+        data: where the training data of the run before is now; default: where it was.
+        devices: what to compute on.
+    """
+
+    run_directory: tyro.conf.Positional[Path]
+    ledger: Path | None = None
+    key: Path | None = None
+    calibration: Path | None = None
+    data: Path | None = None
+    devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import Ledger, certify
+
+        mesh = self.devices.open()
+        page = certify(
+            self.devices.load_run(self.run_directory),
+            ledger=None if self.ledger is None else Ledger(self.ledger),
+            key_path=self.key,
+            calibration_path=self.calibration,
+            data_path=self.data,
+            mesh=mesh,
+        )
+        _say(f"Certificate: {page}   (.md, .json{'' if self.key is None else ', .json.sig'})")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a ledger, or the certificate of a run: hashes, chain, signatures, and the runs that they name.
+
+    The exit status is 0 where everything is as it should be, else 3.
+
+    Attributes:
+        path: directory of a ledger, or of a run with a certificate.
+        public_key: the key that must have signed, a PEM file; default: any key, whose fingerprint is shown.
+    """
+
+    path: tyro.conf.Positional[Path]
+    public_key: Path | None = None
+
+    def run(self) -> int:
+        from llmeraser_jax.deletion import verify_certificate, verify_ledger
+        from llmeraser_jax.deletion.ledger import LEDGER_FILE
+
+        check = verify_ledger if (self.path / LEDGER_FILE).is_file() else verify_certificate
+        findings = check(self.path, public_key=self.public_key)
+        for finding in findings:
+            _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+        failed = sum(not finding.ok for finding in findings)
+        _say(f"{self.path}: {_count(failed, 'check') + ' failed' if failed else 'as it should be'}.")
+        return 3 if failed else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -911,6 +990,8 @@ Command = (
     | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Queue, tyro.conf.subcommand("queue")]
+    | Annotated[Certify, tyro.conf.subcommand("certify")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]

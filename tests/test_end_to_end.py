@@ -25,6 +25,7 @@ from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.unlearning import CurvatureSpec, Step, UnlearningTask, erase, make_problem
 from llmeraser_jax.unlearning import job as unlearning_job
+from llmeraser_jax.unlearning.known_rows import KNOWN_ROWS_FILE
 from llmeraser_jax.unlearning.receipt import bf16_survival
 from tests.deletion.traces import traces_in, traces_of
 from tests.dense import DenseOperator, materialise
@@ -161,6 +162,7 @@ def test_rhs_norm_is_that_of_the_gradients_written_out(run, erased):
 
 
 def test_a_request_without_effect_leaves_an_unchanged_adapter_and_a_receipt_that_says_so(run, tmp_path, capsys):
+    (run.path / KNOWN_ROWS_FILE).unlink(missing_ok=True)  # its loss is paid for here, not by an earlier test
     requests = write_lines(tmp_path / "requests.jsonl", [{"id": "r1", "action": "remove"}])
     arguments = ["erase", "--run", str(run.path), "--requests", str(requests), "--workdir", str(tmp_path / "out")]
     # Any loss is above this one: the row has been forgotten already.

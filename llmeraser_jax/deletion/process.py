@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from llmeraser_jax import data, files
+from llmeraser_jax.deletion.certificate import adapter_sha256, receipt_sha256
 from llmeraser_jax.deletion.ledger import Ledger, canonical, write_private
 from llmeraser_jax.deletion.pending import (
     Batch,
@@ -29,7 +30,7 @@ from llmeraser_jax.deletion.pending import (
     remove_orphans,
     request_lines,
 )
-from llmeraser_jax.runs import ADAPTER_DIRECTORY, RUN_FILE, Run, load_run
+from llmeraser_jax.runs import RUN_FILE, Run, load_run
 from llmeraser_jax.runs.model_files import file_sha256
 from llmeraser_jax.unlearning import Auto, Method, Receipt, UnlearningError, erase_run
 from llmeraser_jax.unlearning.job import RECEIPT_FILE, REQUESTS_FILE
@@ -57,11 +58,6 @@ class Processed:
     entries: tuple[Entry, ...]
     receipt: Mapping[str, Any]
     fresh: Receipt | None
-
-
-def adapter_sha256(directory: Path) -> str:
-    """SHA-256 (hex) of the adapter's weights in a run directory."""
-    return file_sha256(directory / ADAPTER_DIRECTORY / "adapter_model.safetensors")
 
 
 def process_queue(
@@ -215,8 +211,8 @@ def _write_outcomes(ledger: Ledger, batch: Batch, receipt: Mapping[str, Any]) ->
     check = receipt["validity"]
     hashes = {
         "run": {"path": batch.workdir, "sha256": file_sha256(out / RUN_FILE)},
-        "adapter_sha256": adapter_sha256(out),
-        "receipt_sha256": file_sha256(out / RECEIPT_FILE),
+        "adapter_sha256": adapter_sha256(load_run(out)),
+        "receipt_sha256": receipt_sha256(receipt),
     }
     verdict = "complete" if receipt["complete"] else check["verdict"] if check else "incomplete"
     rows: dict[str, list[bool | None]] = {}

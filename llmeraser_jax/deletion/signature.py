@@ -75,9 +75,9 @@ def check_signature(path: Path, public_key: str | os.PathLike[str] | None = None
     beside = path.with_name(path.name + PUBLIC_KEY_SUFFIX)
     if not signature.is_file():
         return Finding(name, False, "it is not signed")
-    given = _load_public_key(Path(public_key)) if public_key is not None else None
+    given = load_public_key(Path(public_key)) if public_key is not None else None
     try:
-        own = _load_public_key(beside)
+        own = load_public_key(beside)
     except (FileNotFoundError, SignatureError) as error:
         if given is None:
             return Finding(name, False, f"the key that signed it cannot be read: {error}")
@@ -95,7 +95,13 @@ def check_signature(path: Path, public_key: str | os.PathLike[str] | None = None
     return Finding(name, True, f"signed with the key {fingerprint(own)[:16]}{whose}")
 
 
-def _load_public_key(path: Path) -> Any:
+def load_public_key(path: Path) -> Any:
+    """An Ed25519 public key in PEM.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SignatureError: the file is no such key.
+    """
     (from_pem,) = _serialization("load_pem_public_key")
     try:
         key = from_pem(path.read_bytes())

@@ -14,6 +14,7 @@ and says the worst: `keep on`, `retrain soon`, `retrain now`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -26,10 +27,12 @@ from llmeraser_jax.unlearning.receipt import read_receipt
 Advice = Literal["keep on", "retrain soon", "retrain now"]
 ADVICE: tuple[Advice, ...] = get_args(Advice)
 
-# From them on: retrain soon, retrain now. Calibrated by experiments/deletion.
-RETAINED_RISE = (1.0, 2.0)  # harm bounds
-DISTANCE = (0.5, 1.0)  # norms of the trained product
-COST = (1.0, float("inf"))  # retrainings
+# From them on: retrain soon, retrain now.
+RETAINED_RISE = (0.5, 1.0)  # harm bounds; one is what would be called harmful in one erasure
+# Norms of the trained product. In experiments/deletion the held-out KL to retrained models is that between their
+# seeds at 0.10, a quarter above it at 0.13, and more than four times it at 0.19.
+DISTANCE = (0.12, 0.18)
+COST = (1.0, float("inf"))  # retrainings; from one on, retraining once had cost less
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Drift:
         rows: how many rows they named.
         product_distance: Frobenius norm of the change of `scaling * B A` since the training; None where the trained
             adapter is not there any more.
-        product_path: sum of these norms over the erasures, which the distance cannot exceed.
+        product_walk: root of the sum of squares of the erasures' own changes, which is the distance where their
+            directions are unrelated; it stands in where the distance is not known.
         product_norm: Frobenius norm of the trained `scaling * B A`.
         retained_rise: nats per token that retained rows lost on average, summed over the erasures.
         calibration_rise: the same of calibration rows; None where some erasure was given none.
@@ -54,7 +58,7 @@ class Drift:
     erasures: int
     rows: int
     product_distance: float | None
-    product_path: float
+    product_walk: float
     product_norm: float
     retained_rise: float
     calibration_rise: float | None
@@ -64,12 +68,17 @@ class Drift:
     reasons: tuple[str, ...] = ()
 
     @property
+    def distance(self) -> float:
+        """From the trained adapter in norms of its product, or what stands in for it."""
+        moved = self.product_walk if self.product_distance is None else self.product_distance
+        return moved / self.product_norm if self.product_norm > 0 else 0.0
+
+    @property
     def words(self) -> str:
         """One line."""
-        distance = self.product_path if self.product_distance is None else self.product_distance
         parts = [
             f"{self.erasures} erasure{'s' * (self.erasures != 1)} of {self.rows} rows",
-            f"distance {_share(distance, self.product_norm):.2g} of the trained adapter",
+            f"distance {self.distance:.2g} of the trained adapter",
             f"retained rows {self.retained_rise:+.3f} nats",
             *([] if self.cost is None else [f"cost {self.cost:.2g} retrainings"]),
         ]
@@ -81,11 +90,10 @@ class Drift:
 
 
 def advise(drift: Drift) -> Drift:
-    """The drift with the rule's advice; the distance is the path's length where the trained adapter is gone."""
-    distance = drift.product_path if drift.product_distance is None else drift.product_distance
+    """The drift with the rule's advice."""
     compared = (
         (drift.retained_rise / drift.harm_bound, RETAINED_RISE, "retained rows lost {:.2g} harm bounds"),
-        (_share(distance, drift.product_norm), DISTANCE, "the adapter moved {:.2g} of its trained norm"),
+        (drift.distance, DISTANCE, "the adapter moved {:.2g} of its trained norm"),
         (0.0 if drift.cost is None else drift.cost, COST, "the erasures cost {:.2g} retrainings"),
     )
     levels = [sum(value >= threshold for threshold in thresholds) for value, thresholds, _ in compared]
@@ -126,7 +134,7 @@ def drift_after(run: Run, receipt: Mapping[str, Any], model: Model, adapter: Lor
         erasures=before.get("erasures", 0) + 1,
         rows=before.get("rows", 0) + sum(receipt["counts"].values()),
         product_distance=distance,
-        product_path=before.get("product_path", 0.0) + receipt["product_change_norm"],
+        product_walk=math.hypot(before.get("product_walk", 0.0), receipt["product_change_norm"]),
         product_norm=before.get("product_norm", receipt["product_norm_before"]),
         retained_rise=before.get("retained_rise", 0.0) + (retained or 0.0),
         calibration_rise=unseen,
@@ -142,10 +150,6 @@ def words_of(receipt: Mapping[str, Any]) -> str:
     if drift is None:
         return "none: the adapter was retrained" if receipt["method"] == "retrained" else "not recorded"
     return Drift(**{**drift, "reasons": tuple(drift["reasons"])}).words
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def _rise(check: Mapping[str, Any] | None, group: str) -> float | None:

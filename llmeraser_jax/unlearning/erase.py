@@ -8,6 +8,7 @@ from typing import Any
 
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.budget import Budget
+from llmeraser_jax.unlearning.known_rows import KnownRows
 from llmeraser_jax.unlearning.result import Method, Result
 from llmeraser_jax.unlearning.task import UnlearningTask
 from llmeraser_jax.unlearning.workspace import Workspace
@@ -24,6 +25,7 @@ def erase(
     chunk_size: int = 16,
     directory: Path | None = None,
     audit: bool = False,
+    known: KnownRows | None = None,
     on_step: Callable[[Any], None] = lambda record: None,
 ) -> Result:
     """Makes the adapter forget, or remember differently, what the task's requests name.
@@ -44,6 +46,7 @@ def erase(
         chunk_size: examples per micro-batch; memory grows with it, results do not change.
         directory: where streamed solves keep their state.
         audit: report gradient norms of all examples instead of a sample.
+        known: losses under the adapter as trained, of an earlier request; gets those that are computed.
         on_step: called after every accepted step.
 
     Returns:
@@ -62,5 +65,6 @@ def erase(
         directory=directory,
         audit=audit,
         on_step=on_step,
+        known=known,
     )
     return method.run(task, workspace)

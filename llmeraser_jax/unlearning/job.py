@@ -23,6 +23,7 @@ from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.drift import drift_after
 from llmeraser_jax.unlearning.erase import erase
+from llmeraser_jax.unlearning.known_rows import KnownRows
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, Receipt, read_receipt
 from llmeraser_jax.unlearning.records import StepRecord, UnlearningError
@@ -184,6 +185,11 @@ def erase_run(
         mesh=mesh,
     )
     solves = Path(f"{os.fspath(workdir).rstrip('/')}.solves")
+    sets = {"trained": (task.problem.examples, task.problem.num_trained)}
+    if task.calibration is not None:
+        sets["calibration"] = (task.calibration, len(task.calibration))
+    known = KnownRows(sets)
+    known.load(run)
     result = erase(
         task,
         method,
@@ -192,8 +198,10 @@ def erase_run(
         chunk_size=chunk_size,
         directory=solves,
         audit=audit,
+        known=known,
         on_step=on_step,
     )
+    on_primary(lambda: known.save(run))  # also where nothing is written, so that the next attempt has it
     receipt = result.receipt
     if receipt is None:
         msg = f"{type(method).__name__} gives no receipt; erase a run with one of the package's own methods."
@@ -207,6 +215,7 @@ def erase_run(
     written = receipt.to_mapping()
     previous = run.receipts[-1]["sha256"] if run.receipts else None
     drift = drift_after(run, written, task.language_model, result.params)
+    written["reused_losses"] = known.found
     written["drift"] = None if drift is None else drift.to_mapping()
 
     def write() -> None:

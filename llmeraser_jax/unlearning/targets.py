@@ -170,8 +170,7 @@ def find_targets(task: UnlearningTask, workspace: Workspace, *, diagnostic: bool
         _Part(row, None, owner, Role.STAYS) for row, owner in {copy.retained: copy.named for copy in copies}.items()
     ]
     examples, indices = _examples_of(problem, parts)
-    workspace.budget.spend(on, FORWARD * len(parts))
-    values = workspace.row_values(objective, params, examples, indices)
+    values = workspace.trained_values(objective, params, examples, indices, on)
     rows = np.array([p.row for p in parts], np.int64)
     check_finite(values.losses, problem.examples, rows, "named")
     start = values.log_odds
@@ -288,8 +287,7 @@ def _references(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "
     unknown, known = _Reference(), _Reference()
 
     def measure(examples: ExampleSet, rows: np.ndarray, kind: str) -> _Reference:
-        workspace.budget.spend(on, FORWARD * len(rows))
-        values = workspace.row_values(task.objective, task.adapter, examples, rows)
+        values = workspace.trained_values(task.objective, task.adapter, examples, rows, on)
         check_finite(values.losses, examples, rows, kind)
         return _Reference.of(values.losses, values.log_odds)
 

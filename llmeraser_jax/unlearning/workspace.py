@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,7 +14,8 @@ from jaxtyping import Float
 from llmeraser_jax.losses import Objective, gradient_sum, losses_and_log_odds, per_example
 from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
-from llmeraser_jax.unlearning.budget import Budget
+from llmeraser_jax.unlearning.budget import FORWARD, Budget
+from llmeraser_jax.unlearning.known_rows import KnownRows
 from llmeraser_jax.unlearning.problem import Weighted
 
 
@@ -41,6 +42,7 @@ class Workspace:
         directory: where long work keeps its state, so that it goes on after a kill; None keeps nothing.
         audit: whether gradient norms are reported of all examples instead of a sample.
         on_step: called with the record of every step taken.
+        known: losses under the adapter as trained that an earlier request left; None computes all.
     """
 
     budget: Budget = dataclasses.field(default_factory=Budget)
@@ -50,6 +52,7 @@ class Workspace:
     directory: Path | None = None
     audit: bool = False
     on_step: Callable[[Any], None] = _ignore
+    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.chunk_size, int) and self.chunk_size >= 1):
@@ -85,3 +88,28 @@ class Workspace:
         if len(indices) == 0:
             return RowValues(np.zeros(0), np.zeros(0))
         return RowValues(*per_example(losses_and_log_odds, self.stack(examples, indices), objective, params))
+
+    def trained_values(
+        self,
+        objective: Objective,
+        adapter: LoraParams,
+        examples: ExampleSet,
+        rows: np.ndarray,
+        on: Literal["rhs", "diagnostics"],
+    ) -> RowValues:
+        """`row_values` under the adapter as trained: of known rows from `known`, and the others booked.
+
+        Raises:
+            BudgetSpent: they cannot be paid.
+        """
+        if self.known is None:
+            self.budget.spend(on, FORWARD * len(rows))
+            return self.row_values(objective, adapter, examples, rows)
+        has = self.known.split(examples, rows)
+        self.budget.spend(on, FORWARD * int((~has).sum()))
+        fresh = self.row_values(objective, adapter, examples, rows[~has])
+        self.known.keep(examples, rows[~has], *fresh)
+        values = RowValues(np.zeros(len(rows)), np.zeros(len(rows)))
+        for part, of_part, own in zip(values, fresh, self.known.take(examples, rows[has]), strict=True):
+            part[~has], part[has] = of_part, own
+        return values

@@ -1,7 +1,6 @@
 """Requests that wait, and processing them: what is refused, what is written back, and kills at every operation."""
 
 import datetime
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from llmeraser_jax.cli import main
 from llmeraser_jax.deletion import Ledger, LedgerError, add_entry, one_month_later, process_queue, read_state
 from llmeraser_jax.deletion.ledger import LEDGER_FILE, examine
 from llmeraser_jax.runs import load_run
@@ -253,33 +251,3 @@ def test_a_process_killed_after_the_erasure_does_not_erase_again(ledger, model, 
     worker.wait(60)
     done = process(ledger, model, erase=_full_disk)
     assert done is not None and [entry.state for entry in done.entries] == ["done", "done"]
-
-
-def test_from_the_console_two_batches_are_erased_one_after_the_other(run, tmp_path, capsys):
-    ledger = ["--ledger", str(tmp_path / "ledger")]
-    add = ["queue", "add", *ledger, "--received", "2026-03-02", "--requester", "data subject"]
-    assert main([*add, "--subject", "Ada", "--ids", "r1"]) == 1
-    assert "no ledger" in capsys.readouterr().err and not (tmp_path / "ledger").exists()
-    assert main([*add, "--subject", "Ada", "--where", "user=U1", "--run", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "ledger").exists()
-    assert main([*add, "--subject", "Ada", "--where", "user=U1", "--run", str(run.path)]) == 0
-    assert "Entry 3: 2 rows" in capsys.readouterr().out
-    assert (
-        main([*add, "--pseudonym", "case 7", "--requests", str(correction(tmp_path)), "--due", "2026-05-01"]) == 0
-    )
-    assert main(["queue", "due", *ledger, "--by", "2026-04-01"]) == 0
-    assert "Nothing is due by 2026-04-01. 2 entries wait, the next until 2026-04-02." in capsys.readouterr().out
-    assert main(["queue", "due", *ledger, "--by", "2026-04-02"]) == 3
-    quick = ["--target-loss", "1e-5", "--chunk-size", "4"]
-    assert main(["queue", "process", *ledger, "--by", "2026-04-02", *quick]) == 0
-    told = capsys.readouterr().out
-    assert "2 of 2 rows arrived (complete)" in told and "batch-0005" in told
-    path = ["path", "--num-steps", "2", "--sample-size", "4", "--solver", "cg:rtol=0.05,max_steps=4"]
-    assert main(["queue", "process", *ledger, "--all", "--chunk-size", "4", *path]) in (0, 3, 4)
-    capsys.readouterr()
-    assert main(["queue", "list", *ledger]) == 0
-    assert capsys.readouterr().out.count("done: ") == 2
-    last = load_run(tmp_path / "ledger" / "runs" / "batch-0007")
-    assert len(last.receipts) == 2 and len(last.data_ids) == 8
-    assert json.loads((last.path / "receipt.json").read_text())["counts"]["correct_response"] == 1
-    assert main(["queue", "process", *ledger, "--all"]) == 0 and "No entry waits." in capsys.readouterr().out

@@ -20,9 +20,10 @@ def process(path: Path, model_path: str) -> None:
     """Erases, says so, and waits to be killed before an outcome is written."""
 
     def erase(*arguments, **options):
-        erase_nothing(*arguments, **options)
+        made = erase_nothing(*arguments, **options)
         print("erased", flush=True)
         time.sleep(60)
+        return made
 
     process_queue(Ledger(path), everything=True, erase=erase, compute={"model": load_model(model_path)})
 
