@@ -1,6 +1,5 @@
 """Random LLaVA models against transformers and PEFT, both directions."""
 
-import dataclasses
 import json
 
 import jax
@@ -216,21 +215,47 @@ def test_what_peft_trains_in_the_tower_is_refused(base, tmp_path):
         load_adapter(tmp_path / "tower", load_model(base))
 
 
-def test_a_configuration_written_here_is_transformers_own(tmp_path):
-    """Every field that transformers writes for a model of ours is one that it would have written itself."""
+def test_a_configuration_written_here_is_transformers_own(base, tmp_path):
+    """What transformers reads from a configuration of ours describes vision as its own does."""
     from tests.torch_parity import llava_reference
 
-    for number, case in enumerate(LLAVA_CASES.values()):
-        theirs = llava_reference.build(case)
-        theirs.save_pretrained(tmp_path / f"hf-{number}")
-        model = load_model(tmp_path / f"hf-{number}")
-        save_model(tmp_path / f"ours-{number}", model)
-        ours = llava_reference.load(tmp_path / f"ours-{number}").config
-        left, right = ours.to_dict(), theirs.config.to_dict()
-        for key in ("vision_config", "vision_feature_layer", "vision_feature_select_strategy", "image_token_index"):
-            assert left[key] == right[key] or {**left[key], **right[key], "dtype": None} == {
-                **right[key],
-                **left[key],
-                "dtype": None,
-            }
-        assert dataclasses.replace(model.config) == load_model(tmp_path / f"ours-{number}").config
+    save_model(tmp_path / "ours", load_model(base))
+    ours, theirs = (llava_reference.load(directory).config for directory in (tmp_path / "ours", base))
+    for name in (
+        "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "projector_hidden_act",
+        "multimodal_projector_bias",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name)
+    for part in ("vision_config", "text_config"):
+        left, right = getattr(ours, part).to_dict(), getattr(theirs, part).to_dict()
+        assert {key: left[key] for key in right if left[key] != right[key]} == {}
+
+
+def test_a_merged_export_with_a_quantised_text_part_is_read_by_transformers(base, tmp_path):
+    import torch
+    import transformers
+
+    from llmeraser_jax.convert import quantize_base
+    from llmeraser_jax.export import write_merged
+    from tests.torch_parity import llava_reference
+
+    pytest.importorskip("bitsandbytes")
+    model = load_model(base)
+    lora = random_lora(model)
+    (tmp_path / "merged").mkdir()
+    write_merged(tmp_path / "merged", model, lora, dtype="float32", quantization="nf4")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", dtype=torch.float32, device_map="cpu"
+    ).eval()
+    quantized = [module for _, module in theirs.named_modules() if "bitsandbytes" in type(module).__module__]
+    assert len(quantized) == 7 * model.config.num_layers
+    for module in quantized:
+        vars(module).update({"support_avx512bf16_for_cpu": False})  # inference in bfloat16 else
+    merged = quantize_base(merge_lora(model.base, lora), "nf4")
+    _, inputs = _inputs(model)
+    expected = llava_reference.logits(theirs)
+    apply = jax.jit(model.apply)
+    assert _differ(apply(merged, None, *inputs), expected, inputs) < 1e-5
+    again = load_model(tmp_path / "merged")
+    assert again.quantization == "nf4"
+    assert _differ(apply(again.base, None, *inputs), expected, inputs) < 1e-5
