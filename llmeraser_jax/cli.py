@@ -98,7 +98,7 @@ class Preview:
 
     def run(self) -> int:
         from llmeraser_jax.data import encode_examples, load_examples, marked_text
-        from llmeraser_jax.data.preview import to_json
+        from llmeraser_jax.data.preview import picture_words, to_json
         from llmeraser_jax.models import load_tokenizer
         from llmeraser_jax.training.adopt import load_recipe
 
@@ -120,7 +120,10 @@ class Preview:
         if recipe.date is not None:
             _say(f"The chat template writes a date: {recipe.date}.")
         for encoded in shown:
-            _say(f"\n--- {encoded.id}: {len(encoded.tokens)} tokens, {encoded.num_targets} under the loss")
+            pictures = picture_words(encoded, tokenizer)
+            _say(
+                f"\n--- {encoded.id}: {len(encoded.tokens)} tokens, {encoded.num_targets} under the loss{pictures}"
+            )
             _say(marked_text(encoded, tokenizer))
         if len(shown) < len(dataset):
             _say(f"\n... and {len(dataset) - len(shown)} more (--rows).")

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from llmeraser_jax.data.chat import ChatRenderer
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.pictures import PicturePlaces, places_of
 from llmeraser_jax.data.templates import Recipe, make_prompt_renderer, tokenizer_adds_bos
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ class EncodedExample:
         tokens: the whole sequence.
         response_start: index of the (last) response's first token; at least 1.
         loss_mask: whether a token is a label of the loss. Nothing predicts the first one, whatever its mask says.
+        images: keys of its pictures, in the order in which `tokens` has places for them.
     """
 
     id: str
     tokens: Int32[np.ndarray, " time"]
     response_start: int
     loss_mask: Bool[np.ndarray, " time"]
+    images: tuple[str, ...] = ()
 
     @property
     def targets(self) -> Int64[np.ndarray, " targets"]:
@@ -66,10 +69,11 @@ class EncodedExample:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of tokens and mask; the same on every platform."""
+        """SHA-256 (hex) of tokens, mask and the keys of pictures; the same on every platform."""
         mask = self.loss_mask.copy()
         mask[:1] = False
-        return hashlib.sha256(self.tokens.astype("<i4").tobytes() + np.packbits(mask).tobytes()).hexdigest()
+        parts = (self.tokens.astype("<i4").tobytes(), np.packbits(mask).tobytes(), "\0".join(self.images).encode())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +108,8 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
     """Tokenises examples, each by itself.
 
     Raises:
-        ValueError: an example that recipe or template cannot show whole, that has no token to predict, or that
-            does not fit where nothing may be cut; the message names it.
+        ValueError: an example that recipe or template cannot show whole, that has no token to predict, that does
+            not fit where nothing may be cut, or whose pictures the model does not read; the message names it.
     """
     if not examples:
         return EncodedRows((), (), (), ())
@@ -113,6 +117,8 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
         rows = _encode_conversations(examples, recipe, tokenizer)
     else:
         rows = _encode_texts(examples, recipe, tokenizer)
+    places = places_of(tokenizer)
+    rows = [_with_pictures(example, row, places) for example, row in zip(examples, rows, strict=True)]
     kept, indices, truncated, dropped = [], [], [], []
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         tokens, mask, start = _fit(example, row, recipe, tokenizer.bos_token_id)
@@ -121,13 +127,47 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
             continue
         if len(tokens) < len(row[0]):
             truncated.append(example.id)
+            if places is not None and tokens.count(places.token_id) < row[0].count(places.token_id):
+                msg = (
+                    f"Example {example.id!r}: max_length = {recipe.max_length} cuts into its pictures, "
+                    f"{places.num_tokens} tokens each. Raise it; the example has {len(row[0])} tokens."
+                )
+                raise ValueError(msg)
         indices.append(index)
-        kept.append(EncodedExample(example.id, np.array(tokens, np.int32), max(start, 1), np.array(mask, bool)))
+        images = () if places is None else tuple(map(places.key, example.images))
+        kept.append(
+            EncodedExample(example.id, np.array(tokens, np.int32), max(start, 1), np.array(mask, bool), images)
+        )
     return EncodedRows(tuple(kept), tuple(indices), tuple(truncated), tuple(dropped))
 
 
 # Tokens, mask, and where the response starts.
 _Row = tuple[list[int], list[bool], int]
+
+
+def _with_pictures(example: Example, row: _Row, places: PicturePlaces | None) -> _Row:
+    """The row with as many image tokens for each picture as it has features."""
+    tokens, mask, start = row
+    if places is None:
+        if example.images:
+            named = ", ".join(picture.name for picture in example.images)
+            msg = (
+                f"Example {example.id!r} has pictures ({named}), and the model reads none: it has no vision tower."
+            )
+            raise ValueError(msg)
+        return row
+    count = tokens.count(places.token_id)
+    if count != len(example.images):
+        msg = (
+            f"Example {example.id!r}: the template leaves {count} image tokens for its {len(example.images)} "
+            f"pictures; {places.token!r} must stand in the text once for each."
+        )
+        raise ValueError(msg)
+    if not count:
+        return row
+    start += tokens[:start].count(places.token_id) * (places.num_tokens - 1)
+    tokens, mask = places.expand(tokens, mask)
+    return tokens, mask, start
 
 
 def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> list[_Row]:

@@ -24,6 +24,7 @@ from llmeraser_jax.convert import (
     dequantize_base,
     quantize,
 )
+from llmeraser_jax.data import attach_places
 from llmeraser_jax.lora import Lora, LoraConfig, init_lora
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
@@ -277,8 +278,11 @@ def _check_quantized_as(kernel: QuantizedKernel, quantization: str | None) -> No
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     """The tokenizer of a checkpoint, whose weights are not read; None where it has no tokenizer files.
 
+    It carries `data.PicturePlaces` where the checkpoint has a LLaVA processor.
+
     Raises:
         FileNotFoundError: neither a directory nor a hub id.
+        ValueError: a processor that cannot be used.
     """
     directory = _local_directory(path_or_hub_id, weights=False)
     if not any((Path(directory) / name).exists() for name in _TOKENIZER_FILES):
@@ -287,7 +291,9 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     # Importing transformers takes seconds, which a program without a tokenizer need not wait for.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(os.fspath(directory))
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory))
+    attach_places(tokenizer, directory)
+    return tokenizer
 
 
 def save_model(directory: str | os.PathLike[str], model: Model) -> None:

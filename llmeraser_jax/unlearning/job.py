@@ -183,8 +183,7 @@ def erase_run(
             shown = list(dict.fromkeys((*earlier, *now)))
             whole = {**written, SHOWN_KEY: shown, "parent": run.reference()}
             files.atomic_write_json(directory / RECEIPT_FILE, whole)
-            request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
-            files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
+            data.save_requests(directory / REQUESTS_FILE, requests)
             checkpoint.save_pytree(directory / DELTA_DIRECTORY, result.delta)
             digest = hashlib.sha256((directory / RECEIPT_FILE).read_bytes()).hexdigest()
             write_run(
