@@ -25,7 +25,7 @@ from llmeraser_jax.convert import check_quantization, dequantized, quantize
 from llmeraser_jax.data import Example
 from llmeraser_jax.lora import Lora
 from llmeraser_jax.models import Model, load_model
-from llmeraser_jax.models.decoder import base_shapes
+from llmeraser_jax.models.loading import checkpoint_shapes
 from llmeraser_jax.runs import Run, RunError, copy_tokenizer, load_run, model_directory
 from llmeraser_jax.training.measure import mean_loss
 from llmeraser_jax.unlearning.job import REQUESTS_FILE
@@ -37,6 +37,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 SHARD_BYTES = 5_000_000_000
 _BATCH_SIZE = 8
 _SAMPLE_SEED = 0
+_WHOLE_PARTS = ("vision_tower", "multi_modal_projector")  # of a model that sees pictures: not quantised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +252,8 @@ def write_merged(
         config[name] = dtype
     if quantization is not None:
         config["quantization_config"] = convert.quantization_config(quantization, dtype)
+        if model.config.vision is not None:
+            config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", *_WHOLE_PARTS]
     files.atomic_write_json(directory / "config.json", config)
     generation = source / "generation_config.json"
     if generation.exists():
@@ -289,17 +292,20 @@ def _merged_tensors(
     model: Model, lora: Lora, dtype: str, quantization: str | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Weight by weight what goes to disk: one tensor, or the parts of a quantised one."""
-    leaves: dict[str, Any] = flatten_dict(model.base, sep="/")
+    tower = {} if model.vision is None else {"vision": model.vision}
+    leaves: dict[str, Any] = flatten_dict({**model.base, **tower}, sep="/")
     numpy_dtype = convert.numpy_dtype(dtype)
     quantized = jax.jit(quantize, static_argnums=1)
-    for name, target, _ in convert.BASE_TABLES[model.config.model_type].entries(base_shapes(model.config)):
+    for name, target, _ in convert.base_table(model.config).entries(checkpoint_shapes(model.config)):
         parts = target.path.split("/")
         is_kernel = parts[0] == "layers" and parts[-1] == "kernel"
         leaf = jax.tree.map(lambda x, place=target.place: np.asarray(x[place]), leaves[target.path])
         weight = np.asarray(dequantized(leaf), np.float32)
-        adapter = lora.params["layers"].get(parts[1]) if is_kernel else None
+        adapter = lora.params.get(parts[0], {}).get(parts[1]) if parts[-1] == "kernel" else None
         if adapter is not None:
-            a, b = (np.asarray(adapter[side][target.place], np.float32) for side in "ab")
+            place = target.place or (0,)  # the projector's is not stacked
+            a, b = lora.config.scaled_rows(parts[1], adapter["a"])[place], adapter["b"][place]
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
             weight = weight + lora.config.scaling * (b @ a).T
         with np.errstate(over="ignore"):
             rounded = weight.astype(numpy_dtype)

@@ -173,13 +173,13 @@ class LogitsAtResponse:
     """`outputs_fn` of a language model: logits at the response positions.
 
     Attributes:
-        apply: `(base, lora, tokens, attention_mask, positions) -> logits`; hashable.
+        apply: `(base, lora, *batch.inputs) -> logits`; hashable.
     """
 
     apply: Callable[..., Array]
 
     def __call__(self, base: PyTree, lora: LoraParams, batch: TokenBatch) -> Array:
-        return self.apply(base, lora, batch.tokens, batch.attention_mask, batch.positions)
+        return self.apply(base, lora, *batch.inputs)
 
 
 def lm_objective(
@@ -188,7 +188,7 @@ def lm_objective(
     """The objective of response-masked language modelling.
 
     Args:
-        apply: `(base, lora, tokens, attention_mask, positions) -> logits [batch, response, vocab]`; hashable.
+        apply: `(base, lora, *batch.inputs) -> logits [batch, response, vocab]`; hashable.
         base: frozen parameters.
         l2: lambda, at least 0.
         prior: adapter the L2 term pulls towards; None is zero.

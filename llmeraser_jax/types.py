@@ -8,6 +8,7 @@ Dimension letters used in every shape string of the package:
     heads     query heads                          kv_heads  key/value heads
     head_dim  numbers per head                     rank      LoRA rank
     layers    decoder layers                       p         all numbers of the adapter together
+    images    places for pictures of one example   features  vectors of one picture
 
 This module imports nothing from the package: every other module may import it.
 """
@@ -34,7 +35,8 @@ Outputs: TypeAlias = Any  # pytree of network outputs whose leaves all begin wit
 class TokenBatch:
     """Token sequences, right-padded, and the positions under the loss.
 
-    Logits are computed at `positions` only, which saves the vocabulary head on the prompt.
+    Logits are computed at `positions` only, which saves the vocabulary head on the prompt. What stands in `tokens`
+    and `images` for a picture: see `models.vision`.
     """
 
     tokens: Int[Array, "*lead batch time"]
@@ -42,6 +44,18 @@ class TokenBatch:
     positions: Int[Array, "*lead batch response"]  # the position whose logits predict the target (target's - 1)
     targets: Int[Array, "*lead batch response"]  # token ids to predict
     target_weights: Float[Array, "*lead batch response"]  # 1 / (tokens averaged over); 0 for padding
+    # Features of each example's pictures, in their order, zeros after the last; None where no example has one.
+    images: Float[Array, "*lead batch images features size"] | None = None
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """What a model's `apply` reads after base and adapter: tokens, mask, positions, and pictures if any."""
+        return (self.tokens, self.attention_mask, self.positions, *self.pictures)
+
+    @property
+    def pictures(self) -> tuple[Array, ...]:
+        """`images` where there are some: the arguments that a text model's `apply` does not have."""
+        return () if self.images is None else (self.images,)
 
 
 @flax.struct.dataclass
@@ -184,6 +198,11 @@ class AdaptableConfig(Protocol):
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the linear layers of a decoder layer, in its order."""
+        ...
+
+    @property
+    def projector_shapes(self) -> dict[str, tuple[int, int]]:
+        """The same of the linear layers that project pictures; empty for a text model."""
         ...
 
     @property

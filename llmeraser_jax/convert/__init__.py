@@ -7,7 +7,7 @@ from llmeraser_jax.convert.bitsandbytes import (
     quantized_tensors,
 )
 from llmeraser_jax.convert.files import SafetensorsSource, write_safetensors
-from llmeraser_jax.convert.huggingface import BASE_TABLES, PEFT_TABLE
+from llmeraser_jax.convert.huggingface import BASE_TABLES, PEFT_TABLE, LlavaLayout, base_table, peft_table
 from llmeraser_jax.convert.quantization import (
     QUANTIZATIONS,
     Int8Kernel,
@@ -44,6 +44,7 @@ __all__ = [
     "TRANSPOSE",
     "Index",
     "Int8Kernel",
+    "LlavaLayout",
     "NF4Kernel",
     "QuantizedKernel",
     "QuantizedSource",
@@ -55,6 +56,7 @@ __all__ = [
     "TensorSource",
     "Transform",
     "base_quantization",
+    "base_table",
     "check_quantization",
     "check_quantization_config",
     "check_tensors",
@@ -63,6 +65,7 @@ __all__ = [
     "export_tensors",
     "import_tensors",
     "numpy_dtype",
+    "peft_table",
     "quantization_config",
     "quantize",
     "quantize_base",

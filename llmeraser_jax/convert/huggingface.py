@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 
-from llmeraser_jax.convert.table import TRANSPOSE, Rule, Table
+from llmeraser_jax.convert.table import KEEP, TRANSPOSE, Rule, Table
+from llmeraser_jax.types import AdaptableConfig
 
 _LAYER = "model.layers.{layer}"
 _LINEARS = {
@@ -81,6 +83,85 @@ BASE_TABLES: dict[str, Table] = {
     "qwen3_moe": Table((*_rules(_ATTENTION), *_biases(*_ATTENTION), *_QK_NORM, *_experts("mlp", _MLP))),
 }
 
+_TOWER = (
+    Rule("embeddings.class_embedding", "class_embedding"),
+    Rule("embeddings.patch_embedding.weight", "patch_embedding"),
+    Rule("embeddings.position_embedding.weight", "position_embedding"),
+    *(
+        Rule(f"{disk}.{end}", f"{name}/{leaf}")
+        for disk, name in (
+            ("pre_layrnorm", "pre_norm"),
+            ("encoder.layers.{layer}.layer_norm1", "layers/attention_norm"),
+            ("encoder.layers.{layer}.layer_norm2", "layers/mlp_norm"),
+            ("post_layernorm", "post_norm"),
+        )
+        for end, leaf in (("weight", "scale"), ("bias", "bias"))
+    ),
+    *(
+        Rule(f"encoder.layers.{{layer}}.{disk}.{end}", f"layers/{disk.split('.')[-1]}/{leaf}", transform)
+        for disk in (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+        for end, leaf, transform in (("weight", "kernel", TRANSPOSE), ("bias", "bias", KEEP))
+    ),
+)
+_PROJECTOR = tuple(
+    Rule(f"multi_modal_projector.{name}.{end}", f"projector/{name}/{leaf}", transform)
+    for name in ("linear_1", "linear_2")
+    for end, leaf, transform in (("weight", "kernel", TRANSPOSE), ("bias", "bias", KEEP))
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaLayout:
+    """How a LLaVA checkpoint names its parts. The defaults are those of published checkpoints.
+
+    Attributes:
+        text: the text model without its head.
+        head: the head.
+        outer: what stands before tower and projector.
+        tower: the tower inside its own model.
+    """
+
+    text: str = "language_model.model"
+    head: str = "language_model.lm_head"
+    outer: str = ""
+    tower: str = "vision_model."
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> LlavaLayout:
+        """The layout of a checkpoint with tensors of these names; versions of transformers have different ones."""
+        default = cls()
+        modern = any(name.startswith("model.language_model.") for name in names)
+        nested = any(f"vision_tower.{default.tower}" in name for name in names)
+        return cls(
+            text="model.language_model" if modern else default.text,
+            head=default.head if f"{default.head}.weight" in names else "lm_head",
+            outer="model." if any(name.startswith("model.vision_tower.") for name in names) else "",
+            tower=default.tower if nested else "",
+        )
+
+    def table(self, text: Table) -> Table:
+        """The table of a LLaVA checkpoint: the text model's under its names here, projector, and tower."""
+
+        def name(rule):
+            return rule.name.replace("model.", f"{self.text}.", 1).replace("lm_head.", f"{self.head}.", 1)
+
+        tower = f"{self.outer}vision_tower.{self.tower}"
+        return Table(
+            (
+                *(dataclasses.replace(rule, name=name(rule)) for rule in text.rules),
+                *(dataclasses.replace(rule, name=self.outer + rule.name) for rule in _PROJECTOR),
+                *(Rule(tower + rule.name, f"vision/{rule.path}", rule.transform) for rule in _TOWER),
+            ),
+            (r".*\.rotary_emb\.inv_freq", r".*\.embeddings\.position_ids"),
+        )
+
+
+def base_table(config: AdaptableConfig, layout: LlavaLayout | None = None) -> Table:
+    """Names and layouts of a model's tensors on disk; where it sees pictures, in a layout or as published."""
+    table = BASE_TABLES[config.model_type]
+    return (layout or LlavaLayout()).table(table) if config.projector_shapes else table
+
+
 # PEFT keeps A [rank, in] and B [out, rank] as we do. All families name their linear layers alike.
 PEFT_TABLE = Table(
     tuple(
@@ -89,3 +170,28 @@ PEFT_TABLE = Table(
         for side in ("a", "b")
     )
 )
+
+
+def peft_table(config: AdaptableConfig, names: Collection[str] = ()) -> Table:
+    """The names of an adapter's tensors in PEFT's file.
+
+    Args:
+        config: the base.
+        names: of the file that is read: versions of transformers name the parts of LLaVA in different ways.
+    """
+    if not config.projector_shapes:
+        return PEFT_TABLE
+    root = "base_model.model."
+    inner = {name.removeprefix(root) for name in names}
+    old = any(name.startswith(("language_model.", "multi_modal_projector.")) for name in inner)
+    layers, outer = ("language_model.model", "") if old else ("model.language_model", "model.")
+    projector = (
+        Rule(f"{root}{outer}multi_modal_projector.{name}.lora_{side.upper()}.weight", f"projector/{name}/{side}")
+        for name in ("linear_1", "linear_2")
+        for side in ("a", "b")
+    )
+    moved = (
+        dataclasses.replace(rule, name=rule.name.replace("model.layers", f"{layers}.layers"))
+        for rule in PEFT_TABLE.rules
+    )
+    return Table((*moved, *projector))

@@ -6,23 +6,34 @@ derivative with respect to the tap is that layer's pseudo-gradient per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llmeraser_jax.curvature.kfac import KroneckerFactors, sum_over_chunks
-from llmeraser_jax.lora import Lora
+from llmeraser_jax.lora import Lora, low_rank_updates
 from llmeraser_jax.losses import LogitsAtResponse, Objective
-from llmeraser_jax.models import ApplyDecoder, Linear, bind
+from llmeraser_jax.models import ApplyDecoder, Linear, ModelConfig, bind
 from llmeraser_jax.types import ExampleStack, Key, TokenBatch
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def _outputs_and_inputs(apply: ApplyDecoder, base, lora: Lora, taps, batch: TokenBatch):
-    """Logits at the response, and the inputs [layers, batch, time, in] of every adapted linear layer."""
+    """Logits at the response, and the inputs [layers, batch, time, in] of every adapted linear layer.
+
+    Of the projector, one layer whose "time" are the vectors of all pictures of a row.
+    """
     module, variables = bind(apply.config, base, lora)
-    adapted = {name: {**leaves, "tap": taps[name]} for name, leaves in variables["lora"]["layers"].items()}
+    adapted = {
+        group: {
+            name: {**leaves, "tap": taps[group][name] if group == "layers" else taps[group][name][0]}
+            for name, leaves in modules.items()
+        }
+        for group, modules in variables["lora"].items()
+    }
 
     def intercept(call, args, kwargs, context):
         out, linear = call(*args, **kwargs), context.module
@@ -34,13 +45,31 @@ def _outputs_and_inputs(apply: ApplyDecoder, base, lora: Lora, taps, batch: Toke
 
     with nn.intercept_methods(intercept):
         logits, changed = module.apply(
-            {**variables, "lora": {"layers": adapted}},
+            {**variables, "lora": adapted},
             batch.tokens,
             batch.attention_mask,
             batch.positions,
+            images=batch.images,
             mutable=["lora"],
         )
-    return logits, {name: leaves["input"] for name, leaves in changed["lora"]["layers"].items()}
+    inputs: dict[str, Any] = {
+        group: {
+            name: leaves["input"] if group == "layers" else leaves["input"][None]
+            for name, leaves in modules.items()
+        }
+        for group, modules in changed["lora"].items()
+    }
+    return logits, inputs
+
+
+def _real(config: ModelConfig, batch: TokenBatch, group: str, dtype):
+    """Which tokens, or which vectors of pictures, an example has [batch, time]."""
+    if group == "layers":
+        return batch.attention_mask.astype(dtype)
+    assert batch.images is not None and config.vision is not None
+    used = jnp.sum(batch.tokens == config.vision.image_token, axis=1, keepdims=True)
+    _, images, features, _ = batch.images.shape
+    return (jnp.arange(images * features) < used).astype(dtype)
 
 
 def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Key) -> KroneckerFactors:
@@ -70,25 +99,29 @@ def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Ke
 
     def chunk_sum(chunk):
         batch, weights, key = chunk
+        times = {group: _real(apply.config, batch, group, jnp.float32).shape for group in lora.params}
         taps = {
-            name: jnp.zeros((len(leaves["b"]), *batch.tokens.shape, leaves["b"].shape[1]), leaves["b"].dtype)
-            for name, leaves in lora.params["layers"].items()
+            group: {
+                name: jnp.zeros((len(leaves["b"]), *times[group], leaves["b"].shape[1]), leaves["b"].dtype)
+                for name, leaves in modules.items()
+            }
+            for group, modules in lora.params.items()
         }
         logits, pull_back, inputs = jax.vjp(
             lambda t: _outputs_and_inputs(apply, objective.frozen, lora, t, batch), taps, has_aux=True
         )
         (slopes,) = pull_back(root_fn(logits, batch, key))
-        real = batch.attention_mask[None, :, :, None].astype(logits.dtype)
-        left, right = {}, {}
-        for name, leaves in lora.params["layers"].items():
-            x, g = inputs[name] * real, slopes[name]
+        left, right = ({group: {} for group in lora.params} for _ in range(2))
+        for group, name, leaves in low_rank_updates(lora):
+            real = _real(apply.config, batch, group, logits.dtype)[None, :, :, None]
+            x, g = inputs[group][name] * real, slopes[group][name]
             # A's rows are read times their layers' scales, and so are the columns of B in A's derivative.
             a, b_t = (lora.config.scaled_rows(name, m) for m in (leaves["a"], jnp.swapaxes(leaves["b"], 1, 2)))
             inner_x = jnp.einsum("lbtn,lrn->lbtr", x, a, precision=_EXACT)
             inner_g = jnp.einsum("lbtm,lrm->lbtr", g, b_t, precision=_EXACT)
-            left[name] = {"a": gram(inner_g, weights), "b": gram(g, weights)}
-            right[name] = {"a": gram(x, weights), "b": gram(inner_x, weights)}
-        return KroneckerFactors(*(Lora(params={"layers": side}, config=lora.config) for side in (left, right)))
+            left[group][name] = {"a": gram(inner_g, weights), "b": gram(g, weights)}
+            right[group][name] = {"a": gram(x, weights), "b": gram(inner_x, weights)}
+        return KroneckerFactors(*(Lora(params=side, config=lora.config) for side in (left, right)))
 
     parts = [
         (batches, weights, jax.random.split(jax.random.fold_in(key, position), len(weights)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ class TokenDataset:
             divided by; None with reduction "example".
         truncated_ids: examples that were cut, by id.
         dropped_ids: examples that cutting left without a token under the loss; they are not in the set.
+        features: features [features, size] of every picture that the examples name, by its key; all of one shape.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class TokenDataset:
         normalizer: float | None = None,
         truncated_ids: Sequence[str] = (),
         dropped_ids: Sequence[str] = (),
+        features: Mapping[str, np.ndarray] | None = None,
     ):
         if examples and [e.id for e in examples] != [e.id for e in encoded]:
             msg = f"{len(examples)} examples and {len(encoded)} encoded ones; expected the same ids in one order."
@@ -92,6 +94,12 @@ class TokenDataset:
         self.normalizer = normalizer
         self.truncated_ids = tuple(truncated_ids)
         self.dropped_ids = tuple(dropped_ids)
+        self.features = {} if features is None else features
+        absent = [(e.id, key) for e in self.encoded for key in e.images if key not in self.features]
+        if absent:
+            msg = f"Example {absent[0][0]!r} has the picture {absent[0][1]}, of which there are no features."
+            raise ValueError(msg)
+        self._num_images = max((len(e.images) for e in self.encoded), default=0)
         self._lengths = np.array([len(e.tokens) for e in self.encoded], np.int64)
         targets = [e.targets for e in self.encoded]
         self._target_counts = np.array([len(t) for t in targets], np.int64)
@@ -283,6 +291,7 @@ class TokenDataset:
             positions = np.where(real, target_index - 1, 0)
             counts = self._target_counts[rows] if self.normalizer is None else np.full(len(rows), self.normalizer)
             target_weights = np.where(real, 1.0 / counts[:, None], 0.0)
+        images = self._images_of(rows, num_rows)
         row_weights = np.zeros(num_rows)
         row_weights[: len(weights)] = weights
 
@@ -295,8 +304,26 @@ class TokenDataset:
             positions=chunked(positions, jnp.int32),
             targets=chunked(targets, jnp.int32),
             target_weights=chunked(target_weights, dtype),
+            images=None if images is None else chunked(images, images.dtype),
         )
         return batch, chunked(row_weights, dtype)
+
+    def images_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """Features of the examples' pictures [n, images, features, size], zeros after an example's last picture.
+
+        None where no example of the set has one.
+        """
+        return self._images_of(np.asarray(indices), len(indices))
+
+    def _images_of(self, rows: np.ndarray, num_rows: int) -> np.ndarray | None:
+        if not self._num_images:
+            return None
+        first = self.features[next(key for e in self.encoded for key in e.images)]
+        images = np.zeros((num_rows, self._num_images, *first.shape), first.dtype)
+        for place, row in enumerate(rows):
+            for number, key in enumerate(self.encoded[row].images):
+                images[place, number] = self.features[key]
+        return images
 
 
 def encode_examples(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.lora import Lora, merge_lora
+from llmeraser_jax.lora import Lora, low_rank_updates, merge_lora
 from llmeraser_jax.models import Model
 from llmeraser_jax.training import TrainConfig, finetune
 from llmeraser_jax.types import BaseParams
@@ -147,7 +147,8 @@ def quantise_merged(
 
 
 def _check_extras(model: Model, lora: Lora | None) -> None:
-    stray = set() if lora is None else set(lora.params) - {"layers", *model.adapter_extras}
+    merged = set() if lora is None else {group for group, _, _ in low_rank_updates(lora)}
+    stray = set() if lora is None else set(lora.params) - {"layers", *merged, *model.adapter_extras}
     if stray:
         msg = f"The adapter holds {', '.join(sorted(stray))} besides its low-rank updates; those cannot be merged."
         raise ValueError(msg)
@@ -166,9 +167,11 @@ def _merged_and_rounded(base: BaseParams, lora: Lora | None, *, bits: int, group
 
 def _unmerged(lora: Lora | None) -> Lora | None:
     """The extras of an adapter, without any low-rank update; None where there are none."""
-    if lora is None or set(lora.params) == {"layers"}:
+    if lora is None:
         return None
-    return dataclasses.replace(lora, params={**lora.params, "layers": {}})
+    merged = {"layers", *(group for group, _, _ in low_rank_updates(lora))}
+    extras = {name: leaves for name, leaves in lora.params.items() if name not in merged}
+    return dataclasses.replace(lora, params={**extras, "layers": {}}) if extras else None
 
 
 def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConfig, *, num_steps: int) -> Lora:

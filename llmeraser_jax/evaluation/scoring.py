@@ -61,7 +61,7 @@ class TokenStatistics(NamedTuple):
 
 @partial(jax.jit, static_argnames="apply")
 def _log_probs(apply, base: BaseParams, lora, batch: TokenBatch) -> Float[Array, "batch response vocab"]:
-    logits = apply(base, lora, batch.tokens, batch.attention_mask, batch.positions)
+    logits = apply(base, lora, *batch.inputs)
     return jax.nn.log_softmax(logits, axis=-1)
 
 

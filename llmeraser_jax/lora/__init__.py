@@ -6,6 +6,7 @@ from llmeraser_jax.lora.params import (
     add_delta,
     check_lora,
     init_lora,
+    low_rank_updates,
     merge_lora,
     product_norms,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "check_lora",
     "init_lora",
     "load_adapter",
+    "low_rank_updates",
     "merge_lora",
     "product_norms",
     "read_adapter_base",

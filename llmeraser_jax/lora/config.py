@@ -16,6 +16,8 @@ import numpy as np
 from llmeraser_jax.types import AdaptableConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+_TOWER = "model.vision_tower."
+_OUTSIDE_THE_TOWER = r".*vision_tower\..*"  # excludes the tower's modules in PEFT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class LoraConfig:
 
     def rank_of(self, module: str, layer: int) -> int:
         """Rank of the adapter of a module in a layer; 0 where it carries none."""
-        name = module_name(module, layer)
+        name = self.module_name(module, layer)
         layers = self.layers_to_transform
         left_out = (layers is not None and layer not in layers) or (
             self.exclude_modules is not None and _matches(name, self.exclude_modules)
@@ -117,6 +119,10 @@ class LoraConfig:
         if left_out or not (self.target_modules == "all-linear" or _matches(name, self.target_modules)):
             return 0
         return _by_pattern(self.rank_pattern, name, self.rank)
+
+    def module_name(self, module: str, layer: int) -> str:
+        """The name of a linear layer in PyTorch's model."""
+        return f"model.layers.{layer}.{'self_attn' if module in _ATTENTION else 'mlp'}.{module}"
 
     def stack_rank(self, module: str, num_layers: int) -> int:
         """The highest rank of a module, which its stacked matrices have."""
@@ -141,14 +147,56 @@ def _row_scales(config: LoraConfig, module: str, num_layers: int) -> np.ndarray 
     for layer in range(num_layers):
         rank = config.rank_of(module, layer)
         if rank:
-            alpha = _by_pattern(config.alpha_pattern, module_name(module, layer), config.alpha)
+            alpha = _by_pattern(config.alpha_pattern, config.module_name(module, layer), config.alpha)
             scales[layer, :rank] = config._scaling(alpha, rank) / config.scaling
     return None if np.all(scales == 1) else scales
 
 
-def module_name(module: str, layer: int) -> str:
-    """The name of a linear layer in PyTorch's model."""
-    return f"model.layers.{layer}.{'self_attn' if module in _ATTENTION else 'mlp'}.{module}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaLoraConfig(LoraConfig):
+    """The same for a model that sees pictures, whose modules have other names; what `resolve_config` makes for one.
+
+    Its projector's linear layers can carry an adapter, as "layer" 0; with `layers_to_transform` they do not, as in
+    PEFT.
+    """
+
+    def rank_of(self, module: str, layer: int) -> int:
+        """Rank of the adapter of a module in a layer, or of the projector; 0 where it carries none."""
+        if module in PROJECTOR_NAMES and self.layers_to_transform is not None:
+            return 0
+        return super().rank_of(module, layer)
+
+    def module_name(self, module: str, layer: int) -> str:
+        """The name of a linear layer in PyTorch's model."""
+        if module in PROJECTOR_NAMES:
+            return f"model.multi_modal_projector.{module}"
+        return super().module_name(module, layer).replace("model.", "model.language_model.", 1)
+
+
+PROJECTOR_NAMES = ("linear_1", "linear_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Where the adapters of one module stand, and their sizes.
+
+    Attributes:
+        group: the first key of the leaves: "layers" or "projector".
+        count: adapters that are stacked on the first axis.
+        inputs, outputs: of the linear layer.
+    """
+
+    group: str
+    count: int
+    inputs: int
+    outputs: int
+
+
+def adaptable_stacks(model_config: AdaptableConfig) -> dict[str, Stack]:
+    """The stack of every module that can carry an adapter: a decoder layer's in its order, then the projector's."""
+    layers, projector = model_config.linear_shapes, model_config.projector_shapes
+    stacks = {name: Stack("layers", model_config.num_layers, *shape) for name, shape in layers.items()}
+    return stacks | {name: Stack("projector", 1, *shape) for name, shape in projector.items()}
 
 
 def _matches(name: str, patterns: Sequence[str] | str) -> bool:
@@ -178,8 +226,9 @@ def adapted_modules(config: LoraConfig, model_config: AdaptableConfig) -> tuple[
     if absent:
         msg = f"layers_to_transform names {absent}; this model has layers 0 to {model_config.num_layers - 1}."
         raise ValueError(msg)
+    stacks = adaptable_stacks(model_config)
     modules = tuple(
-        name for name in model_config.linear_shapes if any(config.rank_of(name, layer) for layer in layers)
+        name for name, stack in stacks.items() if any(config.rank_of(name, layer) for layer in range(stack.count))
     )
     if not modules:
         msg = f"exclude_modules {config.exclude_modules!r} leaves none of {config.target_modules!r}."
@@ -200,57 +249,95 @@ def resolve_config(
     Raises:
         ValueError: `target_modules` cannot be honoured, or nothing is left of it.
     """
-    modules = resolve_target_modules(config.target_modules, model_config, allow_unmatched=allow_unmatched)
+    modules = resolve_target_modules(
+        config.target_modules, model_config, allow_unmatched=allow_unmatched, excluded=config.exclude_modules
+    )
     resolved = dataclasses.replace(
         config, target_modules=modules, alpha=float(config.alpha), dropout=float(config.dropout)
     )
+    if model_config.projector_shapes:
+        values = {field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)}
+        resolved = LlavaLoraConfig(**{**values, "exclude_modules": _without_tower(resolved, model_config)})
     adapted_modules(resolved, model_config)
     return resolved
 
 
+def _without_tower(config: LoraConfig, model_config: AdaptableConfig) -> tuple[str, ...] | str | None:
+    """`exclude_modules` with the vision tower's modules, where targets written out would select some in PEFT."""
+    excluded = config.exclude_modules
+    tower = [name for name in model_config.module_names if name.startswith(_TOWER)]
+    if not any(
+        _matches(name, config.target_modules) and not (excluded and _matches(name, excluded)) for name in tower
+    ):
+        return excluded
+    if excluded is not None and not isinstance(excluded, str):
+        excluded = rf"(.*\.)?({'|'.join(map(re.escape, excluded))})"
+    return _OUTSIDE_THE_TOWER if excluded is None else f"{_OUTSIDE_THE_TOWER}|{excluded}"
+
+
 def resolve_target_modules(
-    target_modules: Sequence[str] | str, model_config: AdaptableConfig, *, allow_unmatched: bool = False
+    target_modules: Sequence[str] | str,
+    model_config: AdaptableConfig,
+    *,
+    allow_unmatched: bool = False,
+    excluded: Sequence[str] | str | None = None,
 ) -> tuple[str, ...]:
     """The linear layers that `target_modules` selects, in the order in which a decoder layer holds them.
 
     Names are matched as PEFT matches them. A module that is selected in every layer is called by its own name,
-    others by their names in PyTorch's model.
+    others by their names in PyTorch's model. Of a model that sees pictures the projector's come last, and a name
+    selects nothing in the vision tower, which is frozen.
 
     Args:
         target_modules: as in `LoraConfig`.
         model_config: the base model.
-        allow_unmatched: pass over a name that selects nothing as long as another selects something, as PEFT
-            does; right for an adapter that PEFT wrote, and hides a misspelling in one's own configuration.
+        allow_unmatched: for an adapter that PEFT wrote. Passes over a name that selects nothing as long as another
+            selects something, as PEFT does, which hides a misspelling in one's own configuration; and refuses
+            names that select modules of a vision tower too, which PEFT would have trained.
+        excluded: `exclude_modules`, as in `LoraConfig`; it only counts for the vision tower.
 
     Raises:
         ValueError: nothing is selected; a name selects nothing; something that is not one of the model's linear
             layers is selected (an embedding, the head, a norm, a whole block). The message names it.
     """
-    linear = tuple(model_config.linear_shapes)
-    if target_modules == "all-linear":
+    stacks = adaptable_stacks(model_config)
+    linear, name_of = (
+        tuple(stacks),
+        (LlavaLoraConfig if model_config.projector_shapes else LoraConfig)().module_name,
+    )
+    places = {name_of(name, layer): (name, layer) for name in linear for layer in range(stacks[name].count)}
+    if target_modules == "all-linear" and not (allow_unmatched and model_config.projector_shapes):
         return linear
     names = model_config.module_names
     selected: dict[str, set[int]] = {}
     refused: list[str] = []
     unmatched: list[str] = []
     patterns = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    in_tower = {name for name in names if name.startswith(_TOWER) and not (excluded and _matches(name, excluded))}
+    if target_modules == "all-linear":
+        selected = {name: set(range(stacks[name].count)) for name in linear}
+        refused, patterns = sorted(in_tower), ()
     for pattern in patterns:
         hits = [
-            name for name in names if _matches(name, pattern if isinstance(target_modules, str) else (pattern,))
+            name
+            for name in names
+            if (not name.startswith(_TOWER) or name in in_tower)
+            and _matches(name, pattern if isinstance(target_modules, str) else (pattern,))
         ]
         if not hits:
             unmatched.append(pattern)
+        beside = not allow_unmatched and any(name in places for name in hits)
         for name in hits:
-            parts = name.split(".")
-            if parts[-1] in linear:
-                selected.setdefault(parts[-1], set()).add(int(parts[2]))
-            else:
+            if name in places:
+                module, layer = places[name]
+                selected.setdefault(module, set()).add(layer)
+            elif not (beside and name in in_tower):
                 refused.append(name)
     if unmatched and not (allow_unmatched and (selected or refused)):
         msg = (
             f"target_modules: {', '.join(repr(pattern) for pattern in unmatched)} selects no module of this "
             f"{model_config.model_type} model; its linear layers are {', '.join(linear)}, named as in "
-            f"'model.layers.0.self_attn.{linear[0]}'."
+            f"{name_of(linear[0], 0)!r}."
         )
         raise ValueError(msg)
     if refused:
@@ -258,8 +345,10 @@ def resolve_target_modules(
             f"target_modules selects {', '.join(repr(name) for name in sorted(refused)[:5])}; only "
             f"{', '.join(linear)} can carry an adapter here."
         )
+        if any(name in in_tower for name in refused):
+            msg += f" The vision tower is frozen; train with exclude_modules = {_OUTSIDE_THE_TOWER!r}."
         raise ValueError(msg)
-    everywhere = [name for name in linear if len(selected.get(name, ())) == model_config.num_layers]
+    everywhere = [name for name in linear if len(selected.get(name, ())) == stacks[name].count]
     partly = [name for name in linear if name in selected and name not in everywhere]
-    written_out = [module_name(name, layer) for name in partly for layer in sorted(selected[name])]
+    written_out = [name_of(name, layer) for name in partly for layer in sorted(selected[name])]
     return (*everywhere, *written_out)

@@ -7,6 +7,7 @@ and inner products need no conversion.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.struct
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
-from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
+from llmeraser_jax.lora.config import LoraConfig, adaptable_stacks, adapted_modules, resolve_config
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
@@ -24,7 +25,8 @@ class Lora:
     """An adapter, or any vector of its space.
 
     Attributes:
-        params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`.
+        params: `{"layers": {module: {"a": [layers, rank, in], "b": [layers, out, rank]}}}`; of a model that sees
+            pictures also `{"projector": {module: ...}}`, with one layer.
         config: static; its `target_modules` are written out. A layer of lower rank than its module's highest has
             rows of A and columns of B that nothing reads; they are zero.
     """
@@ -47,18 +49,26 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
         ValueError: `target_modules` cannot be honoured; see `resolve_config`.
     """
     config = resolve_config(config, model_config)
-    names, num_layers = adapted_modules(config, model_config), model_config.num_layers
-    modules = {}
+    names, stacks = adapted_modules(config, model_config), adaptable_stacks(model_config)
+    params: dict[str, Any] = {"layers": {}}
     for name, module_key in zip(names, jax.random.split(key, len(names)), strict=True):
-        width_in, width_out = model_config.linear_shapes[name]
-        bound, rank = 1 / math.sqrt(width_in), config.stack_rank(name, num_layers)
-        a = jax.random.uniform(module_key, (num_layers, rank, width_in), jnp.float32, -bound, bound)
-        scales = config.row_scales(name, num_layers)
-        modules[name] = {
+        stack = stacks[name]
+        bound, rank = 1 / math.sqrt(stack.inputs), config.stack_rank(name, stack.count)
+        a = jax.random.uniform(module_key, (stack.count, rank, stack.inputs), jnp.float32, -bound, bound)
+        scales = config.row_scales(name, stack.count)
+        params.setdefault(stack.group, {})[name] = {
             "a": a if scales is None else jnp.where(scales[..., None] == 0, 0, a),
-            "b": jnp.zeros((num_layers, width_out, rank), jnp.float32),
+            "b": jnp.zeros((stack.count, stack.outputs, rank), jnp.float32),
         }
-    return Lora(params={"layers": modules}, config=config)
+    return Lora(params=params, config=config)
+
+
+def low_rank_updates(lora: Lora) -> Iterator[tuple[str, str, dict[str, jax.Array]]]:
+    """Group, module and leaves of every low-rank update of an adapter; what else it holds is passed over."""
+    for group, modules in lora.params.items():
+        for name, leaves in modules.items():
+            if isinstance(leaves, dict) and set(leaves) == {"a", "b"}:
+                yield group, name, leaves
 
 
 def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
@@ -67,21 +77,26 @@ def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
     Raises:
         ValueError: an unknown module, or a shape that does not match the base's; the message names it.
     """
-    stray = [name for name in lora.params if name != "layers"]
-    modules = lora.params.get("layers", {})
-    stray += [f"layers/{name}" for name in modules if name not in config.linear_shapes]
-    stray += [f"layers/{name}/{leaf}" for name in modules for leaf in modules[name] if leaf not in ("a", "b")]
+    stacks = adaptable_stacks(config)
+    groups = dict.fromkeys(["layers", *(stack.group for stack in stacks.values())])
+    stray = [group for group in lora.params if group not in groups]
+    modules = {f"{group}/{name}": leaves for group in groups for name, leaves in lora.params.get(group, {}).items()}
+    known = {f"{stack.group}/{name}" for name, stack in stacks.items()}
+    stray += [path for path in modules if path not in known]
+    stray += [f"{path}/{leaf}" for path in modules for leaf in modules[path] if leaf not in ("a", "b")]
     if stray:
         msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
         raise ValueError(msg)
-    for name, leaves in modules.items():
-        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
+    for path, leaves in modules.items():
+        group, name = path.split("/")
+        *lead, width_in, width_out = base[group][name]["kernel"].shape
+        num_layers = lead[0] if lead else 1
         rank = lora.config.stack_rank(name, num_layers)
         expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
         for leaf, shape in expected.items():
             if leaf not in leaves or leaves[leaf].shape != shape:
                 got = leaves[leaf].shape if leaf in leaves else "missing"
-                msg = f"Adapter leaf layers/{name}/{leaf} is {got}; this model and rank {rank} need {shape}."
+                msg = f"Adapter leaf {path}/{leaf} is {got}; this model and rank {rank} need {shape}."
                 raise ValueError(msg)
 
 
@@ -106,17 +121,19 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
     Raises:
         ValueError: the base lacks a targeted module.
     """
-    merged = dict(base, layers=dict(base["layers"]))
-    for name, leaves in lora.params["layers"].items():
-        if name not in merged["layers"]:
-            msg = f"The adapter targets layers/{name}, which the base lacks."
+    merged = {**base, "layers": dict(base["layers"])}
+    for group, name, leaves in low_rank_updates(lora):
+        merged[group] = dict(merged.get(group, {}))
+        if name not in merged[group]:
+            msg = f"The adapter targets {group}/{name}, which the base lacks."
             raise ValueError(msg)
-        kernel = dequantized(merged["layers"][name]["kernel"])
+        kernel = dequantized(merged[group][name]["kernel"])
         a = lora.config.scaled_rows(name, leaves["a"])
         product = jnp.einsum("lri,lor->lio", a, leaves["b"], precision=jax.lax.Precision.HIGHEST)
+        product = product.reshape(kernel.shape)
         dtype = jnp.promote_types(kernel.dtype, product.dtype)
         total = kernel.astype(dtype) + lora.config.scaling * product.astype(dtype)
-        merged["layers"][name] = dict(merged["layers"][name], kernel=total.astype(kernel.dtype))
+        merged[group][name] = dict(merged[group][name], kernel=total.astype(kernel.dtype))
     return merged
 
 
@@ -137,8 +154,8 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
         return jnp.maximum(jnp.sum(gram_b * gram_a), 0)
 
     change = product = jnp.zeros(())
-    for name, leaves in lora.params["layers"].items():
-        step = delta.params["layers"][name]
+    for group, name, leaves in low_rank_updates(lora):
+        step = delta.params[group][name]
         a, step_a = (lora.config.scaled_rows(name, x["a"]) for x in (leaves, step))
         change += squared((step["b"], leaves["b"]), (a + step_a, step_a))
         product += squared((leaves["b"],), (a,))

@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.lora.config import LoraConfig, adapted_modules, resolve_config
+from llmeraser_jax.lora.config import LoraConfig, Stack, adaptable_stacks, adapted_modules, resolve_config
 from llmeraser_jax.lora.params import Lora, check_lora
 from llmeraser_jax.types import AdaptableConfig, AdaptableModel
 
@@ -87,24 +87,24 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
     """
     directory = Path(directory)
     config = adapter_config_from_peft(_read_config(directory), model.config)
-    modules, num_layers = adapted_modules(config, model.config), model.config.num_layers
+    stacks = _adapted_stacks(config, model.config)
     weights = directory / WEIGHTS_FILE
     if not weights.exists():
         found = sorted(path.name for path in directory.glob("*.bin"))
         hint = f" It holds {', '.join(found)}; convert that to safetensors first." if found else ""
         msg = f"{directory} has no {WEIGHTS_FILE}.{hint}"
         raise FileNotFoundError(msg)
+    source = convert.SafetensorsSource.from_file(weights)
     leaves, shapes = {}, {}
-    for module in modules:
-        width_in, width_out = model.config.linear_shapes[module]
-        rank = config.stack_rank(module, num_layers)
-        leaves[f"layers/{module}/a"] = np.zeros((num_layers, rank, width_in), np.float32)
-        leaves[f"layers/{module}/b"] = np.zeros((num_layers, width_out, rank), np.float32)
-    places = {name: (path, place) for name, path, place in _tensors(config, modules, num_layers)}
+    for module, stack in stacks.items():
+        rank = config.stack_rank(module, stack.count)
+        leaves[f"{stack.group}/{module}/a"] = np.zeros((stack.count, rank, stack.inputs), np.float32)
+        leaves[f"{stack.group}/{module}/b"] = np.zeros((stack.count, stack.outputs, rank), np.float32)
+    names = convert.peft_table(model.config, source.shapes())
+    places = {name: (path, place) for name, path, place in _tensors(config, stacks, names)}
     for name, (path, place) in places.items():
         shapes[name] = leaves[path][place].shape
     table = convert.Table(tuple(convert.Rule(name, name) for name in places))
-    source = convert.SafetensorsSource.from_file(weights)
     tensors = convert.import_tensors(table, source, shapes, "float32", f"The adapter {directory}")
     for name, (path, place) in places.items():
         leaves[path][place] = tensors[name]
@@ -112,13 +112,21 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
     return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
 
 
-def _tensors(config: LoraConfig, modules: tuple[str, ...], num_layers: int) -> Iterator[tuple[str, str, Any]]:
+def _adapted_stacks(config: LoraConfig, model_config: AdaptableConfig) -> dict[str, Stack]:
+    """The stacks of the modules that carry an adapter."""
+    stacks = adaptable_stacks(model_config)
+    return {name: stacks[name] for name in adapted_modules(config, model_config)}
+
+
+def _tensors(
+    config: LoraConfig, stacks: Mapping[str, Stack], table: convert.Table
+) -> Iterator[tuple[str, str, Any]]:
     """Every tensor of an adapter in PEFT's file: its name, the leaf that it is part of, and the part."""
-    for module in modules:
+    for module, stack in stacks.items():
         for side in "ab":
-            path = f"layers/{module}/{side}"
-            name = convert.PEFT_TABLE.rule_of(path).name
-            for layer in range(num_layers):
+            path = f"{stack.group}/{module}/{side}"
+            name = table.rule_of(path).name
+            for layer in range(stack.count):
                 rank = config.rank_of(module, layer)
                 if rank:
                     place = (layer, slice(rank)) if side == "a" else (layer, slice(None), slice(rank))
@@ -261,11 +269,12 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
     extras = {name: lora.params[name] for name in model.adapter_extras}
     layers = {name: leaves for name, leaves in lora.params.items() if name not in extras}
     check_lora(model.config, model.base, dataclasses.replace(lora, params=layers))
-    modules = adapted_modules(lora.config, model.config)
-    if isinstance(lora.config.target_modules, str) or set(lora.params["layers"]) != set(modules):
+    stacks = _adapted_stacks(lora.config, model.config)
+    held = {name for modules in layers.values() for name in modules}
+    if isinstance(lora.config.target_modules, str) or held != set(stacks):
         msg = (
             f"The adapter's configuration names {lora.config.target_modules!r}, its parameters "
-            f"{sorted(lora.params['layers'])}; build it with init_lora or load_adapter."
+            f"{sorted(held)}; build it with init_lora or load_adapter."
         )
         raise ValueError(msg)
     leaves = {
@@ -278,7 +287,7 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
     with files.atomic_directory(directory) as temporary:
         config = adapter_config_to_peft(lora.config, model.path or None)
         files.atomic_write_json(temporary / CONFIG_FILE, config)
-        places = _tensors(lora.config, modules, model.config.num_layers)
+        places = _tensors(lora.config, stacks, convert.peft_table(model.config))
         tensors = {name: leaves[path][place] for name, path, place in places}
         convert.write_safetensors(temporary / WEIGHTS_FILE, tensors)
         if extras:

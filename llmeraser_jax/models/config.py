@@ -15,6 +15,7 @@ from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.models.fields import Fields, show
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
 from llmeraser_jax.models.rope import RopeConfig
+from llmeraser_jax.models.vision import VISION_FIELDS, VisionConfig
 
 _log = logging.getLogger(__name__)
 
@@ -205,6 +206,20 @@ _FAMILIES: dict[str, Family] = {
 }
 FAMILIES = tuple(_FAMILIES)
 
+LLAVA = "llava"
+# Families that the text part of a LLaVA model can be of, with transformers' values of what its text_config leaves
+# out: published checkpoints state what differs from them.
+_VICUNA_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAVA_TEXTS = {"llama": _VICUNA_7B, "mistral": {**_VICUNA_7B, "intermediate_size": 14336}}
+
 _ELSEWHERE = {
     "gemma3": "its text part is gemma3_text: save the language model alone with Gemma3ForCausalLM",
     "llama4": "neither it nor its text part llama4_text, with chunked attention and a shared expert, is supported",
@@ -324,6 +339,7 @@ class ModelConfig:
         bos_token_id: first token of a text, or None.
         eos_token_ids: any of these ends a generation.
         pad_token_id: padding token, or None.
+        vision: how it sees pictures; None is a text model. All other fields describe the text part.
         matmul_precision: of products with the base's matrices, see `models.precision`; not in config.json.
     """
 
@@ -366,6 +382,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    vision: VisionConfig | None = None
     matmul_precision: MatmulPrecision = "auto"
 
     def __post_init__(self) -> None:
@@ -404,6 +421,12 @@ class ModelConfig:
             if problem:
                 msg = f"Rotary positions: {problem}."
                 raise ValueError(msg)
+        if self.vision is not None and self.model_type not in _LLAVA_TEXTS:
+            msg = f"The text part of a {LLAVA} model is a {self.model_type}; supported: {', '.join(_LLAVA_TEXTS)}."
+            raise ValueError(msg)
+        if self.vision is not None and self.vision.image_token >= self.vocab_size:
+            msg = f"image_token is {self.vision.image_token}, outside the vocabulary of {self.vocab_size} tokens."
+            raise ValueError(msg)
         problems = self._beyond_the_family()
         if problems:
             msg = f"A {self.model_type} model does not have {' or '.join(problems)}."
@@ -464,7 +487,7 @@ class ModelConfig:
 
     @property
     def module_names(self) -> tuple[str, ...]:
-        """Names of all modules as PyTorch's `named_modules` of the causal LM gives them."""
+        """Names of all modules as PyTorch's `named_modules` of the causal LM, or of LLaVA's model, gives them."""
         attention = [
             name for name in self.linear_shapes if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
         ]
@@ -482,10 +505,23 @@ class ModelConfig:
         norms += ["input_layernorm"] if self.input_norms else []
         norms += ["post_feedforward_layernorm"] if self.output_norms else []
         norms += ["pre_feedforward_layernorm"] if self.input_norms and self.output_norms else []
-        names = ["model", "model.embed_tokens", "model.layers"]
+        root, names = "model", ["model"]
+        if self.vision is not None:
+            root = "model.language_model"
+            names += [f"model.vision_tower{name}" for name in self.vision.module_names]
+            names += [f"model.multi_modal_projector{name}" for name in ("", ".linear_1", ".act", ".linear_2")]
+            names.append(root)
+        names += [f"{root}.embed_tokens", f"{root}.layers"]
         for layer in range(self.num_layers):
-            names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in (*inside, *norms))]
-        return (*names, "model.norm", "model.rotary_emb", "lm_head")
+            names += [f"{root}.layers.{layer}", *(f"{root}.layers.{layer}.{name}" for name in (*inside, *norms))]
+        return (*names, f"{root}.norm", f"{root}.rotary_emb", "lm_head")
+
+    @property
+    def projector_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the projector's linear layers, which can carry an adapter; empty without vision."""
+        if self.vision is None:
+            return {}
+        return {"linear_1": (self.vision.feature_width, self.width), "linear_2": (self.width, self.width)}
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -530,9 +566,11 @@ class ModelConfig:
                 msg = f"{file} holds {show(content)}; expected an object of fields."
                 raise ValueError(msg)
         name = hf.get("model_type")
+        if name == LLAVA:
+            return _read_llava(hf, generation)
         if not isinstance(name, str) or name not in _FAMILIES:
             hint = f" ({_ELSEWHERE[name]})" if isinstance(name, str) and name in _ELSEWHERE else ""
-            msg = f"config.json: model_type is {show(name)}{hint}; supported are {', '.join(FAMILIES)}."
+            msg = f"config.json: model_type is {show(name)}{hint}; supported are {', '.join((*FAMILIES, LLAVA))}."
             raise ValueError(msg)
         family = _FAMILIES[name]
         hf = dict(hf)
@@ -638,8 +676,68 @@ class ModelConfig:
             out["no_rope_layers"] = [
                 int(not plain) for plain in self.unrotated_layers or (False,) * self.num_layers
             ]
-        return out
+        return out if self.vision is None else _write_llava(out, self.vision)
 
+
+def _read_llava(hf: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    """`ModelConfig.from_hf` of a LLaVA model.
+
+    Tokens of the text's beginning and end stand in the text part or at the top, where the text part goes first.
+    """
+    vision, problems = VisionConfig.from_hf(hf)
+    given = hf.get("text_config")
+    text: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    name = text.setdefault("model_type", "llama")
+    if not isinstance(given, Mapping):
+        problems.append(f"text_config = {show(given)} (expected an object of fields)")
+    elif name not in _LLAVA_TEXTS:
+        problems.append(f"text_config.model_type = {show(name)} (supported: {' or '.join(_LLAVA_TEXTS)})")
+    for key, value in hf.items():
+        if not (
+            key in VISION_FIELDS or key in _LLAVA_FIELDS or key in _INERT or key.startswith("_") or value is None
+        ):
+            problems.append(f"{show(key)[1:-1]} = {show(value)} is unknown")
+    if hf.get("architectures") not in (None, [_LLAVA_CLASS]):
+        problems.append(f"architectures = {show(hf['architectures'])} (supported: {_LLAVA_CLASS})")
+    config = None
+    if isinstance(given, Mapping) and name in _LLAVA_TEXTS:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if text.get(key) is None and hf.get(key) is not None:
+                text[key] = hf[key]
+        text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or hf.get("tie_word_embeddings"))
+        text.pop("architectures", None)  # of the model that the text part was trained as
+        stated = {key: value for key, value in text.items() if value is not None or key not in _LLAVA_TEXTS[name]}
+        try:
+            config = ModelConfig.from_hf({**_LLAVA_TEXTS[name], **stated}, generation)
+            if vision is not None:
+                config = dataclasses.replace(config, vision=vision)
+        except ValueError as error:
+            problems.append(f"text_config: {str(error).rstrip('.')}")
+    if problems or config is None:
+        msg = f"config.json of a {LLAVA} model cannot be honoured: {'; '.join(problems)}."
+        raise ValueError(msg)
+    return config
+
+
+def _write_llava(text: Mapping[str, Any], vision: VisionConfig) -> dict[str, Any]:
+    """`ModelConfig.to_hf` of a LLaVA model, from that of its text part."""
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    return {
+        "architectures": [_LLAVA_CLASS],
+        "model_type": LLAVA,
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        **vision.to_hf(),
+        **{key: text[key] for key in shared},
+    }
+
+
+_LLAVA_CLASS = "LlavaForConditionalGeneration"
+_LLAVA_FIELDS = frozenset(
+    {
+        "model_type", "architectures", "text_config", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+        "pad_token_id", "vocab_size", "ignore_index",
+    }
+)  # fmt: skip
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 # Fields that families differ in. Their values are the family's, or stated in config.json where it has the field.

@@ -23,11 +23,14 @@ base, on which sharding rules and conversion tables rely (kernels are [in, out],
     layers/mlp_output_norm/scale                [layers, width], with output_norms
     final_norm/scale                            [width]
     lm_head/kernel                              [width, vocab], unless tied to the embedding
+    projector/linear_1/{kernel,bias}            [feature_width, width] and [width], of a model that sees pictures
+    projector/linear_2/{kernel,bias}            [width, width] and [width]
 
 and of the adapter, for each targeted linear layer:
 
     layers/{name}/a                             [layers, rank, in], rows beyond a layer's own rank unread
     layers/{name}/b                             [layers, out, rank]; the collection holds it transposed, as `b_t`
+    projector/{name}/{a,b}                      the same, of one layer
 
 A kernel of the seven layers may be quantised, see `convert.quantization`. The effective weight is
 `kernel + scaling * (B A)'`.
@@ -52,6 +55,7 @@ from llmeraser_jax.lora import check_lora
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
+from llmeraser_jax.models.vision import ACTIVATIONS
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
@@ -270,8 +274,27 @@ class Embedding(nn.Module):
         return frozen_product(x, self.embedding, self.config.matmul_precision, transposed=True)
 
 
+class Projector(nn.Module):
+    """Makes embeddings of a picture's features: linear, activation, linear."""
+
+    config: ModelConfig
+    lora_scaling: float = 1.0
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, features):
+        config, vision = self.config, self.config.vision
+        assert vision is not None
+        scales = config.initializer_range, self.lora_scaling, self.lora_dropout
+
+        def linear(name, x):
+            return Linear(config.width, vision.projector_bias, *scales, config.matmul_precision, name=name)(x)
+
+        return linear("linear_2", ACTIVATIONS[vision.projector_activation](linear("linear_1", features)))
+
+
 class Decoder(nn.Module):
-    """Embedding, scanned layers, final norm and head.
+    """Embedding, scanned layers, final norm and head; a projector where the model sees pictures.
 
     Attributes:
         config: the model.
@@ -297,22 +320,25 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         self.layers = scanned(config, self.lora_scaling, self.lora_dropout)
+        if config.vision is not None:
+            self.projector = Projector(config, self.lora_scaling, self.lora_dropout)
         self.final_norm = Scale(config.norm_eps, config.norm_offset)
         if not config.tied_embeddings:
             scales = config.initializer_range, 1.0, 0.0
             self.lm_head = Linear(config.vocab_size, False, *scales, config.matmul_precision)
 
-    def __call__(self, tokens, attention_mask, positions=None, embeds=None):
+    def __call__(self, tokens, attention_mask, positions=None, embeds=None, images=None):
         """Logits [batch, time, vocab], or [batch, response, vocab] at `positions` only.
 
-        `embeds` [batch, time, width] takes the place of the tokens' rows of the embedding.
+        `embeds` [batch, time, width] takes the place of the tokens' rows of the embedding, and `images` [batch,
+        images, features, size], projected, that of the image tokens' rows.
         """
         valid = jnp.asarray(attention_mask).astype(bool)
         where = token_positions(valid)
-        x, _ = self._hidden(tokens, where, where, valid, None, None, embeds)
+        x, _ = self._hidden(tokens, where, where, valid, None, None, embeds, images)
         return self._logits(x, positions)
 
-    def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions, embeds=None):
+    def decode(self, tokens, where, key_positions, key_valid, cache, write_at, positions, embeds=None, images=None):
         """Appends tokens to a cache.
 
         Where rotations depend on the length of a text, one that grows beyond a length at which they change (see
@@ -328,15 +354,18 @@ class Decoder(nn.Module):
             write_at: slot of the first new token.
             positions: [batch, response] indices into `tokens` whose logits are wanted.
             embeds: [batch, time, width] instead of the tokens' rows of the embedding.
+            images: [batch, images, features, size], projected instead of the image tokens' rows of the embedding.
 
         Returns:
             Logits at `positions`, and the cache.
         """
         pair = (cache.keys, cache.values)
-        x, (keys, values) = self._hidden(tokens, where, key_positions, key_valid, pair, write_at, embeds)
+        x, (keys, values) = self._hidden(tokens, where, key_positions, key_valid, pair, write_at, embeds, images)
         return self._logits(x, positions), KVCache(keys=keys, values=values)
 
-    def _hidden(self, tokens, where, key_positions, key_valid, cache, write_at, embeds=None) -> tuple[Array, Any]:
+    def _hidden(
+        self, tokens, where, key_positions, key_valid, cache, write_at, embeds=None, images=None
+    ) -> tuple[Array, Any]:
         config = self.config
         embedding = self.embed_tokens.embedding
         dtype = jnp.promote_types(jnp.float32, embedding.dtype) if self.dtype is None else self.dtype
@@ -350,7 +379,20 @@ class Decoder(nn.Module):
             write_at=write_at,
         )
         x = self.embed_tokens(tokens, dtype) if embeds is None else embeds.astype(dtype)
+        x = self._with_images(x, tokens, images)
         return self.layers(_times(x, config.embedding_multiplier), cache, context, _variations(config))
+
+    def _with_images(self, x, tokens, images):
+        """Embeddings with the projected features of pictures at the image tokens."""
+        vision = self.config.vision
+        if vision is None or (images is None and not self.is_initializing()):
+            if images is not None:
+                msg = f"This {self.config.model_type} model sees no pictures; leave them out."
+                raise ValueError(msg)
+            return x
+        images = jnp.zeros((1, 1, 1, vision.feature_width)) if images is None else images
+        vectors = self.projector(images.reshape(len(images), -1, images.shape[-1]).astype(x.dtype))
+        return layers.place_images(x, vectors, tokens == vision.image_token)
 
     def _logits(self, x, positions):
         if positions is not None:
@@ -438,17 +480,20 @@ def adapter_variables(lora: LoraParams) -> LoraParams:
 
     Here, outside of the scan over layers, since inside XLA would merge the transposition with its products.
     """
-    return {
-        "layers": {
+
+    def of(modules):
+        return {
             name: {"a": lora.config.scaled_rows(name, leaves["a"]), "b_t": jnp.swapaxes(leaves["b"], 1, 2)}
-            for name, leaves in lora.params.get("layers", {}).items()
+            for name, leaves in modules.items()
         }
-    }
+
+    projector = jax.tree.map(lambda leaf: leaf[0], of(lora.params.get("projector", {})))
+    return {"layers": of(lora.params.get("layers", {}))} | ({"projector": projector} if projector else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class ApplyDecoder:
-    """`(base, lora, tokens, attention_mask, positions) -> logits`, hashable, equal for equal models."""
+    """`(base, lora, tokens, attention_mask, positions, images) -> logits`, hashable, equal for equal models."""
 
     config: ModelConfig
 
@@ -459,6 +504,7 @@ class ApplyDecoder:
         tokens: Int[Array | np.ndarray, "batch time"],
         attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
         positions: Int[Array | np.ndarray, "batch response"] | None = None,
+        images: Float[Array | np.ndarray, "batch images features size"] | None = None,
         *,
         dropout_key: Key | None = None,
     ) -> Float[Array, "batch any_time vocab"]:
@@ -470,6 +516,7 @@ class ApplyDecoder:
             tokens: token ids, padded on either side.
             attention_mask: nonzero for a real token.
             positions: indices into time at which logits are wanted; None is everywhere.
+            images: features of each row's pictures, see `models.vision`; None is a text.
             dropout_key: turns the adapter's dropout on; only training gives one.
 
         Returns:
@@ -482,4 +529,5 @@ class ApplyDecoder:
         tokens = jnp.asarray(tokens)
         positions = None if positions is None else jnp.asarray(positions)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        return cast(Array, module.apply(variables, tokens, attention_mask, positions, rngs=rngs))
+        images = None if images is None else jnp.asarray(images)
+        return cast(Array, module.apply(variables, tokens, attention_mask, positions, None, images, rngs=rngs))

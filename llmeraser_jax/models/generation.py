@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import Decoder, KVCache, bind, token_positions
@@ -32,6 +32,7 @@ def generate(
     *,
     batch_size: int = 16,
     stop_ids: Sequence[int] | None = None,
+    images: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> list[list[int]]:
     """Greedy decoding until a stop token or `max_new_tokens`.
 
@@ -42,18 +43,23 @@ def generate(
         max_new_tokens: the most tokens to add to each prompt.
         batch_size: prompts computed together; results do not depend on it beyond rounding.
         stop_ids: tokens that end a text; None is the model's end-of-sequence tokens.
+        images: features [images, features, size] of each prompt's pictures, see `models.vision`; None: no prompt
+            has any.
 
     Returns:
         New tokens of each prompt, in the order given, without the stop token.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or a count below 1.
+        ValueError: an empty prompt, a token outside the vocabulary, a count below 1, or pictures that do not fill
+            the image tokens of their prompt.
     """
 
-    def decode(tokens, mask, stops):
-        return greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens)
+    def decode(tokens, mask, stops, *pictures):
+        return greedy_decode(model.config, model.base, lora, tokens, mask, stops, max_new_tokens, *pictures)
 
-    return generate_batches(decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
+    return generate_batches(
+        decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids, images=images
+    )
 
 
 def generate_batches(
@@ -64,13 +70,14 @@ def generate_batches(
     *,
     batch_size: int,
     stop_ids: Sequence[int] | None,
+    images: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> list[list[int]]:
     """`generate` for any decoding function.
 
     Args:
-        decode: `(tokens, mask, stop_ids) -> (new, lengths)`, as `greedy_decode` with the rest given.
+        decode: `(tokens, mask, stop_ids, *pictures) -> (new, lengths)`, as `greedy_decode` with the rest given.
         config: the model's.
-        prompts, max_new_tokens, batch_size, stop_ids: see `generate`.
+        prompts, max_new_tokens, batch_size, stop_ids, images: see `generate`.
 
     Raises:
         ValueError: see `generate`.
@@ -84,6 +91,8 @@ def generate_batches(
             found = f"holds {outside[:3]} outside the vocabulary" if outside else "is empty"
             msg = f"Prompt {index} {found}; every prompt needs tokens from 0 to {config.vocab_size - 1}."
             raise ValueError(msg)
+    _check_images(config, prompts, images)
+    most = max((len(pictures) for pictures in images), default=0) if images is not None else 0
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     if longest > config.max_position:
         _log.warning("Texts may reach %d tokens; the model was made for %d.", longest, config.max_position)
@@ -97,10 +106,44 @@ def generate_batches(
         rows = [list(prompts[index]) for index in indices]
         rows += [rows[-1]] * (batch_size - len(rows))  # one shape for all batches
         tokens, mask = pad_left(rows)
-        new, lengths = to_host(decode(tokens, mask, stops))
+        pictures = ()
+        if most:
+            assert images is not None
+            chosen = [images[index] for index in indices]
+            pictures = (_pad_images(chosen + [chosen[-1]] * (batch_size - len(chosen)), most),)
+        new, lengths = to_host(decode(tokens, mask, stops, *pictures))
         for row, index in enumerate(indices):
             out[index] = new[row, : lengths[row]].tolist()
     return out
+
+
+def _check_images(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], images: Sequence[np.ndarray] | np.ndarray | None
+) -> None:
+    """Refuses pictures that do not fill the image tokens of their prompts."""
+    vision = config.vision
+    if images is not None and (vision is None or len(images) != len(prompts)):
+        what = f"pictures of {len(images)} prompts" if vision else f"{len(images)} sets of pictures"
+        msg = f"There are {len(prompts)} prompts of a {'LLaVA' if vision else 'text'} model, and {what}."
+        raise ValueError(msg)
+    if vision is None:
+        return
+    size = (vision.num_features, vision.feature_width)
+    for index, prompt in enumerate(prompts):
+        shape = (0, *size) if images is None else np.shape(images[index])
+        wanted, filled = sum(token == vision.image_token for token in prompt), int(np.prod(shape[:2]))
+        # An array with one entry for each place may hold zeros after a prompt's last picture.
+        if shape[1:] != size or wanted % size[0] or wanted > filled:
+            msg = (
+                f"Prompt {index} has {wanted} image tokens and pictures of shape {list(shape)}; expected "
+                f"{list(size)} for each {size[0]} tokens {vision.image_token}."
+            )
+            raise ValueError(msg)
+
+
+def _pad_images(images: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Each prompt's pictures, and zeros up to `count` of them."""
+    return np.stack([np.pad(here, ((0, count - len(here)), (0, 0), (0, 0))) for here in images])
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +166,7 @@ def greedy_decode(
     attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
     stop_ids: Int[Array | np.ndarray, " stops"],
     max_new_tokens: int,
+    images: Float[Array | np.ndarray, "batch images features size"] | None = None,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """Greedy continuation of padded prompts; padding may stand on either side.
 
@@ -134,12 +178,13 @@ def greedy_decode(
         attention_mask: nonzero for a real token; each row has at least one.
         stop_ids: tokens that end a text.
         max_new_tokens: the most tokens to add.
+        images: features of each prompt's pictures; None for prompts of text.
 
     Returns:
         New tokens (0 after the end), and how many each row has, the stop token not counted.
     """
     return greedy_search(
-        functools.partial(append, config, base, lora),
+        functools.partial(append, config, base, lora, images=images),
         functools.partial(empty_cache, config, bind(config, base, lora)[0].dtype),
         tokens,
         attention_mask,
@@ -164,7 +209,12 @@ def empty_cache(config: ModelConfig, dtype: Any, batch: int, slots: int) -> KVCa
 
 
 def append(
-    config: ModelConfig, base: BaseParams, lora: LoraParams | None, cache: KVCache, *call: Any
+    config: ModelConfig,
+    base: BaseParams,
+    lora: LoraParams | None,
+    cache: KVCache,
+    *call: Any,
+    images: Float[Array | np.ndarray, "batch images features size"] | None = None,
 ) -> tuple[Array, KVCache]:
     """Reads more tokens into a cache.
 
@@ -174,15 +224,17 @@ def append(
         lora: adapter or None.
         cache: keys and values of the tokens read before.
         call: tokens, where, key_positions, key_valid, write_at and positions of `Decoder.decode`.
+        images: features of the texts' pictures, which a text that is read from its beginning shows; a single token
+            is a new one, and none of a picture's.
 
     Returns:
         Logits [batch, len(positions), vocab], and the cache.
     """
     module, variables = bind(config, base, lora)
     tokens, where, key_positions, key_valid, write_at, positions = call
-    read: Any = module.apply(
-        variables, tokens, where, key_positions, key_valid, cache, write_at, positions, method=Decoder.decode
-    )
+    shown = None if images is None or tokens.shape[1] == 1 else jnp.asarray(images)
+    inputs = (tokens, where, key_positions, key_valid, cache, write_at, positions)
+    read: Any = module.apply(variables, *inputs, images=shown, method=Decoder.decode)
     return read
 
 

@@ -123,6 +123,16 @@ def low_rank(
     return out.reshape(*x.shape[:-1], b_t.shape[-1])
 
 
+def place_images(
+    x: Float[Array, "batch time width"],
+    projected: Float[Array, "batch vectors width"],
+    here: Bool[Array, "batch time"],
+) -> Float[Array, "batch time width"]:
+    """Embeddings with the k-th vector of a row where the row's k-th true entry of `here` is."""
+    number = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, projected.shape[1] - 1)
+    return jnp.where(here[..., None], jnp.take_along_axis(projected, number[..., None], axis=1), x)
+
+
 def soft_cap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """`cap * tanh(x / cap)`: near `x` where that is small, between -cap and cap everywhere."""
     return cap * jnp.tanh(x / cap)

@@ -30,6 +30,7 @@ from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
+from llmeraser_jax.models.vision import vision_shapes
 from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.types import BaseParams, Key
 
@@ -49,6 +50,7 @@ class Model:
         tokenizer: a transformers tokenizer, or None where the checkpoint has none.
         path: the directory it was read from, or its hub id; adapters record it.
         mesh: where the base lives; None is the default device.
+        vision: the frozen vision tower of a model that sees pictures, see `models.vision`; None without one.
     """
 
     config: ModelConfig
@@ -56,10 +58,11 @@ class Model:
     tokenizer: Any = None
     path: str = ""
     mesh: Mesh | None = None
+    vision: BaseParams | None = None
 
     @property
     def apply(self) -> ApplyDecoder:
-        """`(base, lora, tokens, attention_mask, positions=None) -> logits`; a static argument under jit."""
+        """`(base, lora, tokens, attention_mask, positions=None, images=None) -> logits`; static under jit."""
         return ApplyDecoder(self.config)
 
     @property
@@ -115,10 +118,11 @@ def load_model(
         raise ValueError(msg)
     directory = _local_directory(path_or_hub_id)
     config = dataclasses.replace(read_config(directory), matmul_precision=matmul_precision)
-    base = unflatten_dict(_read_base(directory, config, dtype, quantization, mesh), sep="/")
+    base: Any = unflatten_dict(_read_base(directory, config, dtype, quantization, mesh), sep="/")
     is_local = Path(path_or_hub_id).is_dir()
     return Model(
         config=config,
+        vision=base.pop("vision", None),
         base=base,
         tokenizer=load_tokenizer(directory),
         path=str(directory.resolve()) if is_local else str(path_or_hub_id),
@@ -163,9 +167,9 @@ def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
 def _read_base(
     directory: Path, config: ModelConfig, dtype: str, quantization: str | None, mesh: Mesh | None
 ) -> dict[str, Any]:
-    """The base's leaves by path, on the devices."""
+    """The base's leaves by path, on the devices; those of the vision tower below "vision"."""
     source = convert.QuantizedSource(convert.SafetensorsSource.from_checkpoint(directory), dtype)
-    shapes = base_shapes(config)
+    shapes = checkpoint_shapes(config)
     what = f"The checkpoint {directory}"
     table = _table(config, source, what)
     tensors: dict[str, list[tuple[str, convert.Target]]] = {path: [] for path in shapes}
@@ -194,9 +198,15 @@ def _read_base(
     return leaves
 
 
+def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of everything that a checkpoint holds, by path: the base, and a vision tower below "vision"."""
+    tower = {} if config.vision is None else vision_shapes(config.vision)
+    return base_shapes(config) | {f"vision/{path}": shape for path, shape in tower.items()}
+
+
 def _table(config: ModelConfig, source: convert.QuantizedSource, what: str) -> convert.Table:
     """The table of names, for a tied checkpoint as it happens to store its embedding."""
-    table = convert.BASE_TABLES[config.model_type]
+    table = convert.base_table(config, convert.LlavaLayout.of(source.shapes()))
     head = table.rule_of("lm_head/kernel").name
     embedding = table.rule_of("embed_tokens/embedding").name
     if config.tied_embeddings and embedding not in source.shapes():
@@ -307,8 +317,8 @@ def save_model(directory: str | os.PathLike[str], model: Model) -> None:
         FileExistsError: the directory holds something.
         ValueError: the base does not have the parameters of its configuration; all differences are listed.
     """
-    expected = base_shapes(model.config)
-    base = dequantize_base(model.base)
+    expected = checkpoint_shapes(model.config)
+    base = dequantize_base(model.base) | ({} if model.vision is None else {"vision": model.vision})
     leaves = {str(path): np.asarray(leaf) for path, leaf in flatten_dict(base, sep="/").items()}
     got = {path: leaf.shape for path, leaf in leaves.items()}
     if got != expected:
@@ -323,7 +333,7 @@ def save_model(directory: str | os.PathLike[str], model: Model) -> None:
     with files.atomic_directory(directory) as temporary:
         files.atomic_write_json(temporary / "config.json", hf)
         files.atomic_write_json(temporary / "generation_config.json", generation)
-        tensors = convert.export_tensors(convert.BASE_TABLES[model.config.model_type], leaves)
+        tensors = convert.export_tensors(convert.base_table(model.config), leaves)
         convert.write_safetensors(temporary / "model.safetensors", tensors)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(os.fspath(temporary))

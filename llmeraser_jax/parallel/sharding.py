@@ -33,6 +33,11 @@ _RULES: Sequence[tuple[str, P]] = (
     (r"layers/experts/router", P()),
     (r"embed_tokens/embedding", P("model", None)),
     (r"lm_head/kernel", P(None, "model")),
+    (r"projector/linear_1/kernel", P(None, "model")),
+    (r"projector/linear_1/bias", P("model")),
+    (r"projector/linear_2/kernel", P("model", None)),
+    (r"projector/linear_2/bias", P()),
+    (r"vision/.*", P()),
     (r".*norm/scale", P()),
 )
 

@@ -40,12 +40,14 @@ class MeanHiddenState:
         tokens: Int[Array, "batch time"],
         attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"],
         last: Int[Array, " batch"],
+        images: Float[Array, "batch images features size"] | None = None,
     ) -> Float[Array, "batch width"]:
         """Embeddings of the tokens up to and including index `last`; causality hides all later ones."""
         module, variables = bind(self.config, base, None)
         valid = jnp.asarray(attention_mask).astype(bool)
         where = token_positions(valid)
-        hidden: Any = module.apply(variables, tokens, where, where, valid, None, None, method=Decoder._hidden)
+        call = (tokens, where, where, valid, None, None)
+        hidden: Any = module.apply(variables, *call, images=images, method=Decoder._hidden)
         inside = (valid & (jnp.arange(tokens.shape[1]) <= last[:, None]))[..., None]
         return jnp.sum(jnp.where(inside, hidden[0], 0), axis=1) / jnp.sum(inside, axis=1)
 
@@ -61,7 +63,7 @@ class AttentionGate:
         key: V.
         bias: b.
         out: h.
-        embed: `(base, tokens, attention_mask, last) -> [batch, width]`; hashable.
+        embed: `(base, tokens, attention_mask, last, *pictures) -> [batch, width]`; hashable.
     """
 
     centre: Float[Array, " width"]
@@ -148,7 +150,7 @@ def make_ensemble(
 
 @dataclasses.dataclass(frozen=True)
 class ApplyEnsemble:
-    """`(base, params, tokens, attention_mask, positions) -> logits` for adapters and ensembles; hashable.
+    """`(base, params, tokens, attention_mask, positions, *pictures) -> logits` of adapters and ensembles; hashable.
 
     Attributes:
         apply: the same for one adapter.
@@ -163,6 +165,7 @@ class ApplyEnsemble:
         tokens: Int[Array | np.ndarray, "batch time"],
         attention_mask: Int[Array | np.ndarray, "batch time"] | Bool[Array | np.ndarray, "batch time"],
         positions: Int[Array | np.ndarray, "batch response"] | None = None,
+        *pictures: Float[Array | np.ndarray, "batch images features size"],
     ) -> Float[Array, "batch any_time vocab"]:
         """An adapter's logits, or an ensemble's log-probabilities.
 
@@ -173,22 +176,22 @@ class ApplyEnsemble:
             ValueError: a gated ensemble without positions.
         """
         if not isinstance(params, Ensemble):
-            return self.apply(base, params, tokens, attention_mask, positions)
+            return self.apply(base, params, tokens, attention_mask, positions, *pictures)
         tokens, attention_mask = jnp.asarray(tokens), jnp.asarray(attention_mask)
         if params.gate is not None and positions is None:
             msg = "A gated ensemble needs positions; the first of each row says where its prompt ends."
             raise ValueError(msg)
         last = jnp.zeros(tokens.shape[0], jnp.int32) if positions is None else jnp.asarray(positions)[:, 0]
-        log_weights = self.log_weights(base, params, tokens, attention_mask, last)
-        return self.mixed_log_probs(base, params, log_weights, tokens, attention_mask, positions)
+        log_weights = self.log_weights(base, params, tokens, attention_mask, last, *pictures)
+        return self.mixed_log_probs(base, params, log_weights, tokens, attention_mask, positions, *pictures)
 
     def log_weights(
-        self, base: BaseParams, params: Ensemble, tokens: Array, attention_mask: Array, last: Array
+        self, base: BaseParams, params: Ensemble, tokens: Array, attention_mask: Array, last: Array, *pictures: Any
     ) -> Float[Array, "members batch"]:
         """Log of each member's weight, for prompts that end at index `last`."""
         if params.gate is None:
             return jnp.full((params.num_members, tokens.shape[0]), -jnp.log(params.num_members))
-        return params.gate.log_weights(params.gate.embed(base, tokens, attention_mask, last)).T
+        return params.gate.log_weights(params.gate.embed(base, tokens, attention_mask, last, *pictures)).T
 
     def mixed_log_probs(
         self,
@@ -198,11 +201,13 @@ class ApplyEnsemble:
         tokens: Array,
         attention_mask: Array,
         positions: Any,
+        *pictures: Any,
     ) -> Float[Array, "batch any_time vocab"]:
         """The members' weighted mean, one member at a time."""
 
         def member_log_probs(member):
-            return jax.nn.log_softmax(self.apply(base, member, tokens, attention_mask, positions), axis=-1)
+            logits = self.apply(base, member, tokens, attention_mask, positions, *pictures)
+            return jax.nn.log_softmax(logits, axis=-1)
 
         def add(total, member_and_weight):
             member, log_weight = member_and_weight

@@ -64,6 +64,7 @@ def ensemble_model(model: Model) -> EnsembleModel:
         tokenizer=model.tokenizer,
         path=model.path,
         mesh=model.mesh,
+        vision=model.vision,
         member=model,
     )
 

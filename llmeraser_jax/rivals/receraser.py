@@ -258,7 +258,7 @@ def fit_gate(
 
 @partial(jax.jit, static_argnames=("embed",))
 def _embed_batch(embed: Callable[..., Array], base: BaseParams, batch: TokenBatch) -> Float[Array, "batch width"]:
-    return embed(base, batch.tokens, batch.attention_mask, batch.positions[:, 0])
+    return embed(base, batch.tokens, batch.attention_mask, batch.positions[:, 0], *batch.pictures)
 
 
 @partial(jax.jit, static_argnames=("apply",))
@@ -266,7 +266,7 @@ def _target_log_probs(
     apply: Callable[..., Array], base: BaseParams, member: LoraParams, batch: TokenBatch
 ) -> Float[Array, "batch response"]:
     """Log-probability of every target, 0 at padding."""
-    logits = apply(base, member, batch.tokens, batch.attention_mask, batch.positions)
+    logits = apply(base, member, *batch.inputs)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
     return jnp.where(batch.target_weights > 0, picked, 0)

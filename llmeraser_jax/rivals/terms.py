@@ -128,7 +128,7 @@ def terms_gradient(
     """`sum over terms t, examples i of weights_ti * loss_t(z_ti)`: the sum of each term, and the gradient of all.
 
     Args:
-        apply: `(base, params, tokens, attention_mask, positions) -> logits`; hashable.
+        apply: `(base, params, *batch.inputs) -> logits`; hashable.
         base: frozen parameters.
         params: the adapter.
         teachers: frozen adapters; a loss takes the first `num_teachers` of them.
@@ -141,7 +141,7 @@ def terms_gradient(
 
         def chunk(base, params, teachers, batch, weights, term=term):
             def logits_of(adapter):
-                return apply(base, adapter, batch.tokens, batch.attention_mask, batch.positions)
+                return apply(base, adapter, *batch.inputs)
 
             frozen = tuple(logits_of(teacher) for teacher in teachers)
             return jax.value_and_grad(lambda p: jnp.sum(weights * term(logits_of(p), frozen, batch)))(params)

@@ -35,7 +35,7 @@ class LogitsWithDropout:
     """`outputs_fn` of training with dropout: its frozen part is the base, and the key of the step.
 
     Attributes:
-        apply: `(base, lora, tokens, attention_mask, positions, dropout_key=key) -> logits`; hashable.
+        apply: `(base, lora, *batch.inputs, dropout_key=key) -> logits`; hashable.
     """
 
     apply: Callable[..., Array]
@@ -43,7 +43,7 @@ class LogitsWithDropout:
     def __call__(self, frozen: PyTree, lora: LoraParams, placed: PlacedBatch) -> Array:
         base, key = frozen
         batch, key = placed.batch, jax.random.fold_in(key, placed.places[0])
-        return self.apply(base, lora, batch.tokens, batch.attention_mask, batch.positions, dropout_key=key)
+        return self.apply(base, lora, *batch.inputs, dropout_key=key)
 
 
 def placed_cross_entropy(
