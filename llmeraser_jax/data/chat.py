@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from llmeraser_jax.data.examples import Example
-from llmeraser_jax.data.pictures import PICTURE_MARK
+from llmeraser_jax.data.pictures import PICTURE_MARK, places_of
 from llmeraser_jax.data.templates import Recipe
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
@@ -140,7 +140,9 @@ class ChatRenderer:
         return self._apply(example, turns, tokenize=False, add_generation_prompt=generate)
 
     def _contents_in_parts(self, example: Example) -> bool:
-        """Whether the template takes contents as parts: where it can with pictures, else where it must."""
+        """Whether the template of a model that sees takes parts: where it can with pictures, else where it must."""
+        if places_of(self._tokenizer) is None:
+            return False
         has_pictures = bool(example.images)
         if has_pictures not in self._in_parts:
             turns = (*conversation_of(example), ("assistant", example.response))

@@ -274,10 +274,13 @@ def _example_from_row(row: Mapping[str, Any], number: int, label: str, directory
         stated = {column: _read_json_column(row, column, label) for column in _TEMPLATE_COLUMNS}
         parts: list[Any] = []
         example = _example_from_messages(messages, query_column, id_, label, stated, parts)
-        if parts and pictures:
-            msg = f"{label}: has pictures in a column and in its messages; keep them in one place."
+        given = [part for part in parts if part is not None]
+        if bool(given) == bool(pictures) and parts:
+            both = "pictures in a column and in its messages; keep them in one place"
+            problem = both if given else "a part of type 'image' and no picture; name it in the column 'images'"
+            msg = f"{label}: has {problem}."
             raise DataError(msg)
-        pictures = pictures or read_pictures(parts, directory, f"{label}: column {query_column!r}")
+        pictures = pictures or read_pictures(given, directory, f"{label}: column {query_column!r}")
         used.update(_TEMPLATE_COLUMNS)
     else:
         inputs = [c for c in ("input", "context") if row.get(c) is not None] if format_ == "instruction" else []
@@ -403,7 +406,7 @@ def _text_of_parts(parts: Sequence[Any], what: str, pictures: list[Any]) -> Iter
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind == "image":
-            pictures += [part[key] for key in _PICTURE_KEYS if part.get(key)]
+            pictures.append(next((part[key] for key in _PICTURE_KEYS if part.get(key)), None))
             yield PICTURE_MARK
             continue
         if kind != "text":

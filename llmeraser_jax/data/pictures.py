@@ -429,8 +429,8 @@ class PicturePlaces:
 
     def features_of(
         self, examples: Iterable[tuple[str, Sequence[Picture]]], directory: Path | None
-    ) -> Mapping[str, np.ndarray]:
-        """Features of all pictures of examples by `key`; nothing where only tokens are wanted.
+    ) -> Mapping[str, np.ndarray] | None:
+        """Features of all pictures of examples by `key`; None where only tokens are wanted.
 
         Args:
             examples: ids, and their pictures.
@@ -441,7 +441,7 @@ class PicturePlaces:
         """
         owners = {self.key(picture): (id_, picture) for id_, pictures in examples for picture in pictures}
         if self.features is None or not owners:
-            return {}
+            return None if self.features is None else {}
 
         def load_pixels(key: str) -> np.ndarray:
             id_, picture = owners[key]
@@ -452,6 +452,45 @@ class PicturePlaces:
                 raise DataError(msg) from error
 
         return self.features(list(owners), load_pixels, directory)
+
+    def to_files(self, patch: int, strategy: str) -> dict[str, dict[str, Any]]:
+        """Name -> content of the processor's files, which `from_directory` and transformers read.
+
+        Args:
+            patch: pixels of a patch's edge.
+            strategy: "default" or "full".
+        """
+        of = self.processor
+        height, width = of.size
+        additional = self.num_tokens - (height // patch) * (width // patch) + (strategy == "default")
+
+        def size(value: int | tuple[int, int]) -> dict[str, int]:
+            return {"shortest_edge": value} if isinstance(value, int) else {"height": value[0], "width": value[1]}
+
+        stated: dict[str, Any] = {}
+        for step, name, value in (
+            ("do_resize", "size", None if of.resize is None else size(of.resize)),
+            ("do_center_crop", "crop_size", None if of.crop is None else size(of.crop)),
+            ("do_rescale", "rescale_factor", of.scale),
+            ("do_normalize", "image_mean", None if of.mean is None else [*of.mean]),
+            ("do_normalize", "image_std", None if of.std is None else [*of.std]),
+        ):
+            stated |= {step: value is not None} | ({} if value is None else {name: value})
+        return {
+            PROCESSOR_FILES[0]: {
+                "image_processor_type": _PROCESSORS[0],
+                "do_convert_rgb": True,
+                "resample": of.resample,
+                **stated,
+            },
+            PROCESSOR_FILES[1]: {
+                "processor_class": "LlavaProcessor",
+                "image_token": self.token,
+                "patch_size": patch,
+                "vision_feature_select_strategy": strategy,
+                "num_additional_image_tokens": additional,
+            },
+        }
 
     def expand(self, tokens: Sequence[int], *others: Sequence[Any]) -> tuple[list[Any], ...]:
         """Tokens, and lists beside them, with every image token repeated as often as a picture has features.

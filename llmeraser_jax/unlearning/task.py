@@ -203,6 +203,7 @@ def take(dataset: TokenDataset, indices: np.ndarray) -> TokenDataset:
         examples=examples,
         normalizer=dataset.normalizer,
         truncated_ids=[e.id for e in encoded if e.id in cut],
+        features=dataset.features,
     )
 
 

@@ -132,7 +132,7 @@ def test_tokens_are_those_of_the_processor(name, row, recipe):
     assert encoded.images == (place.key(picture("rgb")),) * num_pictures
     assert not encoded.loss_mask[encoded.tokens == place.token_id].any()
     if not recipe:
-        assert tokenizer.decode(encoded.response).removesuffix("</s>").strip() == example.response.strip()
+        assert str(tokenizer.decode(encoded.response)).removesuffix("</s>").strip() == example.response.strip()
 
 
 @pytest.mark.torch
@@ -173,6 +173,20 @@ def test_places_are_read_off_a_models_own_files(tmp_path):
     assert places_of(plain) is None
 
 
+def test_the_files_that_are_written_state_the_same_places(tmp_path):
+    for name in ("clip", "no crop, no mean", "bilinear, other numbers"):
+        processor = PictureProcessor.from_mapping(picture_cases.PROCESSORS[name], "here")
+        tokenizer = seeing_tokenizer()
+        places = places_of(tokenizer)
+        assert places is not None
+        for strategy in ("default", "full"):
+            wanted = dataclasses.replace(places, processor=processor, num_tokens=20)
+            for file, content in wanted.to_files(4, strategy).items():
+                (tmp_path / file).write_text(json.dumps(content))
+            attach_places(tokenizer, tmp_path)
+            assert places_of(tokenizer) == dataclasses.replace(wanted, num_tokens=20)
+
+
 def test_a_picture_for_a_text_model_is_refused_with_example_and_file(folder):
     examples = load_examples(write(folder, ask(id="7")))
     with pytest.raises(ValueError, match=r"'7' has pictures \(.*rgb\.png\), and the model"):
@@ -200,10 +214,13 @@ def test_features_are_asked_for_once_by_key_and_a_broken_picture_names_example_a
         return {key: load_pixels(key)[:, 0, :2] for key in keys}
 
     tokenizer = seeing_tokenizer()
-    places = tokenizer.picture_places = dataclasses.replace(tokenizer.picture_places, features=compute)
+    plain = places_of(tokenizer)
+    assert plain is not None
+    places = dataclasses.replace(plain, features=compute)
     examples = load_examples(write(folder, ask(), ask(), ask("grey.png")))
     found = places.features_of([(e.id, e.images) for e in examples], folder)
     assert asked == [([places.key(examples[0].images[0]), places.key(examples[2].images[0])], folder)]
+    assert found is not None
     np.testing.assert_array_equal(
         found[places.key(examples[2].images[0])], places.processor.pixels(picture("grey"))[:, 0, :2]
     )
@@ -327,6 +344,13 @@ def test_other_places_for_pictures_are_refused(folder):
         load_examples(write(folder, ask(images=["rgb.png"])))
     with pytest.raises(DataError, match=r"1 pictures .* for 0 places; write <image>"):
         load_examples(write(folder, {"question": "What?", "answer": "Red.", "image": "rgb.png"}))
+    parts = [{"role": "user", "content": [{"type": "image", "path": "rgb.png"}]}]
+    with pytest.raises(DataError, match="in a column and in its messages"):
+        load_examples(
+            write(
+                folder, {"prompt": parts, "completion": [{"role": "assistant", "content": "x"}], "image": "rgb.png"}
+            )
+        )
     changed = Picture(picture("rgb").sha256, path=str(folder / "grey.png"))
     with pytest.raises(DataError, match=r"grey\.png: the picture has changed"):
         changed.read()
