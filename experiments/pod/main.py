@@ -37,7 +37,8 @@ class PodConfig:
         workdir: results and the table.
         topology: such as v5e:4x4, v5p:2x2x2, v6e:2x4.
         mesh: sizes of the axes, such as data=4,model=4; as many devices as the topology has, or fewer.
-        model: tiny, llama2-7b or llama3-8b; bfloat16, with an adapter of rank 8 on all linear layers.
+        model: tiny, llama2-7b, llama3-8b, or llava-1.5-7b with one picture in each row, which takes 576 of its
+            tokens; bfloat16, with an adapter of rank 8 on all linear layers.
         layers: decoder layers; None is the model's own number.
         programs: which.
         tokens: of each row.

@@ -27,7 +27,7 @@ from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, exampl
 from llmeraser_jax.curvature.row_sets import RowSet
 from llmeraser_jax.lora import LoraConfig, init_lora
 from llmeraser_jax.losses import gradient_sum, lm_objective
-from llmeraser_jax.models import ApplyDecoder, ModelConfig
+from llmeraser_jax.models import ApplyDecoder, ModelConfig, llava_1_5_7b
 from llmeraser_jax.models.decoder import base_shapes
 from llmeraser_jax.parallel import make_mesh, sharding_for, spread_sharding
 from llmeraser_jax.solvers import ConjugateGradients
@@ -39,7 +39,8 @@ _SHAPES = {
     "llama2-7b": (32000, 4096, 11008, 32, 32, 32),
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8),
 }
-MODELS = tuple(_SHAPES)
+_LLAVA = "llava-1.5-7b"
+MODELS = (*_SHAPES, _LLAVA)
 _RANK, _SKETCH_WIDTH = 8, 64
 # Any host of the topology will do: nothing is run.
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
@@ -55,6 +56,8 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 
 def model_config(model: str, layers: int | None = None) -> ModelConfig:
     """A preset's shapes, with matrix products as on an accelerator with a bfloat16 base."""
+    if model == _LLAVA:
+        return llava_1_5_7b("bfloat16", **({} if layers is None else {"num_layers": layers}))
     vocab, width, mlp_width, depth, heads, kv_heads = _SHAPES[model]
     return ModelConfig(
         vocab_size=vocab, width=width, mlp_width=mlp_width, num_layers=layers or depth, num_heads=heads,
@@ -87,13 +90,15 @@ class Shapes:
         def of(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=NamedSharding(mesh, P(None, "data")))
 
-        whole, end = settings["tokens"], settings["response"]
+        whole, end, vision = settings["tokens"], settings["response"], config.vision
+        picture = () if vision is None else (1, vision.num_features, vision.feature_width)
         tokens = TokenBatch(
             tokens=of(jnp.int32, whole),
             attention_mask=of(jnp.int32, whole),
             positions=of(jnp.int32, end),
             targets=of(jnp.int32, end),
             target_weights=of(jnp.float32, end),
+            images=of(jnp.bfloat16, *picture) if picture else None,
         )
         self.stack = ExampleStack((tokens,), (of(jnp.float32),), mesh=mesh)
 

@@ -6,6 +6,7 @@ from llmeraser_jax.models.features import image_features, load_or_compute_featur
 from llmeraser_jax.models.generation import generate, greedy_decode
 from llmeraser_jax.models.loading import Model, load_model, load_tokenizer, read_config, save_model
 from llmeraser_jax.models.precision import MATMUL_PRECISIONS, MatmulPrecision
+from llmeraser_jax.models.presets import llava_1_5_7b
 from llmeraser_jax.models.rope import RopeConfig
 from llmeraser_jax.models.vision import VisionConfig, init_vision
 
@@ -29,6 +30,7 @@ __all__ = [
     "image_features",
     "init_base",
     "init_vision",
+    "llava_1_5_7b",
     "load_model",
     "load_or_compute_features",
     "load_tokenizer",

@@ -692,10 +692,14 @@ def _read_llava(hf: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         problems.append(f"text_config = {show(given)} (expected an object of fields)")
     elif name not in _LLAVA_TEXTS:
         problems.append(f"text_config.model_type = {show(name)} (supported: {' or '.join(_LLAVA_TEXTS)})")
+    known = {
+        *VISION_FIELDS,
+        *_LLAVA_FIELDS,
+        *_INERT,
+        *(k for k, values in _REQUIRED_VALUES.items() if hf.get(k) in values),
+    }
     for key, value in hf.items():
-        if not (
-            key in VISION_FIELDS or key in _LLAVA_FIELDS or key in _INERT or key.startswith("_") or value is None
-        ):
+        if not (key in known or key.startswith("_") or value is None):
             problems.append(f"{show(key)[1:-1]} = {show(value)} is unknown")
     if hf.get("architectures") not in (None, [_LLAVA_CLASS]):
         problems.append(f"architectures = {show(hf['architectures'])} (supported: {_LLAVA_CLASS})")

@@ -82,6 +82,7 @@ def generate_ensemble(
     *,
     batch_size: int = 16,
     stop_ids: Sequence[int] | None = None,
+    images: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> list[list[int]]:
     """What `models.generate` is for one adapter.
 
@@ -92,20 +93,22 @@ def generate_ensemble(
         max_new_tokens: the most tokens to add to each prompt.
         batch_size: prompts computed together.
         stop_ids: tokens that end a text; None is the model's end-of-sequence tokens.
+        images: features of each prompt's pictures; see `models.generate`.
 
     Returns:
         New tokens of each prompt, in the order given, without the stop token.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or a count below 1.
+        ValueError: as `models.generate`.
     """
 
-    def decode(tokens, mask, stops):
-        return _decode(
-            model.apply, model.config, model.base, ensemble, tokens, mask, stops, max_new_tokens=max_new_tokens
-        )
+    def decode(tokens, mask, stops, *pictures):
+        inputs = (tokens, mask, stops, *pictures)
+        return _decode(model.apply, model.config, model.base, ensemble, *inputs, max_new_tokens=max_new_tokens)
 
-    return generate_batches(decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids)
+    return generate_batches(
+        decode, model.config, prompts, max_new_tokens, batch_size=batch_size, stop_ids=stop_ids, images=images
+    )
 
 
 @partial(jax.jit, static_argnames=("apply", "config", "max_new_tokens"))
@@ -117,16 +120,16 @@ def _decode(
     tokens: Int[Array | np.ndarray, "batch time"],
     mask: Bool[Array | np.ndarray, "batch time"],
     stop_ids: Int[Array | np.ndarray, " stops"],
-    *,
+    *pictures: Float[Array | np.ndarray, "batch images features size"],
     max_new_tokens: int,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     last = jnp.full(tokens.shape[0], tokens.shape[1] - 1, jnp.int32)  # padding is on the left
     return greedy_search_of_members(
-        partial(append, config, base),
+        partial(append, config, base, images=pictures[0] if pictures else None),
         partial(empty_cache, config, bind(config, base, ensemble.member(0))[0].dtype),
         ensemble,
-        apply.log_weights(base, ensemble, tokens, mask, last),
+        apply.log_weights(base, ensemble, tokens, mask, last, *pictures),
         tokens,
         mask,
         stop_ids,

@@ -146,6 +146,7 @@ def test_taps_give_every_tokens_share_of_the_gradient(decoder):
     @jax.jit
     def token_rows(lora):
         taps = {n: jnp.zeros((len(m["b"]), *batch.tokens.shape, m["b"].shape[1])) for n, m in modules.items()}
+        taps = {"layers": taps}
         logits, pull_back, inputs = jax.vjp(
             lambda t: _outputs_and_inputs(objective.outputs_fn.apply, objective.frozen, lora, t, batch),
             taps,
@@ -165,7 +166,7 @@ def test_taps_give_every_tokens_share_of_the_gradient(decoder):
     )
     assert jax.tree.structure(found.left) == jax.tree.structure(lora)
     for name, leaves in modules.items():
-        x, g = np.asarray(inputs[name]), lora.config.scaling * np.asarray(slopes[name])
+        x, g = np.asarray(inputs["layers"][name]), lora.config.scaling * np.asarray(slopes["layers"][name])
         a, b = np.asarray(leaves["a"]), np.asarray(leaves["b"])
         expected = {
             "a": np.einsum("lmr,lbtm,lbtn->lrn", b, g, x),
