@@ -87,7 +87,9 @@ def test_features_are_kept_beside_the_run_and_not_computed_again(trained):
 
 def test_an_erased_run_keeps_pictures_of_what_stays_and_nothing_else(trained, tmp_path):
     model, run, folder = trained
-    erased, result = erase_run(run, folder / "requests.jsonl", tmp_path / "out", Step(), model=model, chunk_size=4)
+    erased, result = erase_run(
+        run, folder / "requests.jsonl", tmp_path / "out", Step(), 50.0, model=model, chunk_size=4
+    )
     assert result.receipt is not None
     assert result.receipt.to_mapping()["counts"]["modify_query"] == 1
     kept = {file.read_bytes() for file in (erased.path / "pictures").iterdir()}
