@@ -1,20 +1,33 @@
-"""Runs on pictures: trained, erased from and reported, and nothing of a removed row's picture in the result."""
+"""Runs on pictures: trained, edited and reported, and nothing of a removed row's picture in the result."""
 
 import json
+import shutil
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from llmeraser_jax.cli import main
-from llmeraser_jax.data import PicturePlaces, PictureProcessor, Recipe, encode_examples, load_examples
-from llmeraser_jax.evaluation.job import evaluate_runs
+from llmeraser_jax.data import (
+    PicturePlaces,
+    PictureProcessor,
+    Recipe,
+    apply_requests,
+    encode_examples,
+    load_examples,
+    load_requests,
+    save_requests,
+)
+from llmeraser_jax.evaluation.job import _thumbnails
+from llmeraser_jax.evaluation.page import _texts
+from llmeraser_jax.evaluation.render import Page, render_html, render_markdown, render_text
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import Model, ModelConfig, VisionConfig, init_base, init_vision, load_model, save_model
-from llmeraser_jax.runs import load_run
+from llmeraser_jax.runs import load_run, write_run
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.training.job import finetune_run
-from llmeraser_jax.unlearning import Step
-from llmeraser_jax.unlearning.job import erase_run
+from llmeraser_jax.unlearning import task_of_run
 from tests.golden import picture_cases
 
 FILES = picture_cases.pictures()
@@ -23,7 +36,7 @@ RECIPE = Recipe(template="qa", add_bos=True)
 
 def seeing_model(directory):
     """A random LLaVA of two layers, saved and loaded."""
-    tokenizer = picture_cases.tokenizer()
+    tokenizer: Any = picture_cases.tokenizer()
     (image_token,) = tokenizer.encode("<image>", add_special_tokens=False)
     processor = PictureProcessor.from_mapping(picture_cases.PROCESSORS["clip"], "here")
     tokenizer.picture_places = PicturePlaces(
@@ -69,7 +82,7 @@ def trained(tmp_path_factory):
     run = finetune_run(
         model, folder / "train.jsonl", folder / "run", recipe=RECIPE,
         lora=LoraConfig(rank=2, alpha=4.0, target_modules="all-linear"),
-        config=TrainConfig(epochs=2, batch_size=2, microbatch_size=2, learning_rate=1e-2, l2=1e-2),
+        config=TrainConfig(epochs=1, batch_size=2, microbatch_size=2, learning_rate=1e-2, l2=1e-2),
     )  # fmt: skip
     return model, run, folder
 
@@ -80,32 +93,63 @@ def test_features_are_kept_beside_the_run_and_not_computed_again(trained):
     written = stored.stat().st_mtime_ns
     dataset = load_run(run.path).encode(run.load_examples(), load_model(folder / "base").tokenizer)
     assert stored.stat().st_mtime_ns == written
-    assert dataset.images_of([0, 3]).shape == (2, 1, 4, 8)
-    in_memory = encode_examples(run.load_examples(), run.recipe, model.tokenizer)
-    assert all((in_memory.features[key] == dataset.features[key]).all() for key in dataset.features)
+    shown = dataset.images_of([0, 3])
+    assert shown is not None and shown.shape == (2, 1, 4, 8)
+    in_memory = encode_examples(run.load_examples(), run.recipe, model.tokenizer).images_of(range(6))
+    assert in_memory is not None
+    np.testing.assert_array_equal(in_memory, dataset.images_of(range(6)))
 
 
-def test_an_erased_run_keeps_pictures_of_what_stays_and_nothing_else(trained, tmp_path):
+def test_an_edited_run_keeps_pictures_of_what_stays_and_nothing_else(trained, tmp_path):
     model, run, folder = trained
-    erased, result = erase_run(
-        run, folder / "requests.jsonl", tmp_path / "out", Step(), 50.0, model=model, chunk_size=4
-    )
-    assert result.receipt is not None
-    assert result.receipt.to_mapping()["counts"]["modify_query"] == 1
-    kept = {file.read_bytes() for file in (erased.path / "pictures").iterdir()}
+    examples = run.load_examples()
+    requests = load_requests(folder / "requests.jsonl", examples)
+    write_run(
+        tmp_path / "out", kind="erase", model=model, recipe=run.recipe, normalizer=None, data_path=None,
+        train_config=run.train_config, examples=apply_requests(examples, requests), lora=run.load_adapter(model),
+        initial_lora=None, result={}, parent=run.reference(),
+    )  # fmt: skip
+    save_requests(tmp_path / "out" / "requests.jsonl", requests)
+    edited = load_run(tmp_path / "out")
+    kept = {file.read_bytes() for file in (edited.path / "pictures").iterdir()}
     assert kept == {content for name, content in FILES.items() if name not in ("rgb", "tall")}
-    found = erased.load_examples()
+    found = edited.load_examples()
     assert [example.images[0].read() for example in found][:2] == [FILES["alpha"], FILES["grey"]]
-    everything = [file.read_bytes() for file in erased.path.rglob("*") if file.is_file()]
-    assert not any(FILES["rgb"][100:200] in content or b"rgb.png" in content for content in everything)
+    assert load_requests(edited.path / "requests.jsonl", examples)[1].images == found[0].images
+    everything = [file.read_bytes() for file in edited.path.rglob("*") if file.is_file()]
+    gone = (FILES["tall"][100:200], b"tall.png", b"rgb.png")
+    assert not any(part in content for part in gone for content in everything)
 
-    report = evaluate_runs(run, erased, tmp_path / "report", show_texts=True, model=model)
-    assert len(report["named_examples"][1]["texts"]["wanted_pictures"]) == 1
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count('alt="picture of 0"') == 1 and page.count('alt="picture of 1"') == 2
-    assert "question-0-0.png)" in (tmp_path / "report" / "report.md").read_text()
-    hidden = evaluate_runs(run, erased, tmp_path / "hidden", model=model)
-    assert "texts" not in hidden["named_examples"][0]
+
+def test_the_requests_of_pictures_become_an_edit_problem(trained):
+    model, run, folder = trained
+    requests = load_requests(folder / "requests.jsonl", run.load_examples())
+    problem = task_of_run(run, requests, model=model).problem
+    old, new = (problem.examples.images_of([int(k)]) for k in (problem.named[1], problem.replacements[1]))
+    assert old is not None and new is not None and not np.allclose(old, new)
+    assert problem.replacements[0] == -1
+
+
+def test_reports_show_pictures_beside_their_questions(trained):
+    _, run, _ = trained
+    first, second = run.load_examples()[:2]
+    said = {"before": ["Lily"], "retrained": ["Ona"]}
+    row = {
+        "id": "0",
+        "action": "modify_query",
+        "answers": {part: {name: answers[0] for name, answers in said.items()} for part in ("named", "wanted")},
+        "texts": {
+            "query": first.query, "trained": "Lily", "wanted_query": second.query, "wanted": "Ona",
+            **_thumbnails(first, second),
+        },
+    }  # fmt: skip
+    page = Page("T", tuple(_texts({"named_examples": [row]}, "report")))
+    written = render_html(page)
+    assert written.count('<br><img alt="picture of 0" src="data:image/png;base64,') == 2
+    assert [picture.name for picture in page.pictures] == ["report-question-0-0.png", "report-question-1-0.png"]
+    assert "![picture of 0](report-question-1-0.png)" in render_markdown(page)
+    assert "<image>" not in written and len(written) < 20_000
+    assert "What is it?" in render_text(page.blocks)
 
 
 def test_preview_says_how_many_pictures_and_image_tokens(trained, capsys):
@@ -118,8 +162,6 @@ def test_preview_says_how_many_pictures_and_image_tokens(trained, capsys):
 
 
 def test_a_processor_that_disagrees_with_the_model_is_refused(trained, tmp_path):
-    import shutil
-
     _, _, folder = trained
     shutil.copytree(folder / "base", tmp_path / "base")
     path = tmp_path / "base" / "processor_config.json"

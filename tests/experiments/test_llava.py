@@ -133,4 +133,5 @@ def test_the_full_size_model_has_logits_of_a_batch_of_pictures():
     where = jax.ShapeDtypeStruct((batch, 4), jnp.int32)
     logits = jax.eval_shape(ApplyDecoder(config), base, lora, tokens, tokens, where, images)
     assert logits.shape == (batch, 4, config.vocab_size)
-    assert sum(leaf.size for leaf in jax.tree.leaves(lora.params)) == 19_988_480
+    # Of the text model, and of the projector's two layers.
+    assert sum(leaf.size for leaf in jax.tree.leaves(lora.params)) == 19_988_480 + 8 * (1024 + 3 * 4096)
