@@ -6,6 +6,7 @@ derivative with respect to the tap is that layer's pseudo-gradient per token.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -99,6 +100,9 @@ def token_factors(objective: Objective, lora: Lora, stack: ExampleStack, key: Ke
 
     def chunk_sum(chunk):
         batch, weights, key = chunk
+        if "projector" in lora.params and batch.images is None:  # texts, which none of its vectors come from
+            shape = (len(batch.tokens), 1, 1, apply.config.projector_shapes["linear_1"][0])
+            batch = dataclasses.replace(batch, images=jnp.zeros(shape))
         times = {group: _real(apply.config, batch, group, jnp.float32).shape for group in lora.params}
         taps = {
             group: {

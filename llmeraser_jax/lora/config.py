@@ -17,7 +17,7 @@ from llmeraser_jax.types import AdaptableConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 _TOWER = "model.vision_tower."
-_OUTSIDE_THE_TOWER = r".*vision_tower\..*"  # excludes the tower's modules in PEFT
+_TOWER_PATTERN = r".*vision_tower\..*"  # its modules, for PEFT's exclude_modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ def _without_tower(config: LoraConfig, model_config: AdaptableConfig) -> tuple[s
         return excluded
     if excluded is not None and not isinstance(excluded, str):
         excluded = rf"(.*\.)?({'|'.join(map(re.escape, excluded))})"
-    return _OUTSIDE_THE_TOWER if excluded is None else f"{_OUTSIDE_THE_TOWER}|{excluded}"
+    return _TOWER_PATTERN if excluded is None else f"{_TOWER_PATTERN}|{excluded}"
 
 
 def resolve_target_modules(
@@ -301,10 +301,8 @@ def resolve_target_modules(
             layers is selected (an embedding, the head, a norm, a whole block). The message names it.
     """
     stacks = adaptable_stacks(model_config)
-    linear, name_of = (
-        tuple(stacks),
-        (LlavaLoraConfig if model_config.projector_shapes else LoraConfig)().module_name,
-    )
+    linear = tuple(stacks)
+    name_of = (LlavaLoraConfig if model_config.projector_shapes else LoraConfig)().module_name
     places = {name_of(name, layer): (name, layer) for name in linear for layer in range(stacks[name].count)}
     if target_modules == "all-linear" and not (allow_unmatched and model_config.projector_shapes):
         return linear
@@ -346,7 +344,7 @@ def resolve_target_modules(
             f"{', '.join(linear)} can carry an adapter here."
         )
         if any(name in in_tower for name in refused):
-            msg += f" The vision tower is frozen; train with exclude_modules = {_OUTSIDE_THE_TOWER!r}."
+            msg += f" The vision tower is frozen; train with exclude_modules = {_TOWER_PATTERN!r}."
         raise ValueError(msg)
     everywhere = [name for name in linear if len(selected.get(name, ())) == stacks[name].count]
     partly = [name for name in linear if name in selected and name not in everywhere]

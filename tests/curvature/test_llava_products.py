@@ -151,3 +151,6 @@ def test_token_factors_of_the_projector_are_sums_over_the_vectors_of_pictures(pr
         flat = features[1].reshape(-1, features.shape[-1])
         np.testing.assert_allclose(factors[1], flat.T @ flat, rtol=1e-9)
         np.testing.assert_array_equal(factors[2], 0)
+        text = dataclasses.replace(one[0], images=None)  # the last row, as a batch of texts has it
+        alone = jax.jit(token_factors)(objective, lora, ExampleStack((text,), (one[1],)), jax.random.key(9))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), alone, found)
