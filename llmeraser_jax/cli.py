@@ -106,7 +106,7 @@ class Preview:
 
     def run(self) -> int:
         from llmeraser_jax.data import encode_examples, load_examples, marked_text
-        from llmeraser_jax.data.preview import to_json
+        from llmeraser_jax.data.preview import picture_words, to_json
         from llmeraser_jax.models import load_tokenizer
         from llmeraser_jax.training.adopt import load_recipe
 
@@ -128,7 +128,10 @@ class Preview:
         if recipe.date is not None:
             _say(f"The chat template writes a date: {recipe.date}.")
         for encoded in shown:
-            _say(f"\n--- {encoded.id}: {len(encoded.tokens)} tokens, {encoded.num_targets} under the loss")
+            pictures = picture_words(encoded, tokenizer)
+            _say(
+                f"\n--- {encoded.id}: {len(encoded.tokens)} tokens, {encoded.num_targets} under the loss{pictures}"
+            )
             _say(marked_text(encoded, tokenizer))
         if len(shown) < len(dataset):
             _say(f"\n... and {len(dataset) - len(shown)} more (--rows).")
@@ -700,33 +703,6 @@ class Certify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check a ledger, or the certificate of a run: hashes, chain, signatures, and the runs that they name.
-
-    The exit status is 0 where everything is as it should be, else 3.
-
-    Attributes:
-        path: directory of a ledger, or of a run with a certificate.
-        public_key: the key that must have signed, a PEM file; default: any key, whose fingerprint is shown.
-    """
-
-    path: tyro.conf.Positional[Path]
-    public_key: Path | None = None
-
-    def run(self) -> int:
-        from llmeraser_jax.deletion import verify_certificate, verify_ledger
-        from llmeraser_jax.deletion.ledger import LEDGER_FILE
-
-        check = verify_ledger if (self.path / LEDGER_FILE).is_file() else verify_certificate
-        findings = check(self.path, public_key=self.public_key)
-        for finding in findings:
-            _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
-        failed = sum(not finding.ok for finding in findings)
-        _say(f"{self.path}: {_count(failed, 'check') + ' failed' if failed else 'as it should be'}.")
-        return 3 if failed else 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrain:
     """Train again on the edited data, once per seed: the oracle that erasing is compared with.
 
@@ -962,25 +938,30 @@ class Undo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check a run directory against its own record: every hash, the chain of receipts, the data, the seal.
+    """Check a run directory or a ledger against its own record: hashes, chains, the data, the seal, signatures.
 
-    One line per check; the exit status is 0 if all are as recorded, else 1.
+    One line per check. The exit status is 0 where everything is as it should be, else 3.
 
     Attributes:
-        path: directory that finetune, adopt, erase or retrain made.
-        data: more data in which no erased row may be, such as the file that trainings read.
+        path: directory that finetune, adopt, erase, retrain or queue made.
+        data: of a run, more data in which no erased row may be, such as the file that trainings read.
+        public_key: the key that must have signed certificates, a PEM file; default: any key, whose fingerprint is
+            shown.
     """
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="out")]
     data: Path | None = None
+    public_key: Path | None = None
 
     def run(self) -> int:
-        from llmeraser_jax.deletion import verify_directory
+        from llmeraser_jax.deletion import verify
 
-        findings = verify_directory(self.path, self.data)
+        findings = verify(self.path, data_path=self.data, public_key=self.public_key)
         for finding in findings:
             _say(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
-        return 0 if all(finding.ok for finding in findings) else 1
+        failed = sum(not finding.ok for finding in findings)
+        _say(f"{self.path}: {_count(failed, 'check') + ' failed' if failed else 'as it should be'}.")
+        return 3 if failed else 0
 
 
 Command = (
@@ -991,7 +972,6 @@ Command = (
     | Annotated[Erase, tyro.conf.subcommand("erase")]
     | Annotated[Queue, tyro.conf.subcommand("queue")]
     | Annotated[Certify, tyro.conf.subcommand("certify")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Retrain, tyro.conf.subcommand("retrain")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -26,15 +26,19 @@ def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
 
 
-def require_empty(path: str | os.PathLike[str]) -> None:
+def require_empty(path: str | os.PathLike[str], *, but: tuple[str, ...] = ()) -> None:
     """Refuses an output directory that already holds something.
+
+    Args:
+        path: the directory.
+        but: names that it may hold.
 
     Raises:
         FileExistsError: `path` is a file, or a directory that is not empty.
     """
     path = Path(path)
     if path.is_dir():
-        present = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE)
+        present = sorted(entry.name for entry in path.iterdir() if entry.name not in (LOCK_FILE, *but))
         if present:
             msg = (
                 f"The output directory {path} already holds {', '.join(present[:5])}"

@@ -85,7 +85,9 @@ def dataset_of(rows: list[EncodedExample]) -> TokenDataset:
 
 
 @jax.jit
-def influence(objective: losses.Objective, lora: LoraParams, whole: ExampleStack, row: ExampleStack, damping: float):
+def influence(
+    objective: losses.Objective, lora: LoraParams, whole: ExampleStack, row: ExampleStack, damping: float
+):
     """`(C + rho I)^-1` times the gradient of `row`, which has the weight of one example in the mean."""
     operator = Damped(DatasetCurvature(objective, lora, whole, CURVATURES["gauss-newton"]), damping)
     rhs = losses.gradient_sum(objective, lora, row)
@@ -102,7 +104,9 @@ def changes(config: Main, training: Training, model: Model) -> tuple[np.ndarray,
         l2=training.l2,
         weight_decay=training.weight_decay,
     )
-    shape = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj", "down_proj"), dropout=training.dropout)
+    shape = LoraConfig(
+        rank=2, alpha=4.0, target_modules=("q_proj", "v_proj", "down_proj"), dropout=training.dropout
+    )
     initial = model.init_lora(jax.random.key(0), shape)
     dataset = dataset_of(rows)
     everything = np.arange(config.rows)

@@ -8,6 +8,7 @@ from llmeraser_jax.data.encoding import (
     epoch_batches,
 )
 from llmeraser_jax.data.examples import DataError, Example, content_hash, load_examples, save_examples
+from llmeraser_jax.data.pictures import Picture, PicturePlaces, PictureProcessor, attach_places, places_of
 from llmeraser_jax.data.preview import marked_text
 from llmeraser_jax.data.requests import (
     Action,
@@ -18,6 +19,7 @@ from llmeraser_jax.data.requests import (
     load_requests,
     parse_requests,
     request_to_json,
+    save_requests,
 )
 from llmeraser_jax.data.similarity import find_look_alikes
 from llmeraser_jax.data.templates import Recipe
@@ -30,6 +32,9 @@ __all__ = [
     "DataError",
     "EncodedExample",
     "Example",
+    "Picture",
+    "PicturePlaces",
+    "PictureProcessor",
     "Recipe",
     "Request",
     "RequestError",
@@ -37,6 +42,7 @@ __all__ = [
     "TokenSubsets",
     "align_tokens",
     "apply_requests",
+    "attach_places",
     "choose_buckets",
     "content_hash",
     "edited_example",
@@ -47,7 +53,9 @@ __all__ = [
     "load_requests",
     "marked_text",
     "parse_requests",
+    "places_of",
     "request_to_json",
     "save_examples",
+    "save_requests",
     "turn_ends",
 ]

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 
 from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.limits import limited
+from llmeraser_jax.data.pictures import PICTURE_MARK, places_of
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.text import one_line, show
 
@@ -58,6 +59,7 @@ class ChatRenderer:
     def __init__(self, recipe: Recipe, tokenizer: Any):
         self._recipe = recipe
         self._tokenizer = tokenizer
+        self._in_parts: dict[bool, bool] = {}  # whether there are pictures -> whether contents are given as parts
         self._prologue = "" if recipe.date is None else _fixed_date(datetime.date.fromisoformat(recipe.date))
 
     def render(self, example: Example) -> RenderedConversation:
@@ -141,12 +143,38 @@ class ChatRenderer:
     def _render(self, example: Example, turns: Turns, *, generate: bool = False) -> str:
         return self._apply(example, turns, tokenize=False, add_generation_prompt=generate)
 
+    def _contents_in_parts(self, example: Example) -> bool:
+        """Whether the template of a model that sees takes parts: where it can with pictures, else where it must."""
+        if places_of(self._tokenizer) is None:
+            return False
+        has_pictures = bool(example.images)
+        if has_pictures not in self._in_parts:
+            turns = (*conversation_of(example), ("assistant", example.response))
+
+            def shown(in_parts: bool) -> bool:
+                try:
+                    text = self._render_with(example, turns, in_parts=in_parts, tokenize=False)
+                except ValueError:
+                    return False
+                if "'type':" in text and in_parts:  # a list that was written out
+                    return False
+                return example.response.strip() in text and text.count(PICTURE_MARK) == len(example.images)
+
+            self._in_parts[has_pictures] = shown(True) if has_pictures else not shown(False) and shown(True)
+        return self._in_parts[has_pictures]
+
     def _apply(self, example: Example, turns: Turns, **arguments: Any) -> Any:
+        return self._render_with(example, turns, in_parts=self._contents_in_parts(example), **arguments)
+
+    def _render_with(self, example: Example, turns: Turns, *, in_parts: bool, **arguments: Any) -> Any:
         stated = json.loads(example.chat_template_kwargs) if example.chat_template_kwargs else {}
         try:
             with limited("It", seconds=_MOST_SECONDS, num_bytes=_MOST_BYTES):
                 rendered = self._tokenizer.apply_chat_template(
-                    [{"role": role, "content": content} for role, content in turns],
+                    [
+                        {"role": role, "content": _parts(content) if in_parts else content}
+                        for role, content in turns
+                    ],
                     tools=json.loads(example.tools) if example.tools else None,
                     chat_template=self._template(example),
                     **{**self._recipe.chat_template_kwargs, **stated},
@@ -177,6 +205,18 @@ def conversation_of(example: Example) -> tuple[tuple[str, str], ...]:
     if example.format == "messages":
         return example.messages
     return (("user", "\n\n".join(part for part in (example.instruction, example.input) if part)),)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """A content as parts. A line break beside a picture's mark is the mark's, as LLaVA's data have it."""
+    parts: list[dict[str, str]] = []
+    texts = content.split(PICTURE_MARK)
+    for k, text in enumerate(texts):
+        text = text.removeprefix("\n") if k else text
+        text = text if k == len(texts) - 1 else text.removesuffix("\n")
+        parts += [{"type": "image"}] if k else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
 def _require_query_before(example: Example, prompt: str, text: str, turns: Turns) -> None:

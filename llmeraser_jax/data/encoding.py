@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.pictures import places_of
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.tokens import EncodedExample, encode_rows
 from llmeraser_jax.types import ExampleStack, TokenBatch
@@ -64,6 +66,7 @@ class TokenDataset:
         truncated_ids: examples that were cut, by id.
         dropped_ids: examples that cutting left without a token under the loss; they are not in the set.
         features: features [features, size] of every picture that the examples name, by its key; all of one shape.
+            None where no model reads the set: it can be looked at and not laid out.
     """
 
     def __init__(
@@ -94,8 +97,12 @@ class TokenDataset:
         self.normalizer = normalizer
         self.truncated_ids = tuple(truncated_ids)
         self.dropped_ids = tuple(dropped_ids)
-        self.features = {} if features is None else features
-        absent = [(e.id, key) for e in self.encoded for key in e.images if key not in self.features]
+        self.features = features
+        absent = (
+            []
+            if features is None
+            else [(e.id, key) for e in self.encoded for key in e.images if key not in features]
+        )
         if absent:
             msg = f"Example {absent[0][0]!r} has the picture {absent[0][1]}, of which there are no features."
             raise ValueError(msg)
@@ -318,6 +325,11 @@ class TokenDataset:
     def _images_of(self, rows: np.ndarray, num_rows: int) -> np.ndarray | None:
         if not self._num_images:
             return None
+        if self.features is None:
+            msg = (
+                "the examples have pictures, and their features were not computed: encode them for a loaded model."
+            )
+            raise ValueError(msg)
         first = self.features[next(key for e in self.encoded for key in e.images)]
         images = np.zeros((num_rows, self._num_images, *first.shape), first.dtype)
         for place, row in enumerate(rows):
@@ -334,6 +346,7 @@ def encode_examples(
     buckets: Sequence[BucketShape] | None = None,
     normalizer: float | None = None,
     max_buckets: int = 3,
+    features_directory: Path | None = None,
 ) -> TokenDataset:
     """Tokenises examples and chooses their length buckets.
 
@@ -349,8 +362,10 @@ def encode_examples(
         normalizer: with reduction "token", the training set's (`TokenDataset.normalizer`); None computes it
             from these examples, which must then be the training set.
         max_buckets: shapes at most, when they are chosen here.
+        features_directory: where features of pictures are kept; None keeps them in memory.
 
     Raises:
+        DataError: a picture that cannot be decoded.
         ValueError: there is no tokenizer, or an example that does not fit where nothing may be cut, whose prompt
             has no token to predict the response from, or that the template would lose part of; the message names
             it.
@@ -397,14 +412,18 @@ def encode_examples(
             msg = "reduction is 'token' and there are no examples; pass the training set's normalizer."
             raise ValueError(msg)
         normalizer = float(np.mean([e.num_targets for e in encoded]))
+    kept = [examples[index] for index in rows.kept_indices]
+    places = places_of(tokenizer)
+    pictures = [(example.id, example.images) for example in kept]
     return TokenDataset(
         encoded,
         recipe,
         buckets=_extend_buckets(encoded, buckets) if buckets else choose_buckets(encoded, max_buckets),
-        examples=[examples[index] for index in rows.kept_indices],
+        examples=kept,
         normalizer=normalizer,
         truncated_ids=rows.truncated_ids,
         dropped_ids=rows.dropped_ids,
+        features=None if places is None else places.features_of(pictures, features_directory),
     )
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from llmeraser_jax import files
-from llmeraser_jax.data.sources import JSON_SUFFIXES, DataError, describe, problem_of_json, read_rows
+from llmeraser_jax.data.pictures import PICTURE_MARK, Picture, copy_pictures, read_pictures
+from llmeraser_jax.data.sources import (
+    JSON_SUFFIXES,
+    DataError,
+    describe,
+    directory_of,
+    problem_of_json,
+    read_rows,
+)
 from llmeraser_jax.data.template_arguments import problem_of_template_arguments
 from llmeraser_jax.text import show
 
@@ -37,7 +45,9 @@ _FORMAT_HELP = (
 )
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template takes besides the messages
 # Columns that other trainers show to the model, so that passing them over would change what was trained.
-_NOT_PASSED_OVER = (*_TEMPLATE_COLUMNS, "system", "system_prompt", "history", "context", "image", "images")
+_NOT_PASSED_OVER = (*_TEMPLATE_COLUMNS, "system", "system_prompt", "history", "context")
+_PICTURE_COLUMNS = ("image", "images")
+_PICTURE_KEYS = ("image", "path")  # of a content part of type "image"
 _ROLES = {  # ShareGPT's names
     "human": "user",
     "gpt": "assistant",
@@ -62,6 +72,7 @@ class Example:
         format: columns it came from, one of `FORMATS`; `templates.Recipe` picks a prompt template by it.
         tools: JSON of the functions that the chat template is told of, or nothing; only in the format "messages".
         chat_template_kwargs: JSON of the row's own arguments for the chat template, or nothing; likewise.
+        images: the pictures, in the order of the `<image>` marks in the texts.
     """
 
     id: str
@@ -72,6 +83,7 @@ class Example:
     format: str = "instruction"
     tools: str = ""
     chat_template_kwargs: str = ""
+    images: tuple[Picture, ...] = ()
 
     def __post_init__(self):
         problem = None
@@ -91,9 +103,20 @@ class Example:
             problem = "an example of format 'text' is its response alone; leave instruction and input empty"
         elif self.format != "messages" and (self.tools or self.chat_template_kwargs):
             problem = f"tools and chat_template_kwargs go with format 'messages', not {self.format!r}"
+        elif self.images and len(self.images) != self.num_picture_places:
+            problem = (
+                f"{len(self.images)} pictures ({', '.join(picture.name for picture in self.images)}) for "
+                f"{self.num_picture_places} places; write {PICTURE_MARK} once in the text for each picture"
+            )
         if problem:
             msg = f"Example {self.id!r}: {problem}."
             raise ValueError(msg)
+
+    @property
+    def num_picture_places(self) -> int:
+        """How often `<image>` stands in the example's texts."""
+        texts = (self.instruction, self.input, self.response, *(content for _, content in self.messages))
+        return sum(text.count(PICTURE_MARK) for text in texts)
 
     @property
     def query(self) -> str:
@@ -108,7 +131,15 @@ class Example:
 
 
 def to_row(example: Example) -> dict[str, Any]:
-    """The example as a row of its column format, without the id; `load_examples` reads it back."""
+    """The example as a row of its column format, without the id; `load_examples` reads it back.
+
+    Pictures are named by their paths; `save_examples` names copies.
+    """
+    row = _text_row(example)
+    return {**row, "images": [picture.path for picture in example.images]} if example.images else row
+
+
+def _text_row(example: Example) -> dict[str, Any]:
     if example.format == "messages":
         turns = (*example.messages, ("assistant", example.response))
         row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -124,8 +155,11 @@ def to_row(example: Example) -> dict[str, Any]:
 
 
 def content_hash(example: Example) -> str:
-    """SHA-256 (hex) of the example's text and format, not of its id; the same on every platform."""
-    canonical = json.dumps(to_row(example), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    """SHA-256 (hex) of the example's text, format and pictures, not of its id; the same on every platform."""
+    row = to_row(example)
+    if example.images:
+        row["images"] = [picture.sha256 for picture in example.images]
+    canonical = json.dumps(row, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -134,8 +168,10 @@ def load_examples(source: Any) -> tuple[Example, ...]:
 
     Rows are `instruction/output` (`input` optional), `question/answer`, `prompt/response` or `prompt/completion`
     (texts or messages), `text`, `messages`, or ShareGPT's `conversations`; one format per file. Messages may bring
-    `tools` and `chat_template_kwargs`. Other columns are ignored and listed, except those that a trainer shows to
-    the model (`system`, `history`, `context`), which are refused. The id is the column `id` (string or integer),
+    `tools` and `chat_template_kwargs`. Any row may bring pictures in `image` or `images`: paths, relative ones from
+    the data file's directory, or the bytes, one for each `<image>` in its texts; content parts of type `image`
+    become `<image>`. Other columns are ignored and listed, except those that a trainer shows to the model
+    (`system`, `history`, `context`), which are refused. The id is the column `id` (string or integer),
     else the index that pandas wrote, else the row number counted from 0.
 
     Args:
@@ -152,10 +188,10 @@ def load_examples(source: Any) -> tuple[Example, ...]:
     """
     name = describe(source)
     with files.reading(name, DataError):
-        return _read_examples(source, name)
+        return _read_examples(source, name, directory_of(source))
 
 
-def _read_examples(source: Any, name: str) -> tuple[Example, ...]:
+def _read_examples(source: Any, name: str, directory: Path) -> tuple[Example, ...]:
     examples: list[Example] = []
     rows_of_ids: dict[str, str] = {}
     ignored: dict[str, None] = {}
@@ -165,7 +201,7 @@ def _read_examples(source: Any, name: str) -> tuple[Example, ...]:
         if not isinstance(row, Mapping):
             msg = f"{label}: expected an object with columns, got {type(row).__name__}."
             raise DataError(msg)
-        example, used = _example_from_row(row, number, label)
+        example, used = _example_from_row(row, number, label, directory)
         ignored.update(dict.fromkeys(str(c) for c in row if c not in used and row[c] is not None))
         if examples and example.format != examples[0].format:
             msg = (
@@ -195,6 +231,8 @@ def _read_examples(source: Any, name: str) -> tuple[Example, ...]:
 def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
     """Writes JSON lines that `load_examples` reads back to equal examples. Whole or not at all.
 
+    Pictures are copied to `pictures` beside the file, so that the data needs nothing of where it came from.
+
     Args:
         path: the file to write or replace; `.jsonl` or `.json`, since reading goes by the suffix.
         examples: at least one, all of one format, with unique ids and non-empty responses.
@@ -216,11 +254,13 @@ def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
     seen: set[str] = set()
     lines = []
     for example in examples:
-        row = {"id": example.id, **to_row(example)}
+        row = {"id": example.id, **_text_row(example)}
+        if example.images:
+            row["images"] = list(copy_pictures(path.parent, example.images))
         if example.id in seen:
             msg = f"{path}: id {example.id!r} occurs twice; ids must be unique."
             raise ValueError(msg)
-        if _example_from_row(row, 0, f"{path}, example {example.id!r}")[0] != example:
+        if _example_from_row(row, 0, f"{path}, example {example.id!r}", path.parent)[0] != example:
             msg = f"{path}: example {example.id!r} would not be read back as it is."
             raise ValueError(msg)
         seen.add(example.id)
@@ -228,7 +268,7 @@ def save_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
     files.atomic_write_text(path, "".join(lines))
 
 
-def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> tuple[Example, set[str]]:
+def _example_from_row(row: Mapping[str, Any], number: int, label: str, directory: Path) -> tuple[Example, set[str]]:
     """Checks one row; `number` is its id when it brings none, `label` says where it is.
 
     Returns:
@@ -237,14 +277,23 @@ def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> tuple[
     id_ = _read_id(row, number, label)
     found = _columns_of(row, label)
     format_, query_column, response_column = found
-    used = {"id", query_column, response_column}
+    used = {"id", query_column, response_column, *_PICTURE_COLUMNS}
+    pictures = _read_picture_columns(row, label, directory)
     if format_ == "messages":
         messages = row[query_column]
         if response_column != query_column:
             _check_completion(row[response_column], f"{label}: column {response_column!r}")
             messages = [*messages, *row[response_column]]
         stated = {column: _read_json_column(row, column, label) for column in _TEMPLATE_COLUMNS}
-        example = _example_from_messages(messages, query_column, id_, label, stated)
+        parts: list[Any] = []
+        example = _example_from_messages(messages, query_column, id_, label, stated, parts)
+        given = [part for part in parts if part is not None]
+        if bool(given) == bool(pictures) and parts:
+            both = "pictures in a column and in its messages; keep them in one place"
+            problem = both if given else "a part of type 'image' and no picture; name it in the column 'images'"
+            msg = f"{label}: has {problem}."
+            raise DataError(msg)
+        pictures = pictures or read_pictures(given, directory, f"{label}: column {query_column!r}")
         used.update(_TEMPLATE_COLUMNS)
     else:
         inputs = [c for c in ("input", "context") if row.get(c) is not None] if format_ == "instruction" else []
@@ -262,6 +311,12 @@ def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> tuple[
             response=row[response_column],
             format=format_,
         )
+    if pictures:
+        try:
+            example = dataclasses.replace(example, images=pictures)
+        except ValueError as error:
+            msg = f"{label}: {error}"
+            raise DataError(msg) from error
     shown = [c for c in _NOT_PASSED_OVER if c not in used and not _is_empty(row.get(c))]
     if shown:
         msg = (
@@ -270,6 +325,14 @@ def _example_from_row(row: Mapping[str, Any], number: int, label: str) -> tuple[
         )
         raise DataError(msg)
     return example, used
+
+
+def _read_picture_columns(row: Mapping[str, Any], label: str, directory: Path) -> tuple[Picture, ...]:
+    given = [column for column in _PICTURE_COLUMNS if not _is_empty(row.get(column))]
+    if len(given) > 1:
+        msg = f"{label}: has both 'image' and 'images'; keep one of them."
+        raise DataError(msg)
+    return read_pictures(row[given[0]], directory, f"{label}: column {given[0]!r}") if given else ()
 
 
 def _columns_of(row: Mapping[str, Any], label: str) -> tuple[str, str, str]:
@@ -312,12 +375,14 @@ def _check_completion(completion: Any, what: str) -> None:
         raise DataError(msg)
 
 
-def _example_from_messages(messages: Any, column: str, id_: str, label: str, stated: Mapping[str, str]) -> Example:
-    """The last message is the response, the ones before it the query."""
+def _example_from_messages(
+    messages: Any, column: str, id_: str, label: str, stated: Mapping[str, Any], pictures: list[Any]
+) -> Example:
+    """The last message is the response, the ones before it the query; `pictures` gets what content parts bring."""
     if not _is_list(messages) or not len(messages):
         msg = f"{label}: column {column!r} must be a non-empty list of {{role, content}} objects."
         raise DataError(msg)
-    turns = [_read_message(message, f"{label}: message {k}") for k, message in enumerate(messages)]
+    turns = [_read_message(message, f"{label}: message {k}", pictures) for k, message in enumerate(messages)]
     last_role, response = turns[-1]
     if last_role != "assistant":
         msg = f"{label}: the last message is the {last_role or 'nameless'}'s; it must be the assistant's response."
@@ -329,7 +394,7 @@ def _example_from_messages(messages: Any, column: str, id_: str, label: str, sta
     return Example(id=id_, response=response, messages=tuple(turns[:-1]), format="messages", **stated)
 
 
-def _read_message(message: Any, where: str) -> tuple[str, str]:
+def _read_message(message: Any, where: str, pictures: list[Any]) -> tuple[str, str]:
     """Role and content of {role, content}, or of ShareGPT's {from, value}."""
     if not isinstance(message, Mapping):
         msg = f"{where}: expected an object with role and content, got {type(message).__name__}."
@@ -343,18 +408,22 @@ def _read_message(message: Any, where: str) -> tuple[str, str]:
         raise DataError(msg)
     role, content = message.get(role_key), message.get(content_key)
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(_text_of_parts(content, f"{where}: {content_key!r}"))
+        content = "".join(_text_of_parts(content, f"{where}: {content_key!r}", pictures))
     role = _check_text(role, f"{where}: {role_key!r}")
     content = _check_text(content, f"{where}: {content_key!r}")
     return (_ROLES.get(role, role) if sharegpt else role), content
 
 
-def _text_of_parts(parts: Sequence[Any], what: str) -> Iterator[str]:
-    """The texts of OpenAI's content parts, which a template writes one after the other."""
+def _text_of_parts(parts: Sequence[Any], what: str, pictures: list[Any]) -> Iterator[str]:
+    """The texts of OpenAI's content parts, which a template writes one after the other; a mark for each picture."""
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "image":
+            pictures.append(next((part[key] for key in _PICTURE_KEYS if part.get(key)), None))
+            yield PICTURE_MARK
+            continue
         if kind != "text":
-            msg = f"{what} has a part of type {kind!r}; only parts of type 'text' are supported."
+            msg = f"{what} has a part of type {kind!r}; only parts of type 'text' and 'image' are supported."
             raise DataError(msg)
         yield _check_text(part.get("text"), f"{what}: 'text'")
 

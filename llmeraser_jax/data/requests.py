@@ -17,11 +17,13 @@ from typing import Any
 
 from llmeraser_jax import files
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.pictures import Picture, copy_pictures, read_pictures
 from llmeraser_jax.data.sources import problem_of_json
 from llmeraser_jax.text import one_line, show
 
 _MAX_LISTED = 20
 _MAX_COPIES = 5
+_PICTURE_KEYS = ("image", "images")
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Request:
         line: its line in the file, counted from 1.
         turn: of a conversation, the message to change, counted from 0 (the response is the last); None is the last
             user message of a modification, and the response of a correction.
+        images: of a modification, the pictures in place of the example's; empty leaves them.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Request:
     changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     line: int = 0
     turn: int | None = None
+    images: tuple[Picture, ...] = ()
 
 
 def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> tuple[Request, ...]:
@@ -84,11 +88,15 @@ def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
             msg = f"{path}: not UTF-8 at byte {error.start}."
             raise RequestError(msg) from error
         # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        return parse_requests(text.split("\n"), examples, source=str(path))
+        return parse_requests(text.split("\n"), examples, source=str(path), directory=path.parent)
 
 
 def parse_requests(
-    lines: Iterable[str | Mapping[str, Any]], examples: Sequence[Example], *, source: str = "requests"
+    lines: Iterable[str | Mapping[str, Any]],
+    examples: Sequence[Example],
+    *,
+    source: str = "requests",
+    directory: Path = Path(),
 ) -> tuple[Request, ...]:
     """Checks request lines against the data.
 
@@ -96,6 +104,7 @@ def parse_requests(
         lines: JSON texts or parsed objects; blank lines are skipped.
         examples: the training examples.
         source: what error messages call the origin.
+        directory: what relative paths of pictures start from.
 
     Raises:
         RequestError: every unknown or doubly named id, unknown action, unknown or missing key, change that
@@ -109,7 +118,7 @@ def parse_requests(
         if isinstance(line, str) and not line.strip():
             continue
         try:
-            request = _parse_line(line, number)
+            request = _parse_line(line, number, directory)
             if request.id in line_of_id:
                 first = line_of_id[request.id]
                 raise _ProblemError(
@@ -122,7 +131,7 @@ def parse_requests(
                 )
             example = by_id[request.id]
             if edited_example(example, request) == example:
-                changed = " and ".join(request.changes)
+                changed = " and ".join([*request.changes, *(["image"] if request.images else [])])
                 raise _ProblemError(
                     f"{request.action} of {show(request.id)} changes nothing: {changed} is what it was"
                 )
@@ -149,7 +158,8 @@ def edited_example(example: Example, request: Request) -> Example | None:
     """The example as it should have been, or None when it should not have been there.
 
     `query` replaces what `Example.query` is: the last user message, the input where there is one, else the
-    instruction. `instruction` and `input` set exactly those. `turn` names another message of a conversation.
+    instruction. `instruction` and `input` set exactly those. `turn` names another message of a conversation. New
+    pictures take the places of the old ones, in order.
 
     Raises:
         ValueError: the request names another example, or a field that this one's format lacks.
@@ -160,6 +170,13 @@ def edited_example(example: Example, request: Request) -> Example | None:
     changes = dict(request.changes)
     if request.action is Action.REMOVE:
         return None
+    if request.images:
+        if len(request.images) != len(example.images):
+            msg = f"it gives {len(request.images)} pictures, and {example.id!r} has {len(example.images)}"
+            raise ValueError(msg)
+        example = dataclasses.replace(example, images=request.images)
+        if not changes:
+            return example
     if request.turn is not None:
         return _with_turn(example, request)
     if request.action is Action.CORRECT_RESPONSE:
@@ -203,9 +220,22 @@ def apply_requests(examples: Sequence[Example], requests: Iterable[Request]) -> 
 
 
 def request_to_json(request: Request) -> str:
-    """The request as one line of a request file, without the line end."""
+    """The request as one line of a request file, without the line end; pictures are named by their paths."""
+    return _to_line(request, [picture.path for picture in request.images])
+
+
+def save_requests(path: str | os.PathLike[str], requests: Iterable[Request]) -> None:
+    """Writes a request file that `load_requests` reads back. New pictures are copied to `pictures` beside it."""
+    path = Path(path)
+    lines = [_to_line(request, copy_pictures(path.parent, request.images)) + "\n" for request in requests]
+    files.atomic_write_text(path, "".join(lines))
+
+
+def _to_line(request: Request, images: Sequence[str]) -> str:
     turn = {} if request.turn is None else {"turn": request.turn}
-    fields = {"id": request.id, "action": str(request.action), **turn, **request.changes}
+    fields: dict[str, Any] = {"id": request.id, "action": str(request.action), **turn, **request.changes}
+    if images:
+        fields["images"] = list(images)
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -213,7 +243,7 @@ class _ProblemError(Exception):
     """One line's problem, collected into a RequestError."""
 
 
-def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
+def _parse_line(line: str | Mapping[str, Any], number: int, directory: Path) -> Request:
     """Checks what a line says by itself."""
     if isinstance(line, str):
         try:
@@ -241,8 +271,19 @@ def _parse_line(line: str | Mapping[str, Any], number: int) -> Request:
             "removal"
         )
     changes = {key: value for key, value in fields.items() if key not in ("id", "action", "turn")}
-    _check_changes(action, changes)
-    return Request(id=str(id_), action=action, changes=changes, line=number, turn=turn)
+    images: tuple[Picture, ...] = ()
+    given = [key for key in _PICTURE_KEYS if key in changes] if action is Action.MODIFY_QUERY else []
+    if len(given) > 1:
+        raise _ProblemError("give 'image' or 'images', not both")
+    if given:
+        images = read_pictures(changes.pop(given[0]), directory, repr(given[0]))
+        if not images:
+            raise _ProblemError(f"{given[0]!r} names no picture; to drop the example use remove")
+    if changes or not images:
+        _check_changes(action, changes)
+    elif turn is not None:
+        raise _ProblemError("'turn' names a message, and only pictures are to change")
+    return Request(id=str(id_), action=action, changes=changes, line=number, turn=turn, images=images)
 
 
 def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
@@ -253,7 +294,8 @@ def _check_changes(action: Action, changes: Mapping[str, Any]) -> None:
     }[action]
     unknown = [key for key in changes if key not in allowed]
     if unknown:
-        takes = " or ".join(map(repr, allowed)) or "nothing"
+        shown = (*allowed, *_PICTURE_KEYS[: action is Action.MODIFY_QUERY])
+        takes = " or ".join(map(repr, shown)) or "nothing"
         raise _ProblemError(
             f"unknown key {', '.join(map(show, unknown))}; {action} takes {takes} besides id and action"
         )

@@ -22,6 +22,7 @@ _CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PANDAS_INDEX = "__index_level_0__"  # the column in which pandas stores an index without a name
 # datasets would open the files that cells of these types name.
 _MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf")
+_PICTURE_COLUMNS = ("image", "images")
 
 
 class DataError(ValueError):
@@ -31,6 +32,14 @@ class DataError(ValueError):
 def describe(source: Any) -> str:
     """What messages call a source."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"the {type(source).__name__} given"
+
+
+def directory_of(source: Any) -> Path:
+    """What relative paths in a source start from: its own directory, or the current one."""
+    if not isinstance(source, str | os.PathLike):
+        return Path()
+    path = Path(source)
+    return path if path.is_dir() else path.parent
 
 
 def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
@@ -189,8 +198,12 @@ def _read_datasets_directory(path: Path) -> Iterable[Any]:
 
 
 def _read_dataset(dataset: Any) -> Iterable[Any]:
-    """A datasets.Dataset, without the columns that would open files."""
-    media = [name for name, feature in dataset.features.items() if type(feature).__name__ in _MEDIA_FEATURES]
+    """A datasets.Dataset. Pictures stay as they are stored; other columns that would open files are left out."""
+    for name in _PICTURE_COLUMNS:
+        if "Image" in str(dataset.features.get(name)):
+            dataset = dataset.cast_column(name, _undecoded(dataset.features[name]))
+    media = [name for name, feature in dataset.features.items()
+             if type(feature).__name__ in _MEDIA_FEATURES and name not in _PICTURE_COLUMNS]  # fmt: skip
     if not media:
         return dataset
     # Their cells stay closed: what is in them is neither used nor passed over in silence.
@@ -198,6 +211,15 @@ def _read_dataset(dataset: Any) -> Iterable[Any]:
         {**row, **dict.fromkeys(media, "(not opened)")}
         for row in dataset.select_columns([name for name in dataset.column_names if name not in media])
     )
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature of a picture, or of a list of them, whose cells are its bytes or its path."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    return datasets.List(_undecoded(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
 def _read_frame(frame: Any) -> Iterable[Any]:

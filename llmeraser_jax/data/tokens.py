@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from llmeraser_jax.data.chat import ChatRenderer
 from llmeraser_jax.data.examples import Example
+from llmeraser_jax.data.pictures import PicturePlaces, places_of
 from llmeraser_jax.data.templates import Recipe, make_prompt_renderer, tokenizer_adds_bos
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
     """Tokenises examples, each by itself.
 
     Raises:
-        ValueError: an example that recipe or template cannot show whole, that has no token to predict, or that
-            does not fit where nothing may be cut; the message names it.
+        ValueError: an example that recipe or template cannot show whole, that has no token to predict, that does
+            not fit where nothing may be cut, or whose pictures the model does not read; the message names it.
     """
     if not examples:
         return EncodedRows((), (), (), ())
@@ -116,6 +117,8 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
         rows = _encode_conversations(examples, recipe, tokenizer)
     else:
         rows = _encode_texts(examples, recipe, tokenizer)
+    places = places_of(tokenizer)
+    rows = [_with_pictures(example, row, places) for example, row in zip(examples, rows, strict=True)]
     kept, indices, truncated, dropped = [], [], [], []
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         tokens, mask, start = _fit(example, row, recipe, tokenizer.bos_token_id)
@@ -124,13 +127,47 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
             continue
         if len(tokens) < len(row[0]):
             truncated.append(example.id)
+            if places is not None and tokens.count(places.token_id) < row[0].count(places.token_id):
+                msg = (
+                    f"Example {example.id!r}: max_length = {recipe.max_length} cuts into its pictures, "
+                    f"{places.num_tokens} tokens each. Raise it; the example has {len(row[0])} tokens."
+                )
+                raise ValueError(msg)
         indices.append(index)
-        kept.append(EncodedExample(example.id, np.array(tokens, np.int32), max(start, 1), np.array(mask, bool)))
+        images = () if places is None else tuple(map(places.key, example.images))
+        kept.append(
+            EncodedExample(example.id, np.array(tokens, np.int32), max(start, 1), np.array(mask, bool), images)
+        )
     return EncodedRows(tuple(kept), tuple(indices), tuple(truncated), tuple(dropped))
 
 
 # Tokens, mask, and where the response starts.
 _Row = tuple[list[int], list[bool], int]
+
+
+def _with_pictures(example: Example, row: _Row, places: PicturePlaces | None) -> _Row:
+    """The row with as many image tokens for each picture as it has features."""
+    tokens, mask, start = row
+    if places is None:
+        if example.images:
+            named = ", ".join(picture.name for picture in example.images)
+            msg = (
+                f"Example {example.id!r} has pictures ({named}), and the model reads none: it has no vision tower."
+            )
+            raise ValueError(msg)
+        return row
+    count = tokens.count(places.token_id)
+    if count != len(example.images):
+        msg = (
+            f"Example {example.id!r}: the template leaves {count} image tokens for its {len(example.images)} "
+            f"pictures; {places.token!r} must stand in the text once for each."
+        )
+        raise ValueError(msg)
+    if not count:
+        return row
+    start += tokens[:start].count(places.token_id) * (places.num_tokens - 1)
+    tokens, mask = places.expand(tokens, mask)
+    return tokens, mask, start
 
 
 def _encode_conversations(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> list[_Row]:

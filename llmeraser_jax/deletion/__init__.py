@@ -1,6 +1,6 @@
 """Deletion requests: a ledger of them, what is measured of each, sealing, and what can be shown to an auditor."""
 
-from llmeraser_jax.deletion.audit import verify_ledger
+from llmeraser_jax.deletion.audit import verify, verify_ledger
 from llmeraser_jax.deletion.certificate import certify, verify_certificate
 from llmeraser_jax.deletion.findings import Finding
 from llmeraser_jax.deletion.ledger import Ledger, LedgerError
@@ -25,6 +25,7 @@ __all__ = [
     "seal",
     "sealed_state",
     "undo",
+    "verify",
     "verify_certificate",
     "verify_directory",
     "verify_ledger",

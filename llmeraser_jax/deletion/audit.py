@@ -15,11 +15,41 @@ from llmeraser_jax.deletion.certificate import (
     verify_certificate,
 )
 from llmeraser_jax.deletion.findings import Finding
-from llmeraser_jax.deletion.ledger import Ledger, LedgerError, Line, examine
+from llmeraser_jax.deletion.ledger import LEDGER_FILE, Ledger, LedgerError, Line, examine
 from llmeraser_jax.deletion.pending import State, read_state, read_texts
+from llmeraser_jax.deletion.verify import verify_directory
 from llmeraser_jax.runs import RunError, load_run
 from llmeraser_jax.runs.model_files import file_sha256
 from llmeraser_jax.unlearning.receipt import read_receipt
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    data_path: str | os.PathLike[str] | None = None,
+    public_key: str | os.PathLike[str] | None = None,
+) -> list[Finding]:
+    """Every check of a ledger, or of a run directory with its certificate.
+
+    Args:
+        path: either.
+        data_path: see `verify_directory`.
+        public_key: the key that must have signed, a PEM file; None takes the ones that are named.
+
+    Raises:
+        ValueError: neither a ledger nor a run; or `data_path` is given for a ledger.
+        ImportError: a certificate is signed and `cryptography` is missing.
+    """
+    path = Path(path)
+    if (path / LEDGER_FILE).is_file():
+        if data_path is not None:
+            msg = f"{path} is a ledger, whose runs know their data; give data for one of its runs."
+            raise ValueError(msg)
+        return verify_ledger(path, public_key=public_key)
+    findings = verify_directory(path, data_path)
+    if public_key is not None or (path / CERTIFICATE_DIRECTORY).is_dir():
+        findings += verify_certificate(path, public_key=public_key)
+    return findings
 
 
 def verify_ledger(

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmeraser_jax import files
+from llmeraser_jax.data.pictures import PICTURES_DIRECTORY
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import copy_adapter
 from llmeraser_jax.runs import (
     ADAPTER_DIRECTORY,
     EXAMPLES_FILE,
+    FEATURES_DIRECTORY,
     INITIAL_ADAPTER_DIRECTORY,
     KEY_FILE,
     PLAIN,
@@ -40,18 +42,29 @@ from llmeraser_jax.runs import (
 )
 from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY
 from llmeraser_jax.unlearning.job import PARENT_ADAPTER_DIRECTORY, RECEIPT_FILE, REQUESTS_FILE
+from llmeraser_jax.unlearning.known_rows import KNOWN_ROWS_FILE
 
 SEAL_FILE = "seal.json"
 MARKER_FILE = "sealing.json"
 SEAL_FORMAT = 1
 # What restores the erased state, by its name in the directory. No program writes the last three there unasked.
-RESTORING = (PARENT_ADAPTER_DIRECTORY, "delta", CHECKPOINT_DIRECTORY, "solves", "factors", "cache")
+RESTORING = (
+    PARENT_ADAPTER_DIRECTORY,
+    "delta",
+    CHECKPOINT_DIRECTORY,
+    KNOWN_ROWS_FILE,
+    FEATURES_DIRECTORY,
+    "solves",
+    "factors",
+    "cache",
+)
 # What may stay: it tells nothing of the erased rows. The initial adapter is the one that training began with.
 KEPT = (
     RUN_FILE,
     RECEIPT_FILE,
     REQUESTS_FILE,
     EXAMPLES_FILE,
+    PICTURES_DIRECTORY,
     KEY_FILE,
     SEAL_FILE,
     MARKER_FILE,

@@ -18,6 +18,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llmeraser_jax import data, files, trees
+from llmeraser_jax.data.pictures import thumbnail_text
 from llmeraser_jax.environment import describe_devices
 from llmeraser_jax.evaluation import measures
 from llmeraser_jax.evaluation.page import ACTION_NAMES, comparison_blocks, receipt_blocks
@@ -217,6 +218,7 @@ def evaluate_runs(
                 "trained": example.response,
                 "wanted_query": None if new is None else new.query,
                 "wanted": None if new is None else new.response,
+                **_thumbnails(example, new),
             }
             for example, new in zip(named, wanted, strict=True)
         )
@@ -235,6 +237,14 @@ def evaluate_runs(
     }
     on_primary(lambda: write_report(workdir, report))
     return report
+
+
+def _thumbnails(example: data.Example, wanted: data.Example | None) -> dict[str, list[str]]:
+    """An example's pictures, and those of what it should have been, for a report; nothing where it has none."""
+    both = {"pictures": example, "wanted_pictures": wanted}
+    return {
+        name: [thumbnail_text(picture) for picture in of.images] for name, of in both.items() if of and of.images
+    }
 
 
 def _cost(result: Mapping[str, Any], diagnostics: float = 0.0) -> dict[str, Any]:

@@ -7,6 +7,7 @@ needs one more.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -620,12 +621,13 @@ def _examples(reports: Sequence[Json], labels: Sequence[str], first: Json, name:
         caption = "Loss of each example of the forget set under each model; the bars are means."
         blocks.insert(0, Picture(f"{name}-examples.png", caption, picture))
     heading = [Heading("Each example of the forget set, before and after", 3)] if blocks else []
-    return [*heading, *blocks, *_texts(first)]
+    return [*heading, *blocks, *_texts(first, name)]
 
 
-def _texts(report: Json) -> list[Block]:
-    """What was asked and answered, where the evaluation was told to keep texts."""
+def _texts(report: Json, name: str) -> list[Block]:
+    """What was asked, with its pictures, and answered, where the evaluation was told to keep texts."""
     rows = []
+    pictures: dict[tuple[int, int], tuple[Picture, ...]] = {}
     models: list[str] = []
     for row in report["named_examples"][:_SHOWN_EXAMPLES]:
         for part, said in row.get("answers", {}).items():
@@ -633,12 +635,19 @@ def _texts(report: Json) -> list[Block]:
             models = models or list(said)
             query, right = ("query", "trained") if part == "named" else ("wanted_query", "wanted")
             action = ACTION_NAMES[row["action"]] if part == "named" else "  its replacement"
+            if shown := texts.get("pictures" if part == "named" else "wanted_pictures"):
+                pictures[len(rows), 1] = tuple(
+                    Picture(
+                        f"{name}-question-{len(rows)}-{k}.png", f"picture of {row['id']}", base64.b64decode(png)
+                    )
+                    for k, png in enumerate(shown)
+                )
             rows.append((action, texts[query], texts[right], *(said.get(model, MISSING) for model in models)))
     if not rows:
         return []
     header = ("request", "question", "trained on, or wanted", *models)
     meaning = "What the models answer by greedy decoding; of the retrained models, the first."
-    return [Heading("Questions and answers", 3), Text(meaning), Table(header, tuple(rows))]
+    return [Heading("Questions and answers", 3), Text(meaning), Table(header, tuple(rows), pictures=pictures)]
 
 
 def grid_blocks(reports: Sequence[tuple[str, Json]], name: str, extra: Sequence[Column] = ()) -> list[Block]:

@@ -101,7 +101,8 @@ class Comparison:
         num_positions: response positions behind the held-out KL; 0 where it was not measured.
         metrics: what the task's metrics mean, where the library does not know them.
         retrain_seeds, methods, klom: models planned, by name.
-        texts: for each example of the forget set `query`, `trained`, `wanted_query`, `wanted`; empty keeps none.
+        texts: for each example of the forget set `query`, `trained`, `wanted_query`, `wanted`, and of one with
+            pictures `pictures` and `wanted_pictures`, small PNGs in base 64; empty keeps none.
         records: of the models measured.
         klom_records: see the module.
     """

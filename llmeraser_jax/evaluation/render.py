@@ -11,7 +11,7 @@ import html
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,11 +59,13 @@ class Table:
         header: one cell per column.
         rows: as long as the header each.
         emphasised: rows that are set off, by place: what the others are compared with.
+        pictures: by row and column, what stands under a cell's text.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     emphasised: tuple[int, ...] = ()
+    pictures: Mapping[tuple[int, int], tuple[Picture, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(row) for row in self.rows} - {len(self.header)}
@@ -106,7 +108,7 @@ class Page:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All pictures, those in details included."""
+        """All pictures, those in details and tables included."""
         return tuple(_pictures(self.blocks))
 
 
@@ -117,6 +119,8 @@ def _pictures(blocks: Sequence[Block]) -> list[Picture]:
             found.append(block)
         elif isinstance(block, Details):
             found += _pictures(block.blocks)
+        elif isinstance(block, Table):
+            found += [picture for pictures in block.pictures.values() for picture in pictures]
     return found
 
 
@@ -157,9 +161,16 @@ def _markdown(block: Block) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_escape(cell).replace("|", "\\|") for cell in cells) + " |"
 
+    def with_pictures(written: str, row: int) -> str:
+        """The pictures of a row at its end, since a cell's text is escaped."""
+        links = [f"![{_escape(p.title)}]({p.name})" for (k, _), shown in block.pictures.items() if k == row
+                 for p in shown]  # fmt: skip
+        return f"{written.removesuffix(' |')} {' '.join(links)} |" if links else written
+
     rows = [tuple(f"**{cell}**" if cell else "" for cell in row) if k in block.emphasised else row
             for k, row in enumerate(block.rows)]  # fmt: skip
-    return "\n".join([line(block.header), "|" + "---|" * len(block.header), *map(line, rows)])
+    body = [with_pictures(line(row), k) for k, row in enumerate(rows)]
+    return "\n".join([line(block.header), "|" + "---|" * len(block.header), *body])
 
 
 def render_text(blocks: Sequence[Block]) -> str:
@@ -223,12 +234,8 @@ def _html(block: Block) -> str:
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Picture):
-        data = base64.b64encode(block.content).decode("ascii")
         width = f' width="{_width(block.content)}"' if _width(block.content) else ""
-        return (
-            f'<figure><img alt="{html.escape(block.title)}"{width} src="data:image/png;base64,{data}">'
-            f"<figcaption>{_inline(block.title)}</figcaption></figure>"
-        )
+        return f"<figure>{_image(block, width)}<figcaption>{_inline(block.title)}</figcaption></figure>"
     if isinstance(block, Details):
         inside = "\n".join(map(_html, block.blocks))
         return f"<details><summary>{_inline(block.summary)}</summary>\n{inside}\n</details>"
@@ -238,12 +245,20 @@ def _html(block: Block) -> str:
     rows = []
     for place, row in enumerate(block.rows):
         style = ' class="reference"' if place in block.emphasised else ""
-        cells = "".join(
-            f"<td{sides[column]}>{_inline(cell)}</td>" if column else f"<th>{_inline(cell)}</th>"
+        shown = [
+            _inline(cell) + "".join(f"<br>{_image(p)}" for p in block.pictures.get((place, column), ()))
             for column, cell in enumerate(row)
+        ]
+        cells = "".join(
+            f"<td{sides[column]}>{cell}</td>" if column else f"<th>{cell}</th>" for column, cell in enumerate(shown)
         )
         rows.append(f"<tr{style}>{cells}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _image(picture: Picture, width: str = "") -> str:
+    data = base64.b64encode(picture.content).decode("ascii")
+    return f'<img alt="{html.escape(picture.title)}"{width} src="data:image/png;base64,{data}">'
 
 
 def _holds_words(column: Sequence[str]) -> bool:

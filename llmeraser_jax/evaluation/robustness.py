@@ -200,6 +200,7 @@ def relearn(model: Model, lora: Lora, unrelated: TokenDataset, config: TrainConf
         unrelated.recipe,
         buckets=unrelated.buckets,
         normalizer=unrelated.normalizer,
+        features=unrelated.features,
     )
     steps_per_epoch = -(-size // config.batch_size)
     if num_steps % steps_per_epoch:
@@ -226,4 +227,5 @@ def retained_only(dataset: TokenDataset, named: np.ndarray) -> TokenDataset:
         buckets=dataset.buckets,
         examples=[dataset.examples[i] for i in kept] if dataset.examples else (),
         normalizer=dataset.normalizer,
+        features=dataset.features,
     )

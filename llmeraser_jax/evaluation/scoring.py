@@ -190,7 +190,9 @@ def answer(
     ends = turn_ends((dataset.encoded[i] for i in indices), model.tokenizer)
     stops = sorted({*model.config.eos_token_ids, *ends, *(() if trained_end is None else (trained_end,))})
     by_model = getattr(model, "generate", partial(generate, model))
-    tokens = by_model(lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops)
+    images = dataset.images_of(indices)
+    pictures = {} if images is None else {"images": images}
+    tokens = by_model(lora, prompts, length, batch_size=_CHUNK_SIZE, stop_ids=stops, **pictures)
     return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 

@@ -16,8 +16,9 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from llmeraser_jax import convert, files
-from llmeraser_jax.models.loading import Model
 from llmeraser_jax.models.vision import VisionConfig, vision_features
 from llmeraser_jax.parallel import on_primary, to_host
 from llmeraser_jax.types import BaseParams
@@ -34,11 +34,25 @@ _log = logging.getLogger(__name__)
 
 TOWER_FILE = "tower.json"
 _SUFFIX = ".safetensors"
+_BATCH_SIZE = 16
 _BATCHES_PER_FILE = 16
 
 
+@runtime_checkable
+class SeesPictures(Protocol):
+    """A model with a vision tower (`models.Model`)."""
+
+    @property
+    def config(self) -> Any:
+        """With the field `vision`."""
+        ...
+
+    @property
+    def vision(self) -> BaseParams | None: ...
+
+
 def image_features(
-    model: Model, pixels: Float[np.ndarray, "n channels height columns"], *, batch_size: int = 16
+    model: SeesPictures, pixels: Float[np.ndarray, "n channels height columns"], *, batch_size: int = 16
 ) -> Float[np.ndarray, "n features size"]:
     """The features of pictures, in the tower's storage dtype.
 
@@ -50,8 +64,10 @@ def image_features(
     Raises:
         ValueError: a model without a tower, pictures of another size, or numbers that are not finite.
     """
-    config, vision = _tower(model)
-    pixels = np.asarray(pixels)
+    return _features(*_tower(model), np.asarray(pixels), batch_size)
+
+
+def _features(config: VisionConfig, vision: BaseParams, pixels: np.ndarray, batch_size: int) -> np.ndarray:
     expected = (config.num_channels, config.image_size, config.image_size)
     if pixels.shape[1:] != expected:
         msg = f"Pictures have shape {list(pixels.shape[1:])}; this model's vision tower reads {list(expected)}."
@@ -69,7 +85,7 @@ def image_features(
 
 
 def load_or_compute_features(
-    model: Model,
+    model: SeesPictures,
     keys: Iterable[str],
     load_pixels: Callable[[str], Float[np.ndarray, "channels height columns"]],
     path: str | os.PathLike[str],
@@ -94,7 +110,17 @@ def load_or_compute_features(
     Raises:
         ValueError: the store is another tower's, or its files do not fit this one; see `image_features` too.
     """
-    config, vision = _tower(model)
+    return _load_or_compute(*_tower(model), keys, load_pixels, path, batch_size)
+
+
+def _load_or_compute(
+    config: VisionConfig,
+    vision: BaseParams,
+    keys: Iterable[str],
+    load_pixels: Callable[[str], np.ndarray],
+    path: str | os.PathLike[str],
+    batch_size: int,
+) -> dict[str, np.ndarray]:
     path, keys = Path(path), list(dict.fromkeys(keys))
     tower = {"tower_sha256": tower_sha256(config, vision)}
     on_primary(lambda: _claim(path, tower))
@@ -107,7 +133,7 @@ def load_or_compute_features(
         features = []
         for first in range(0, len(part), batch_size):
             pixels = np.stack([load_pixels(key) for key in part[first : first + batch_size]])
-            features += list(image_features(model, pixels, batch_size=batch_size))
+            features += list(_features(config, vision, pixels, batch_size))
         tensors = dict(zip(part, features, strict=True))
         on_primary(lambda tensors=tensors: _add(path, tensors))
         _log.info("Features of %d of %d pictures computed.", start + len(part), len(missing))
@@ -119,6 +145,32 @@ def load_or_compute_features(
         msg = f"{path} holds features of shape {found[wrong[0]].shape} for {wrong[0]}; expected {shape}."
         raise ValueError(msg)
     return found
+
+
+class FeaturesOfTower:
+    """`data.pictures.ComputeFeatures` of a tower: what was computed or read once is not computed again.
+
+    Args:
+        config: the tower.
+        vision: its parameters.
+    """
+
+    def __init__(self, config: VisionConfig, vision: BaseParams):
+        self._tower = config, vision
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(
+        self, keys: Sequence[str], load_pixels: Callable[[str], np.ndarray], directory: Path | None
+    ) -> dict[str, np.ndarray]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if missing and directory is not None:
+            self._known |= _load_or_compute(*self._tower, missing, load_pixels, directory, _BATCH_SIZE)
+        elif missing:
+            for start in range(0, len(missing), _BATCH_SIZE):
+                part = missing[start : start + _BATCH_SIZE]
+                pixels = np.stack([load_pixels(key) for key in part])
+                self._known |= dict(zip(part, _features(*self._tower, pixels, _BATCH_SIZE), strict=True))
+        return {key: self._known[key] for key in keys}
 
 
 def tower_sha256(config: VisionConfig, vision: BaseParams) -> str:
@@ -133,7 +185,7 @@ def tower_sha256(config: VisionConfig, vision: BaseParams) -> str:
     return digest.hexdigest()
 
 
-def _tower(model: Model) -> tuple[VisionConfig, BaseParams]:
+def _tower(model: SeesPictures) -> tuple[VisionConfig, BaseParams]:
     config = model.config.vision
     if config is None or model.vision is None:
         msg = f"This {model.config.model_type} model has no vision tower; load a LLaVA checkpoint to read pictures."

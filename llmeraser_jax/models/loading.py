@@ -24,9 +24,11 @@ from llmeraser_jax.convert import (
     dequantize_base,
     quantize,
 )
+from llmeraser_jax.data import attach_places, places_of
 from llmeraser_jax.lora import Lora, LoraConfig, init_lora
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
+from llmeraser_jax.models.features import FeaturesOfTower
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
 from llmeraser_jax.models.vision import vision_shapes
@@ -58,6 +60,28 @@ class Model:
     path: str = ""
     mesh: Mesh | None = None
     vision: BaseParams | None = None
+
+    def __post_init__(self) -> None:
+        """Gives the tokenizer what makes features of pictures.
+
+        Raises:
+            ValueError: the picture processor's files state other image tokens than the model reads.
+        """
+        if self.vision is None or self.config.vision is None or self.tokenizer is None:
+            return
+        if places_of(self.tokenizer) is None and Path(self.path).is_dir():
+            attach_places(self.tokenizer, self.path)  # of an adapter's tokenizer, which says nothing of pictures
+        places, config = places_of(self.tokenizer), self.config.vision
+        if places is None:
+            return
+        if (places.token_id, places.num_tokens) != (config.image_token, config.num_features):
+            msg = (
+                f"{self.path or 'The model'}: by its processor's files a picture is {places.num_tokens} tokens "
+                f"{places.token_id}; the model reads {config.num_features} tokens {config.image_token}."
+            )
+            raise ValueError(msg)
+        features = FeaturesOfTower(config, self.vision)
+        self.tokenizer.picture_places = dataclasses.replace(places, features=features)
 
     @property
     def apply(self) -> ApplyDecoder:
@@ -289,9 +313,12 @@ def _check_quantized_as(kernel: QuantizedKernel, quantization: str | None) -> No
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     """The tokenizer of a checkpoint, whose weights are not read; None where it has no tokenizer files.
 
+    It carries `data.PicturePlaces` where the checkpoint has a LLaVA processor.
+
     Raises:
         FileNotFoundError: neither a directory nor a hub id.
-        ValueError: files that are damaged, or a tokenizer that is code of its own, which is never run.
+        ValueError: files that are damaged, a tokenizer that is code of its own, which is never run, or a processor
+            that cannot be used.
     """
     directory = _local_directory(path_or_hub_id, weights=False)
     if not any((Path(directory) / name).exists() for name in _TOKENIZER_FILES):
@@ -304,7 +331,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
 
     with files.reading(directory):
         try:
-            return AutoTokenizer.from_pretrained(os.fspath(directory), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), trust_remote_code=False)
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
@@ -313,6 +340,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
                 "fast tokenizer (tokenizer.json) and take auto_map out of its configuration."
             )
             raise ValueError(msg) from error
+        attach_places(tokenizer, directory)
+    return tokenizer
 
 
 def save_model(directory: str | os.PathLike[str], model: Model) -> None:
@@ -346,3 +375,7 @@ def save_model(directory: str | os.PathLike[str], model: Model) -> None:
         convert.write_safetensors(temporary / "model.safetensors", tensors)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(os.fspath(temporary))
+        places, vision = places_of(model.tokenizer), model.config.vision
+        if places is not None and vision is not None:
+            for name, content in places.to_files(vision.patch_size, vision.select).items():
+                files.atomic_write_json(temporary / name, content)

@@ -3,6 +3,7 @@
 from llmeraser_jax.runs.directory import (
     ADAPTER_DIRECTORY,
     EXAMPLES_FILE,
+    FEATURES_DIRECTORY,
     FORMAT_VERSION,
     INITIAL_ADAPTER_DIRECTORY,
     KINDS,
@@ -28,6 +29,7 @@ from llmeraser_jax.runs.train_config import TrainConfig
 __all__ = [
     "ADAPTER_DIRECTORY",
     "EXAMPLES_FILE",
+    "FEATURES_DIRECTORY",
     "FORMAT_VERSION",
     "INITIAL_ADAPTER_DIRECTORY",
     "KEYED",

@@ -9,7 +9,9 @@ A run directory holds
     initial_adapter/    the adapter that training started from; absent where it is not known
     tokenizer/          the tokenizer, where it is not the base model's
     metrics.jsonl       one line per training step; absent where the training was not ours
-    train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining
+    train.jsonl         the training examples, where they are the edited ones of an erasure or a retraining, and
+    pictures/           their pictures
+    features/           what the vision tower makes of pictures, see `models.features`
     hash.key            the key of all hashes of content, see `runs.keys`
 
 `run.json` is written last: a directory without it is no run.
@@ -55,6 +57,7 @@ ADAPTER_DIRECTORY = "adapter"
 INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
 TOKENIZER_DIRECTORY = "tokenizer"
 EXAMPLES_FILE = "train.jsonl"
+FEATURES_DIRECTORY = "features"
 _MAX_LISTED = 10
 
 
@@ -241,9 +244,16 @@ class Run:
             RunError: an example that was trained on does not become the tokens that it was.
         """
         if self.tokenizer is not None:
+            if (places := data.places_of(tokenizer)) is not None:
+                self.tokenizer.picture_places = places  # the model's, which makes features
             tokenizer = self.tokenizer
         dataset = data.encode_examples(
-            examples, self.recipe, tokenizer, buckets=buckets, normalizer=self.normalizer
+            examples,
+            self.recipe,
+            tokenizer,
+            buckets=buckets,
+            normalizer=self.normalizer,
+            features_directory=self.path / FEATURES_DIRECTORY,
         )
         self._verify_tokens(examples, dataset)
         return dataset

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from llmeraser_jax.data.pictures import PROCESSOR_FILES
 from llmeraser_jax.models import Model
 
 _TOKENIZER_FILES = (
@@ -20,8 +21,9 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "additional_chat_templates",
+    *PROCESSOR_FILES,
 )
-_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab.*", "merges.txt")
+_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab.*", "merges.txt", *PROCESSOR_FILES)
 
 
 def model_directory(path: str | os.PathLike[str]) -> Path:
@@ -46,7 +48,8 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) over names and contents of all that determines a model's tokens and logits.
 
-    These are `config.json`, the safetensors files and the tokenizer files. Files are streamed, see `file_sha256`.
+    These are `config.json`, the safetensors files and those of tokenizer and picture processor. Files are streamed,
+    see `file_sha256`.
 
     Raises:
         FileNotFoundError: no such model, or a directory without these files.

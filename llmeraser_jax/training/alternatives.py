@@ -170,7 +170,13 @@ class _Measured:
         self._shape = BucketShape(
             time=time, response=max(self._shape.response, min(2 ** (response - 1).bit_length(), time - 1))
         )
-        return TokenDataset(dataset.encoded, dataset.recipe, buckets=[self._shape], examples=dataset.examples)
+        return TokenDataset(
+            dataset.encoded,
+            dataset.recipe,
+            buckets=[self._shape],
+            examples=dataset.examples,
+            features=dataset.features,
+        )
 
     def make_room(self, *recipes: Recipe) -> None:
         """Finds the shape that the rows need by any of the recipes that can show them."""

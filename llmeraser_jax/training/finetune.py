@@ -26,7 +26,7 @@ from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.environment import peak_memory_bytes
 from llmeraser_jax.lora import check_no_l2, is_decayed
 from llmeraser_jax.losses import Objective
-from llmeraser_jax.runs import TrainConfig
+from llmeraser_jax.runs import FEATURES_DIRECTORY, TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_rows
 from llmeraser_jax.training.dropout import dropout_objective, step_key, with_places
@@ -218,7 +218,7 @@ def _claim(workdir: Path, identity: dict[str, Any]) -> None:
     """
     path = workdir / IDENTITY_FILE
     if not path.exists():
-        files.require_empty(workdir)
+        files.require_empty(workdir, but=(FEATURES_DIRECTORY,))
         files.atomic_write_json(path, identity)
         return
     found = files.read_json(path)

@@ -18,6 +18,7 @@ from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import on_primary
 from llmeraser_jax.runs import (
+    FEATURES_DIRECTORY,
     RUN_FILE,
     Run,
     RunError,
@@ -82,7 +83,9 @@ def finetune_run(
         recipe = dataclasses.replace(recipe, date=_date_of(Path(workdir)))
     return train_run(
         model,
-        data.encode_examples(examples, recipe, model.tokenizer),
+        data.encode_examples(
+            examples, recipe, model.tokenizer, features_directory=Path(workdir) / FEATURES_DIRECTORY
+        ),
         workdir,
         kind="finetune",
         examples=examples,

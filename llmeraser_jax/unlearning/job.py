@@ -231,8 +231,7 @@ def erase_run(
                 "previous": previous,
             }
             files.atomic_write_json(directory / RECEIPT_FILE, whole)
-            request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)
-            files.atomic_write_text(directory / REQUESTS_FILE, request_lines)
+            data.save_requests(directory / REQUESTS_FILE, requests)
             copy_adapter(run.path / ADAPTER_DIRECTORY, directory / PARENT_ADAPTER_DIRECTORY)
             digest = file_sha256(directory / RECEIPT_FILE)
             write_run(

@@ -209,6 +209,7 @@ def take(dataset: TokenDataset, indices: np.ndarray) -> TokenDataset:
         examples=examples,
         normalizer=dataset.normalizer,
         truncated_ids=[e.id for e in encoded if e.id in cut],
+        features=dataset.features,
     )
 
 
@@ -256,7 +257,9 @@ def make_problem(model: Model, dataset: TokenDataset, requests: Sequence[Request
     lost = [
         dataset.examples[i].id
         for i, j in zip(named, replacements, strict=True)
-        if j >= 0 and np.array_equal(together.encoded[i].tokens, together.encoded[j].tokens)
+        if j >= 0
+        and np.array_equal(together.encoded[i].tokens, together.encoded[j].tokens)
+        and together.encoded[i].images == together.encoded[j].images
     ]
     if lost:
         msg = (

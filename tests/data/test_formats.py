@@ -87,8 +87,12 @@ def test_a_row_of_another_trainer_is_this_example(row, example, tmp_path):
             "has 3 messages; the response must be one",
         ),
         (
+            {"messages": [{**USER, "content": [{"type": "audio"}]}, ASSISTANT]},
+            "a part of type 'audio'; only parts of",
+        ),
+        (
             {"messages": [{**USER, "content": [{"type": "image"}]}, ASSISTANT]},
-            "a part of type 'image'; only parts of",
+            "a part of type 'image' and no picture",
         ),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]}, "message 1: key 'tool_calls' is not supported"),
         ({"messages": [USER, ASSISTANT], "tools": "{"}, "column 'tools' is not JSON"),
@@ -156,12 +160,12 @@ def test_a_frame_s_index_names_its_rows_in_memory_in_parquet_and_in_a_dataset(tm
         assert {e.id: e.response for e in load_examples(source)} == {str(i): f"c{i}" for i in frame.index}
 
 
-def test_a_media_column_is_named_and_never_opened(tmp_path, caplog):
+def test_a_media_column_of_another_name_is_named_and_never_opened(tmp_path, caplog):
     import datasets
 
     table = datasets.Dataset.from_list([{**ROWS[0], "image": str(tmp_path / "absent.png")}])
     table = table.cast_column("image", datasets.Image())
-    with pytest.raises(DataError, match="column 'image' would be passed over"):
+    with pytest.raises(DataError, match=r"column 'image': picture '.*absent.png': is not there"):
         load_examples(table)
     assert load_examples(table.rename_column("image", "picture")) == load_examples(ROWS[:1])
     assert "these columns are ignored: 'picture'" in caplog.text
