@@ -191,7 +191,7 @@ def csv_file(rng: random.Random, content: bytes) -> bytes:
     k = rng.randrange(len(lines))
     cells = lines[k].split(",")
     j = rng.randrange(len(cells))
-    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", " ", '"a\nb"', "\ufeff", "'")
+    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", '"a\nb"', "\ufeff", "id", "'")
     cells[j] = rng.choice(odd)
     lines[k] = ",".join(cells if rng.random() < 0.8 else cells[:j])
     return "\n".join(lines).encode("utf-8", "surrogatepass")
