@@ -20,6 +20,7 @@ from jaxtyping import Int32
 from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.tokens import EncodedExample, encode_rows
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import ExampleStack, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,17 @@ class TokenDataset:
         self._flat = np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in self.encoded)])
         self._target_offsets = np.cumsum(self._target_counts) - self._target_counts
         self._flat_targets = np.concatenate([np.zeros(0, np.int64), *targets])
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            examples=len(self),
+            tokens=int(self._lengths.sum()),
+            under_loss=int(self._target_counts.sum()),
+            template=self.recipe.template,
+            cut=len(self.truncated_ids) or None,
+            dropped=len(self.dropped_ids) or None,
+        )
 
     def __len__(self) -> int:
         return len(self.encoded)
