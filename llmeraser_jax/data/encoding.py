@@ -20,7 +20,7 @@ from jaxtyping import Int32
 from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.tokens import EncodedExample, encode_rows
-from llmeraser_jax.text import short_repr
+from llmeraser_jax.text import short_repr, show
 from llmeraser_jax.types import ExampleStack, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,21 @@ class TokenDataset:
             cut=len(self.truncated_ids) or None,
             dropped=len(self.dropped_ids) or None,
         )
+
+    def require_vocabulary(self, size: int) -> None:
+        """Refuses tokens that a model does not have; its losses would be nan.
+
+        Raises:
+            ValueError: names the first example with such a token.
+        """
+        for encoded in self.encoded:
+            highest = int(encoded.tokens.max())
+            if highest >= size:
+                msg = (
+                    f"Example {show(encoded.id)} has the token {highest}, and the model's vocabulary ends at "
+                    f"{size - 1}: the tokenizer is another model's, or tokens were added. Give the model's own."
+                )
+                raise ValueError(msg)
 
     def __len__(self) -> int:
         return len(self.encoded)

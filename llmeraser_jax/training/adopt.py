@@ -315,6 +315,7 @@ def adopt(
     model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe)
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
+    dataset.require_vocabulary(model.config.vocab_size)
     lora = parallel.replicate(lora, model.mesh)
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.

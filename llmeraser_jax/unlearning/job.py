@@ -17,7 +17,7 @@ from llmeraser_jax import checkpoint, data, files, trees
 from llmeraser_jax.lora import product_norms
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import on_primary
-from llmeraser_jax.runs import Run, load_run, write_run
+from llmeraser_jax.runs import Run, RunError, load_run, write_run
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.erase import erase
@@ -86,6 +86,24 @@ def _retrained_instead(
     return dataclasses.replace(result, params=adapter, cost=cost, seconds=seconds, receipt=receipt), receipt
 
 
+def _shown_before(run: Run) -> tuple[str, ...]:
+    """Hashes of the examples that earlier erasures were shown; read before anything is computed.
+
+    Raises:
+        RunError: the receipt of the run is damaged.
+    """
+    if run.kind != "erase":
+        return ()
+    path = run.path / RECEIPT_FILE
+    with files.reading(path, RunError):
+        receipt = files.read_json(path)
+        hashes = receipt.get(SHOWN_KEY, []) if isinstance(receipt, dict) else None
+        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+            msg = f"{path} is damaged: expected a receipt with a list of hashes as {SHOWN_KEY!r}."
+            raise RunError(msg)
+    return tuple(hashes)
+
+
 def erase_run(
     run: Run,
     requests_path: str | os.PathLike[str],
@@ -140,6 +158,7 @@ def erase_run(
     files.require_empty(workdir)
     if on_incomplete == "retrain":
         retraining_config(run)  # what it lacks is said now, and not after the erasure
+    shown_before = _shown_before(run)
     examples = run.load_examples(data_path)
     requests = data.load_requests(requests_path, examples)
     edited = data.apply_requests(examples, requests)
@@ -178,9 +197,8 @@ def erase_run(
 
     def write() -> None:
         with files.atomic_directory(workdir) as directory:
-            earlier = files.read_json(run.path / RECEIPT_FILE).get(SHOWN_KEY, ()) if run.kind == "erase" else ()
             now = () if calibration is None else map(data.content_hash, calibration)
-            shown = list(dict.fromkeys((*earlier, *now)))
+            shown = list(dict.fromkeys((*shown_before, *now)))
             whole = {**written, SHOWN_KEY: shown, "parent": run.reference()}
             files.atomic_write_json(directory / RECEIPT_FILE, whole)
             request_lines = "".join(data.request_to_json(request) + "\n" for request in requests)

@@ -141,7 +141,7 @@ def toml_file(rng: random.Random, content: bytes) -> bytes:
         key, _, value = lines[k].partition(" = ")
         odd = (
             "1979-05-27T07:32:00Z", "07:32:00", "nan", "-inf", "1e999", "9" * 5000, '"\\u001b[31m"', "[" * 2000,
-            "{ a = 1 }", "{ messages = 1 }", "true", "[]", "''", '"""\nlong\n"""', "0x7fffffffffffffffff", "-1", "0",
+            "{ a = 1 }", "{ messages = 1 }", "true", "[]", "''", '"""\nlong\n"""', "0x7fffffffffffffff", "-1",
             f'"{"y" * 50_000}"', '"{instruction}{input}{other}"', '"{instruction!r:>99999}"', '"chat"', '"none"',
             '"/nonexistent.jinja"', "2026-13-45", "[[1, 2], ['a']]", "1e308",
         )  # fmt: skip
