@@ -171,7 +171,7 @@ def reading(path: str | os.PathLike[str], error: type[ValueError] = ValueError) 
         if name in message and message == str(found):
             raise
         # A subclass of the package's own takes a message; those of others need not.
-        own = isinstance(found, error) and type(found).__module__.startswith(__package__)
+        own = isinstance(found, error) and type(found).__module__.startswith("llmeraser_jax")
         kind = type(found) if own else error
         raise kind(message if name in message else f"{name}: {message}") from found
 
