@@ -31,6 +31,7 @@ if interrupts.is_console():  # before the imports that take seconds
 from llmeraser_jax import curvature, evaluation, rivals, solvers
 from llmeraser_jax.data import (
     Action,
+    ArrayExamples,
     Example,
     Recipe,
     Request,
@@ -81,6 +82,7 @@ __all__ = [
     "PAPER_STEP",
     "PUBLIC_SCRIPT",
     "Action",
+    "ArrayExamples",
     "Auto",
     "Corrected",
     "CurvatureSpec",

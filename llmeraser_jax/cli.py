@@ -395,33 +395,26 @@ class Erase:
         return _status(receipt)
 
     def _erase(self, run, mesh: Mesh | None) -> Receipt:
-        """With a progress bar, and the receipt in a few lines on standard output."""
-        from llmeraser_jax.tracking import progress
+        """Erases, and says the receipt in a few lines on standard output."""
         from llmeraser_jax.unlearning.drift import words_of
         from llmeraser_jax.unlearning.job import erase_run
         from llmeraser_jax.unlearning.receipt import RECEIPT_FILE, read_receipt
 
-        with progress(description="erasing the forget rows", total=100) as bar:
-
-            def on_step(step) -> None:
-                bar.update(round(100 * step.progress) - bar.n)
-
-            made, result = erase_run(
-                run,
-                self.requests,
-                self.workdir,
-                self.method,
-                self.budget,
-                seed=self.seed,
-                chunk_size=self.chunk_size,
-                audit=self.audit,
-                mesh=mesh,
-                data_path=self.data,
-                calibration_path=self.calibration,
-                target_loss=self.target_loss,
-                on_incomplete=self.on_incomplete,
-                on_step=on_step,
-            )
+        made, result = erase_run(
+            run,
+            self.requests,
+            self.workdir,
+            self.method,
+            self.budget,
+            seed=self.seed,
+            chunk_size=self.chunk_size,
+            audit=self.audit,
+            mesh=mesh,
+            data_path=self.data,
+            calibration_path=self.calibration,
+            target_loss=self.target_loss,
+            on_incomplete=self.on_incomplete,
+        )
         receipt = result.receipt
         assert receipt is not None  # of the package's own methods
         counts = ", ".join(f"{count} {action}" for action, count in receipt.counts.items() if count)

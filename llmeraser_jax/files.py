@@ -174,7 +174,9 @@ def reading(path: str | os.PathLike[str], error: type[ValueError] = ValueError) 
         message = bounded(str(found))
         if name in message and message == str(found):
             raise
-        kind = type(found) if isinstance(found, error) else error
+        # A subclass of the package's own takes a message; those of others need not.
+        own = isinstance(found, error) and type(found).__module__.startswith("llmeraser_jax")
+        kind = type(found) if own else error
         raise kind(message if name in message else f"{name}: {message}") from found
 
 

@@ -50,3 +50,9 @@ def bounded(message: str, longest: int = LONGEST_MESSAGE) -> str:
 def one_line(message: object, longest: int = LONGEST_MESSAGE) -> str:
     """`bounded`, with line breaks as spaces."""
     return " ".join(bounded(str(message), longest).split())
+
+
+def short_repr(value: object, **facts: object) -> str:
+    """What a notebook shows of an object: its class and a few facts, in at most 480 characters."""
+    shown = ", ".join(f"{name}={show(fact, 160)}" for name, fact in facts.items() if fact is not None)
+    return f"{type(value).__name__}({shown if len(shown) <= 440 else shown[:437] + '...'})"

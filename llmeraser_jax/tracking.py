@@ -109,13 +109,21 @@ def _tensorboard_writer(directory: str | os.PathLike[str], *, purge_step: int) -
     return SummaryWriter(os.fspath(directory), purge_step=purge_step)
 
 
-def progress(*, description: str, total: int, initial: int = 0) -> tqdm:
-    """A progress bar, moved with `.update()`; shown by the primary process on a terminal only.
+def is_watched() -> bool:
+    """Whether somebody sees what is written while it is: on a terminal, or in a notebook."""
+    interactive = sys.modules.get("IPython")
+    shell = None if interactive is None else interactive.get_ipython()
+    return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def progress(*, description: str, total: int, initial: int = 0, shown: bool | None = None) -> tqdm:
+    """A progress bar, moved with `.update()`; shown by the primary process where somebody watches.
 
     Args:
         description: the words before the bar.
         total: how many items.
         initial: items done before a restart.
+        shown: None is where somebody watches.
     """
-    hidden = not is_primary() or not sys.stderr.isatty()
+    hidden = not is_primary() or not (is_watched() if shown is None else shown)
     return tqdm(desc=description, total=total, initial=initial, disable=hidden, leave=False)

@@ -1,5 +1,6 @@
 """Data: examples, prompt templates, tokens with a loss mask, length buckets, and request files."""
 
+from llmeraser_jax.data.arrays import ArrayExamples
 from llmeraser_jax.data.encoding import (
     BucketShape,
     TokenDataset,
@@ -28,6 +29,7 @@ from llmeraser_jax.data.tokens import EncodedExample, turn_ends
 
 __all__ = [
     "Action",
+    "ArrayExamples",
     "BucketShape",
     "DataError",
     "EncodedExample",

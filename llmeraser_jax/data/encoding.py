@@ -22,6 +22,7 @@ from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.pictures import places_of
 from llmeraser_jax.data.templates import Recipe
 from llmeraser_jax.data.tokens import EncodedExample, encode_rows
+from llmeraser_jax.text import short_repr, show
 from llmeraser_jax.types import ExampleStack, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,32 @@ class TokenDataset:
         self._flat = np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in self.encoded)])
         self._target_offsets = np.cumsum(self._target_counts) - self._target_counts
         self._flat_targets = np.concatenate([np.zeros(0, np.int64), *targets])
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            examples=len(self),
+            tokens=int(self._lengths.sum()),
+            under_loss=int(self._target_counts.sum()),
+            template=self.recipe.template,
+            cut=len(self.truncated_ids) or None,
+            dropped=len(self.dropped_ids) or None,
+        )
+
+    def require_vocabulary(self, size: int) -> None:
+        """Refuses tokens that a model does not have; its losses would be nan.
+
+        Raises:
+            ValueError: names the first example with such a token.
+        """
+        for encoded in self.encoded:
+            highest = int(encoded.tokens.max())
+            if highest >= size:
+                msg = (
+                    f"Example {show(encoded.id)} has the token {highest}, and the model's vocabulary ends at "
+                    f"{size - 1}: the tokenizer is another model's, or tokens were added. Give the model's own."
+                )
+                raise ValueError(msg)
 
     def __len__(self) -> int:
         return len(self.encoded)

@@ -18,7 +18,7 @@ from typing import Any
 from llmeraser_jax import files
 from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.pictures import Picture, copy_pictures, read_pictures
-from llmeraser_jax.data.sources import problem_of_json
+from llmeraser_jax.data.sources import describe, problem_of_json, read_rows
 from llmeraser_jax.text import one_line, show
 
 _MAX_LISTED = 20
@@ -63,11 +63,12 @@ class Request:
     images: tuple[Picture, ...] = ()
 
 
-def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> tuple[Request, ...]:
-    """Reads a request file (JSON lines) and checks it against the data.
+def load_requests(source: Any, examples: Sequence[Example]) -> tuple[Request, ...]:
+    """Reads requests and checks them against the data.
 
     Args:
-        path: the file.
+        source: a file of JSON lines; or, from Python, a list of dicts, a `datasets.Dataset`, or a pandas frame,
+            where a null is an absent key.
         examples: the training examples that the requests name by id.
 
     Returns:
@@ -76,8 +77,12 @@ def load_requests(path: str | os.PathLike[str], examples: Sequence[Example]) -> 
     Raises:
         FileNotFoundError: there is no such file.
         RequestError: everything that is wrong with it, by line.
+        DataError: a source of another kind.
     """
-    path = Path(path)
+    if not isinstance(source, str | os.PathLike):
+        rows = [_without_nulls(row) for _, row in read_rows(source)]
+        return parse_requests(rows, examples, source=describe(source))
+    path = Path(source)
     if not path.is_file():
         msg = f"{path}: there is no such request file."
         raise FileNotFoundError(msg)
@@ -237,6 +242,15 @@ def _to_line(request: Request, images: Sequence[str]) -> str:
     if images:
         fields["images"] = list(images)
     return json.dumps(fields, ensure_ascii=False)
+
+
+def _without_nulls(row: Any) -> Any:
+    """A table's row as a request: columns that say nothing are absent, and a number of turns is whole again."""
+    if not isinstance(row, Mapping):
+        return row
+    fields = {key: value for key, value in row.items() if value is not None}
+    turn = fields.get("turn")
+    return {**fields, "turn": int(turn)} if isinstance(turn, float) and turn.is_integer() else fields
 
 
 class _ProblemError(Exception):

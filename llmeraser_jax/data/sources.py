@@ -162,6 +162,7 @@ def _read_parquet(path: Path) -> Iterable[Any]:
 
     try:
         table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)  # else offsets in a damaged file end the process
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         msg = f"{path}: not a readable parquet file: {error}"
@@ -184,6 +185,8 @@ def _read_datasets_directory(path: Path) -> Iterable[Any]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.Dataset):
+            loaded.data.validate(full=True)  # else offsets in a damaged file end the process
     except Exception as error:  # whatever wrong types in its JSON files make datasets raise
         if files.lfs_pointers(path):
             raise  # `files.reading` says so

@@ -176,17 +176,19 @@ class Recipe:
         if add_bos is None:
             add_bos = not chat and tokenizer_adds_bos(tokenizer)
         add_eos = not chat if self.add_eos is None else self.add_eos
+        origin = getattr(tokenizer, "name_or_path", "")
+        named = f"the tokenizer in {origin}" if origin else "the tokenizer"
         problem = None
         if add_bos and tokenizer.bos_token_id is None:
-            problem = "add_bos is true, but the tokenizer has no BOS token; set add_bos = false"
+            problem = f"add_bos is true, but {named} has no BOS token; set add_bos = false"
         elif add_eos and tokenizer.eos_token_id is None:
-            problem = "add_eos is true, but the tokenizer has no EOS token; set add_eos = false"
+            problem = f"add_eos is true, but {named} has no EOS token; set add_eos = false"
         elif chat and prefix:
             problem = f"response_prefix is {prefix!r}, but a chat template writes what comes before a response"
         elif chat and tokenization == "separate":
             problem = "tokenization is 'separate', but a conversation is rendered and tokenised as a whole"
         elif chat and not (self.chat_template or getattr(tokenizer, "chat_template", None)):
-            problem = "template is 'chat', but the tokenizer has no chat template; state chat_template or another"
+            problem = f"template is 'chat', but {named} has no chat template; state chat_template or another"
         elif not chat and (self.chat_template or self.chat_template_kwargs or self.date):
             problem = (
                 f"chat_template, chat_template_kwargs and date act on 'chat' only, and template is {template!r}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from llmeraser_jax import files
 from llmeraser_jax.data.chat import ChatRenderer
 from llmeraser_jax.data.examples import Example
 from llmeraser_jax.data.pictures import PicturePlaces, places_of
@@ -114,7 +115,9 @@ def encode_rows(examples: Sequence[Example], recipe: Recipe, tokenizer: Any) -> 
     if not examples:
         return EncodedRows((), (), (), ())
     if recipe.template == "chat":
-        rows = _encode_conversations(examples, recipe, tokenizer)
+        origin = "the recipe" if recipe.chat_template else getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        with files.reading(f"The chat template of {origin}"):
+            rows = _encode_conversations(examples, recipe, tokenizer)
     else:
         rows = _encode_texts(examples, recipe, tokenizer)
     places = places_of(tokenizer)

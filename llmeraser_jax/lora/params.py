@@ -18,6 +18,7 @@ from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, adaptable_stacks, adapted_modules, resolve_config
 from llmeraser_jax.lora.copies import COPIES, check_copies, fresh_copies, with_copies
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
 
@@ -35,6 +36,10 @@ class Lora:
 
     params: Any
     config: LoraConfig = flax.struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        numbers = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self.params))
+        return short_repr(self, rank=self.config.rank, modules=self.config.target_modules, numbers=numbers)
 
 
 def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig, base: BaseParams | None = None) -> Lora:

@@ -93,7 +93,7 @@ def load_adapter(directory: str | os.PathLike[str], model: AdaptableModel) -> Lo
             them are listed.
     """
     directory = Path(directory)
-    with files.reading(directory):
+    with files.reading(directory), np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
         return _load_adapter(directory, model)
 
 

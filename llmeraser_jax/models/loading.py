@@ -33,6 +33,7 @@ from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
 from llmeraser_jax.models.vision import vision_shapes
 from llmeraser_jax.parallel import sharding_for
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import BaseParams, Key
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,19 @@ class Model:
             raise ValueError(msg)
         features = FeaturesOfTower(config, self.vision)
         self.tokenizer.picture_places = dataclasses.replace(places, features=features)
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            path=self.path or None,
+            type=self.config.model_type,
+            layers=self.config.num_layers,
+            width=self.config.width,
+            vocab=self.config.vocab_size,
+            dtype=str(jax.tree.leaves(self.base)[0].dtype),
+            quantization=self.quantization,
+            mesh=None if self.mesh is None else dict(self.mesh.shape),
+        )
 
     @property
     def apply(self) -> ApplyDecoder:

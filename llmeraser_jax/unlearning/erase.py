@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmeraser_jax import tracking
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.budget import Budget
 from llmeraser_jax.unlearning.known_rows import KnownRows
@@ -27,6 +28,7 @@ def erase(
     audit: bool = False,
     known: KnownRows | None = None,
     on_step: Callable[[Any], None] = lambda record: None,
+    progress: bool | None = None,
 ) -> Result:
     """Makes the adapter forget, or remember differently, what the task's requests name.
 
@@ -48,6 +50,7 @@ def erase(
         audit: report gradient norms of all examples instead of a sample.
         known: losses under the adapter as trained, of an earlier request; gets those that are computed.
         on_step: called after every accepted step.
+        progress: show a progress bar; None is on a terminal and in a notebook.
 
     Returns:
         The new parameters, their cost and the receipt. The change is zero where target matching finds every row
@@ -57,14 +60,20 @@ def erase(
         UnlearningError: no usable step was found; there is no result.
         ValueError: a replacement that cannot be encoded, or a row whose loss is not finite.
     """
-    workspace = Workspace(
-        budget=Budget.of_share(budget, task.cost_of_retraining),
-        mesh=task.mesh,
-        chunk_size=chunk_size,
-        seed=seed,
-        directory=directory,
-        audit=audit,
-        on_step=on_step,
-        known=known,
-    )
-    return method.run(task, workspace)
+    with tracking.progress(description="erasing the forget rows", total=100, shown=progress) as bar:
+
+        def moved(record: Any) -> None:
+            bar.update(round(100 * record.progress) - bar.n)
+            on_step(record)
+
+        workspace = Workspace(
+            budget=Budget.of_share(budget, task.cost_of_retraining),
+            mesh=task.mesh,
+            chunk_size=chunk_size,
+            seed=seed,
+            directory=directory,
+            audit=audit,
+            on_step=moved,
+            known=known,
+        )
+        return method.run(task, workspace)

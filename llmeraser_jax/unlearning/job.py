@@ -17,7 +17,17 @@ from llmeraser_jax.data import Example
 from llmeraser_jax.lora import copy_adapter, product_norms
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import on_primary
-from llmeraser_jax.runs import ADAPTER_DIRECTORY, KEYED, PLAIN, Run, RunKeys, file_sha256, load_run, write_run
+from llmeraser_jax.runs import (
+    ADAPTER_DIRECTORY,
+    KEYED,
+    PLAIN,
+    Run,
+    RunError,
+    RunKeys,
+    file_sha256,
+    load_run,
+    write_run,
+)
 from llmeraser_jax.training.replay import replay, run_with_checkpoints
 from llmeraser_jax.training.retrain import retrain, retraining_config
 from llmeraser_jax.unlearning.auto import Auto
@@ -101,17 +111,27 @@ def _hashed(
     return [{**one, "hash_before": before[one["id"]], "hash_after": after.get(one["id"])} for one in named]
 
 
-def _shown_before(run: Run, keys: RunKeys) -> Sequence[str]:
-    """Hashes of what the erasures before were shown as never trained on."""
-    shown = (read_receipt(run) or {}).get(SHOWN_KEY, ())
-    if run.hashes == PLAIN:
-        return [keys.shown(sha256) for sha256 in shown]
-    if shown and run.keys is None:
+def _shown_before(run: Run) -> tuple[str, ...]:
+    """Hashes of the examples that earlier erasures were shown; read before anything is computed.
+
+    Raises:
+        RunError: the receipt of the run is damaged.
+    """
+    if run.kind != "erase":
+        return ()
+    path = run.path / RECEIPT_FILE
+    with files.reading(path, RunError):
+        receipt = read_receipt(run)
+        hashes = receipt.get(SHOWN_KEY, []) if isinstance(receipt, dict) else None
+        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+            msg = f"{path} is damaged: expected a receipt with a list of hashes as {SHOWN_KEY!r}."
+            raise RunError(msg)
+    if hashes and run.hashes != PLAIN and run.keys is None:
         _log.warning(
             "The key of %s is not there: which held-out rows earlier erasures were shown is not known.", run.path
         )
         return ()
-    return shown
+    return tuple(hashes)
 
 
 def erase_run(
@@ -171,6 +191,7 @@ def erase_run(
     files.require_empty(workdir)
     if on_incomplete == "retrain":
         retraining_config(run)  # what it lacks is said now, and not after the erasure
+    shown_before = _shown_before(run)
     examples = run.load_examples(data_path)
     requests = data.load_requests(requests_path, examples)
     edited = data.apply_requests(examples, requests)
@@ -221,11 +242,12 @@ def erase_run(
     def write() -> None:
         with files.atomic_directory(workdir) as directory:
             keys = RunKeys.new(heldout=None if run.keys is None else run.keys.heldout)
+            earlier = map(keys.shown, shown_before) if run.hashes == PLAIN else shown_before
             now = () if calibration is None else map(data.content_hash, calibration)
             whole = {
                 **written,
                 "named": _hashed(written["named"], keys, examples, edited),
-                SHOWN_KEY: list(dict.fromkeys((*_shown_before(run, keys), *map(keys.shown, now)))),
+                SHOWN_KEY: list(dict.fromkeys((*earlier, *map(keys.shown, now)))),
                 "hashes": KEYED,
                 "parent": run.reference(),
                 "previous": previous,

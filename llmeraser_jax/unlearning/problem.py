@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import ExampleSet
 
 Examples = TypeVar("Examples", bound=ExampleSet)
@@ -58,6 +59,10 @@ class EditProblem(Generic[Examples]):
         if self.num_edited_total < 1:
             msg = "The request removes every training example; nothing is left to be consistent with."
             raise ValueError(msg)
+
+    def __repr__(self) -> str:
+        removals = int(np.sum(self.replacements < 0))
+        return short_repr(self, trained=self.num_trained, removed=removals, replaced=len(self.named) - removals)
 
     @property
     def wanted(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from llmeraser_jax.environment import library_versions, peak_memory_bytes
 from llmeraser_jax.lora import Lora, product_norms
 from llmeraser_jax.runs import Run
 from llmeraser_jax.solvers import Status, describe
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.budget import GRADIENT, Cost
 from llmeraser_jax.unlearning.problem import EditProblem
@@ -162,6 +163,18 @@ class Receipt:
     peak_memory_bytes: int | None
     gradient_equivalents: Cost
     versions: Mapping[str, str | None]
+
+    def __repr__(self) -> str:
+        counts = {action: count for action, count in self.counts.items() if count}
+        return short_repr(
+            self,
+            outcome=self.outcome,
+            complete=self.complete,
+            method=self.method,
+            counts=counts,
+            steps=len(self.steps),
+            cost=round(self.gradient_equivalents.total, 1),
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """A JSON-ready dict. Numbers that do not exist (no probe, no trust region) are null."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from llmeraser_jax import trees
 from llmeraser_jax.models import Model
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import LoraParams
 from llmeraser_jax.unlearning.budget import Cost
 from llmeraser_jax.unlearning.receipt import Receipt
@@ -36,6 +37,11 @@ class Result:
     receipt: Receipt | None = None
     model: Model | None = None
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        receipt = self.receipt
+        outcome = None if receipt is None else receipt.outcome
+        return short_repr(self, outcome=outcome, cost=round(self.cost.total, 1), seconds=round(self.seconds, 1))
 
     @property
     def delta(self) -> LoraParams:

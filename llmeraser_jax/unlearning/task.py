@@ -27,6 +27,7 @@ from llmeraser_jax.losses import Objective, lm_objective
 from llmeraser_jax.models import Model
 from llmeraser_jax.parallel import replicate
 from llmeraser_jax.runs import Run, RunError
+from llmeraser_jax.text import short_repr
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.types import ExampleSet, LoraParams
 from llmeraser_jax.unlearning.problem import EditProblem
@@ -80,6 +81,8 @@ class UnlearningTask:
         if isinstance(self.model, Model) and (self.data is None or self.training is None):
             msg = "A task of a language model needs its data and its training, whose l2 is the objective's."
             raise ValueError(msg)
+        if isinstance(self.model, Model) and self.data is not None:
+            self.data.require_vocabulary(self.model.config.vocab_size)
         if not isinstance(self.requests, EditProblem) and not self.requests:
             msg = "There are no requests; nothing to erase."
             raise ValueError(msg)
@@ -91,6 +94,13 @@ class UnlearningTask:
             raise ValueError(msg)
         # Beside the base, on every device: programs refuse arguments on some of the devices of several processes.
         object.__setattr__(self, "adapter", replicate(self.adapter, self.mesh))
+
+    def __repr__(self) -> str:
+        requests = self.requests if isinstance(self.requests, EditProblem) else f"{len(self.requests)} requests"
+        model = self.model if isinstance(self.model, Model) else "an objective"
+        calibration = None if self.calibration is None else len(self.calibration)
+        data = None if self.data is None else len(self.data)
+        return short_repr(self, model=model, data=data, requests=requests, calibration=calibration)
 
     @property
     def language_model(self) -> Model:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 # Of start-up (the first imports, jax, the command's own imports) and of work; several at once are a load.
-DELAYS = (0.3, 0.7, 1.2, 1.8, 2.5, 4.0, 6.0)
+DELAYS = (0.3, 0.8, 1.5, 2.5, 5.0)
 LINE = {signal.SIGINT: "llmeraser: interrupted;", signal.SIGTERM: "llmeraser: terminated;"}
 
 

@@ -119,7 +119,7 @@ GOOD = {"prompt": "a", "response": "b"}
         ([{**GOOD, "question": "q", "answer": "a"}], r"columns of several formats \(question, prompt\)"),
         ([GOOD, {"question": "q", "answer": "a"}], r"row 1 .*format 'question', .* before have 'prompt'"),
         ([{"prompt": "a", "response": " \n"}], r"row 0 .*column 'response': the response is empty"),
-        ([{"prompt": 5, "response": "b"}], r"row 0 .*column 'prompt' must be a string, got int: '5'"),
+        ([{"prompt": 5, "response": "b"}], r"row 0 .*column 'prompt' must be a string, got int: 5"),
         ([{"prompt": "a", "response": ["b"]}], r"column 'response' must be a string, got list"),
         ([{"instruction": "a", "input": 1, "output": "b"}], r"column 'input' must be a string, got int"),
         ([{"prompt": "\ud800", "response": "b"}], r"column 'prompt' holds half of a surrogate pair"),

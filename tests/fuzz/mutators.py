@@ -141,7 +141,7 @@ def toml_file(rng: random.Random, content: bytes) -> bytes:
         key, _, value = lines[k].partition(" = ")
         odd = (
             "1979-05-27T07:32:00Z", "07:32:00", "nan", "-inf", "1e999", "9" * 5000, '"\\u001b[31m"', "[" * 2000,
-            "{ a = 1 }", "{ messages = 1 }", "true", "[]", "''", '"""\nlong\n"""', "0x7fffffffffffffffff", "-1", "0",
+            "{ a = 1 }", "{ messages = 1 }", "true", "[]", "''", '"""\nlong\n"""', "0x7fffffffffffffff", "-1",
             f'"{"y" * 50_000}"', '"{instruction}{input}{other}"', '"{instruction!r:>99999}"', '"chat"', '"none"',
             '"/nonexistent.jinja"', "2026-13-45", "[[1, 2], ['a']]", "1e308",
         )  # fmt: skip
@@ -191,7 +191,7 @@ def csv_file(rng: random.Random, content: bytes) -> bytes:
     k = rng.randrange(len(lines))
     cells = lines[k].split(",")
     j = rng.randrange(len(cells))
-    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", " ", '"a\nb"', "\ufeff", "'")
+    odd = ('"', '""', '"open', "a" * 200_000, "\0", "\x1b[31m", "x,y", "\r", "", '"a\nb"', "\ufeff", "id", "'")
     cells[j] = rng.choice(odd)
     lines[k] = ",".join(cells if rng.random() < 0.8 else cells[:j])
     return "\n".join(lines).encode("utf-8", "surrogatepass")

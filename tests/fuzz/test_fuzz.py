@@ -5,6 +5,7 @@ The slow part runs `LLMERASER_FUZZ` inputs of each kind (default: `SLOW`): pytes
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import time
 import pytest
 
 from llmeraser_jax import cli, text
-from tests.fuzz.subjects import make_subjects, write_directory
+from llmeraser_jax.data import chat
+from tests.fuzz.subjects import TEMPLATES, make_subjects, write_directory
 
 KINDS = (
     "requests jsonl", "data jsonl", "messages jsonl", "data json", "data csv", "data parquet", "data directory",
@@ -58,12 +60,12 @@ def complaint(status, told, path, seconds):
         return "a message without bound"
     if not all(re.sub(r"\t", " ", line).isprintable() for line in lines):
         return "a character that a terminal obeys"
-    if str(path) not in told:
+    if str(path) not in told and "The chat template of the recipe" not in told:
         return "does not name the file"
     return None
 
 
-def run(subject, seeds, work, capfd):
+def run(subject, seeds, work):
     failures = []
     ended = [0, 0]
     for seed in seeds:
@@ -88,6 +90,8 @@ def run(subject, seeds, work, capfd):
 @pytest.fixture
 def nobody(monkeypatch):
     monkeypatch.setattr(sys, "stdin", _NobodyThere())
+    monkeypatch.setattr(chat, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(chat, "_MOST_BYTES", 2**28)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,12 +101,68 @@ def test_whole_inputs_are_read(subjects, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_inputs_end_in_one_line_that_names_them(subjects, kind, tmp_path, capfd, nobody):
-    assert run(subjects[kind], range(QUICK), tmp_path, capfd) == []
+def test_damaged_inputs_end_in_one_line_that_names_them(subjects, kind, tmp_path, nobody):
+    assert run(subjects[kind], range(QUICK), tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_damaged_inputs(subjects, kind, tmp_path, capfd, nobody):
+def test_many_damaged_inputs(subjects, kind, tmp_path, nobody):
     count = int(os.environ.get("LLMERASER_FUZZ", SLOW))
-    assert run(subjects[kind], range(1000, 1000 + count), tmp_path, capfd) == []
+    assert run(subjects[kind], range(1000, 1000 + count), tmp_path) == []
+
+
+def test_code_of_a_tokenizer_is_refused_by_name(subjects, tmp_path, nobody):
+    from llmeraser_jax.models import load_tokenizer
+
+    files = dict(subjects["tokenizer"].files)
+    config = json.loads(files["tokenizer_config.json"])
+    config |= {"auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}, "tokenizer_class": "Mine"}
+    files["tokenizer_config.json"] = json.dumps(config).encode()
+    files["mine.py"] = b"open('ran', 'w')\n"
+    write_directory(tmp_path, files)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: its tokenizer is code of its own \(auto_map\)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e300"])
+def test_numbers_that_are_none_are_found_in_an_adapter(subjects, number, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    write_directory(tmp_path, subjects["adapter"].files)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if "v_proj.lora_B" in name)
+    tensors[name] = tensors[name].astype("float64")
+    tensors[name][0, 0] = float(number)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    status, told = outcome(subjects["adapter"], tmp_path)
+    assert status == 1 and "holds nan, infinity or numbers beyond float32 in layers/v_proj/b" in told
+
+
+def test_an_expression_that_takes_for_ever_is_refused(subjects, tmp_path, monkeypatch):
+    from llmeraser_jax.lora import config as lora_config
+
+    monkeypatch.setattr(lora_config, "_MOST_SECONDS", 0.2)
+    files = dict(subjects["adapter"].files)
+    config = json.loads(files["adapter_config.json"]) | {
+        "target_modules": r"(\w|\w\w|\.|[a-z.])+X|(.*)*(.*)*(.*)*Y"
+    }
+    files["adapter_config.json"] = json.dumps(config).encode()
+    write_directory(tmp_path, files)
+    status, told = outcome(subjects["adapter"], tmp_path)
+    assert status == 1 and "takes more than 0.2 s" in told and str(tmp_path) in told
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (TEMPLATES[0], "takes longer than 0.5 s"),
+        ("{% set n = namespace(x='a' * 2 ** 20) %}{% for i in range(20) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+         "MemoryError"),
+        ("{{ 'a' * 30000000 }}", "writes 30000000 characters"),
+    ],
+)  # fmt: skip
+def test_a_template_is_bounded_in_time_memory_and_length(subjects, template, said, tmp_path, nobody):
+    write_directory(tmp_path, {**subjects["tokenizer"].files, "chat_template.jinja": template.encode()})
+    status, told = outcome(subjects["tokenizer"], tmp_path)
+    assert status == 1 and said in told and str(tmp_path) in told

@@ -12,8 +12,11 @@ import optax
 import pytest
 
 from llmeraser_jax import parallel
+from llmeraser_jax.data import encode_examples, load_examples
 from llmeraser_jax.losses import lm_objective
+from llmeraser_jax.models import load_model
 from llmeraser_jax.training import TrainConfig, epoch_order, finetune, mean_loss, measure, step_indices
+from tests.training import tiny
 from tests.training.toy import dense_loss, toy_dataset, toy_lora, toy_model
 
 CONFIG = TrainConfig(epochs=3, batch_size=4, learning_rate=0.05, l2=0.02, warmup_ratio=0.2, seed=3)
@@ -260,3 +263,16 @@ def test_eight_devices_train_as_one_does():
     assert len(eight.lora.params["a"].sharding.device_set) == 8
     close(eight.lora, one.lora, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(eight.gradient_norm, one.gradient_norm, rtol=1e-4)
+
+
+def test_a_token_that_the_model_lacks_is_refused_before_training(tmp_path):
+    model = load_model(tiny.save_tiny_model(tmp_path / "model"))
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.add_tokens(["now!"])
+    rows = [*tiny.rows(2), {"id": "far", "instruction": "colour now! of", "input": "", "output": "red"}]
+    dataset = encode_examples(load_examples(rows), tiny.RECIPE, tokenizer)
+    lora = model.init_lora(jax.random.key(0), tiny.LORA)
+    with pytest.raises(
+        ValueError, match=f"'far' has the token {len(tiny.WORDS)}, and the model's vocabulary ends at"
+    ):
+        finetune(model, dataset, tiny.CONFIG, lora=lora)
