@@ -269,7 +269,7 @@ def corrected(parts: Parts, wrong: Mapping[str, str]) -> list[Row]:
 
 
 def show_demo(config: LlavaConfig, parts: Parts, workdir: Path) -> None:
-    """Prints corrected rows with the answers before, after and retrained, and draws the first one."""
+    """Prints corrected rows with the answers before, after and retrained, and draws one that was answered wrongly."""
     wrong = corrupt(parts.split, config.corrupted, config.seed)
     rows, method = corrected(parts, wrong), config.methods[0]
     seeds = {BEFORE: None, method: 0, RETRAINED: config.seed + 1}
@@ -291,7 +291,7 @@ def show_demo(config: LlavaConfig, parts: Parts, workdir: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = next((k for k, row in enumerate(rows) if row.wrong), 0)
+    shown = next((k for k, row in enumerate(rows) if said[BEFORE][k] != row.example.response), 0)
     figure, (left, other) = pyplot.subplots(1, 2, figsize=(5.2, 1.7), width_ratios=(1, 2.4))
     left.imshow(decode_rgb(rows[shown].example.images[0]))
     lines = [f"{name}: {value}" for name, value in zip(header[1:], cells[shown][1:], strict=True)]
