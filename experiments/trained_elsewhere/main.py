@@ -2,8 +2,8 @@
 
     python -m experiments.trained_elsewhere.main
 
-A random decoder learns 32 rows whose responses are partly noise, in full batches, so that retraining has no order of
-its own. Rows are removed one at a time. Influence is the published single step, without a trust region; it knows
+A random decoder learns 32 rows whose responses are partly noise, in full batches, so that retraining has no order
+of its own. Rows are removed one at a time. Influence is the published single step, without a trust region; it knows
 neither decay nor dropout.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,14 @@ def changes(config: Main, training: Training, model: Model) -> tuple[np.ndarray,
 
 def main(config: Main) -> None:
     """Runs it and prints the table."""
-    sizes = {"width": 16, "mlp_width": 24, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "width": 16,
+        "mlp_width": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
     shape = ModelConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes)
     model = Model(config=shape, base=init_base(shape, jax.random.key(1)))
     table = []
@@ -144,7 +152,6 @@ def main(config: Main) -> None:
         correlation = np.corrcoef(predicted.ravel(), retrained.ravel())[0, 1]
         numbers = (predicted[own, own].mean(), retrained[own, own].mean(), correlation)
         table.append((training.words, *(f"{number:.3f}" for number in numbers)))
-        sys.stderr.write(f"{table[-1]}\n")
     head = ("trained with", "removed row, predicted", "removed row, retrained", "correlation, all rows")
     sys.stdout.write(render_text([Table(head, tuple(table))]))
 
