@@ -37,10 +37,6 @@ DTYPES = ("bfloat16", "float32", "float16")
 SHARD_BYTES = 5_000_000_000
 _BATCH_SIZE = 8
 _SAMPLE_SEED = 0
-# Parts of a model that sees pictures which are not quantised, by their names in all versions of transformers.
-_WHOLE_PARTS = (
-    "vision_tower", "multi_modal_projector", "model.vision_tower", "model.multi_modal_projector",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,8 +242,11 @@ def write_merged(
         Number of files with weights, and of bytes in them.
 
     Raises:
-        ValueError: weights that `dtype` cannot hold.
+        ValueError: weights that `dtype` cannot hold, or quantisation of a model that sees pictures.
     """
+    if quantization is not None and model.config.vision is not None:
+        msg = f"quantization is {quantization!r}; a LLaVA model is exported unquantised only, so leave it out."
+        raise ValueError(msg)
     source = model_directory(model.path)
     config = files.read_json(source / "config.json")
     config.pop("quantization_config", None)
@@ -261,8 +260,6 @@ def write_merged(
         config[name] = dtype
     if quantization is not None:
         config["quantization_config"] = convert.quantization_config(quantization, dtype)
-        if model.config.vision is not None:
-            config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", *_WHOLE_PARTS]
     files.atomic_write_json(directory / "config.json", config)
     generation = source / "generation_config.json"
     if generation.exists():
