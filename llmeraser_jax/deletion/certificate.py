@@ -64,7 +64,7 @@ from llmeraser_jax.unlearning.receipt import read_receipt
 FORMAT = 1
 CERTIFICATE_DIRECTORY = "certificate"
 JSON_FILE, HTML_FILE, MARKDOWN_FILE = "certificate.json", "certificate.html", "certificate.md"
-SEALED_KEY = "sealed"  # of a receipt: added by sealing, which changes nothing of what was done
+SEAL_FILE = "seal.json"  # what sealing leaves in a run directory
 RESTORING = ("delta", "parent_adapter")  # what in a run directory gives the adapter before
 RELEARNING_STEPS = (5, 10)
 _NORMAL_95 = 1.96
@@ -76,9 +76,8 @@ def adapter_sha256(run: Run) -> str:
 
 
 def receipt_sha256(receipt: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a receipt's content, which sealing does not change."""
-    content = {name: value for name, value in receipt.items() if name != SEALED_KEY}
-    return hashlib.sha256(canonical(content).encode("ascii")).hexdigest()
+    """SHA-256 (hex) of a receipt's content."""
+    return hashlib.sha256(canonical(dict(receipt)).encode("ascii")).hexdigest()
 
 
 def certify(
@@ -160,7 +159,7 @@ def certify(
                 "sha256": lines[-1].sha256 if lines else None,
                 "receipts": [one["sha256"] for one in run.receipts],
             },
-            "sealed": receipt.get(SEALED_KEY),
+            "sealed": (run.path / SEAL_FILE).is_file(),
             "restores": _restoring(run),
             "certified_with": {"versions": library_versions(), "devices": describe_devices()},
             "key": None if key is None else fingerprint(key),
