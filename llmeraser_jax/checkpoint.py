@@ -116,14 +116,13 @@ class StepCheckpoints:
         Args:
             directory: where the checkpoints are.
             keep_up_to: checkpoints of steps up to this one are kept, besides the latest two.
-            read_only: changes nothing in the directory, which must be there.
+            read_only: the directory must be there, and opening it changes nothing.
         """
         self.directory, self.keep_up_to = Path(directory).absolute(), keep_up_to
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.directory,

