@@ -37,7 +37,10 @@ DTYPES = ("bfloat16", "float32", "float16")
 SHARD_BYTES = 5_000_000_000
 _BATCH_SIZE = 8
 _SAMPLE_SEED = 0
-_WHOLE_PARTS = ("vision_tower", "multi_modal_projector")  # of a model that sees pictures: not quantised
+# Parts of a model that sees pictures which are not quantised, by their names in all versions of transformers.
+_WHOLE_PARTS = (
+    "vision_tower", "multi_modal_projector", "model.vision_tower", "model.multi_modal_projector",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Random LLaVA models against transformers and PEFT, both directions."""
 
-import dataclasses
 import json
 
 import jax
@@ -151,8 +150,13 @@ def test_what_peft_saves_loads_here_with_the_same_logits(base, settings, tmp_pat
     assert copied.keys() == saved.keys()
     for key, value in saved.items():
         np.testing.assert_array_equal(copied[key], value, err_msg=key)
-    again = peft.PeftModel.from_pretrained(llava_reference.load(base), tmp_path / "copy").eval()
-    np.testing.assert_array_equal(llava_reference.logits(again), expected)
+    # PEFT rounds otherwise once it has read its own files, so those are what ours are compared with.
+    ours, own = (
+        llava_reference.logits(peft.PeftModel.from_pretrained(llava_reference.load(base), tmp_path / name).eval())
+        for name in ("copy", "adapter")
+    )
+    np.testing.assert_array_equal(ours, own)
+    assert _differ(own, expected, inputs) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -214,24 +218,20 @@ def test_what_peft_trains_in_the_tower_or_saves_whole_is_refused(base, tmp_path)
         load_adapter(tmp_path / "tower", load_model(base))
 
 
-def test_a_configuration_written_here_is_transformers_own(tmp_path):
-    """Every field that transformers writes for a model of ours is one that it would have written itself."""
+def test_a_configuration_written_here_is_transformers_own(base, tmp_path):
+    """What transformers reads from a configuration of ours describes vision as its own does."""
     from tests.torch_parity import llava_reference
 
-    for number, case in enumerate(LLAVA_CASES.values()):
-        theirs = llava_reference.build(case)
-        theirs.save_pretrained(tmp_path / f"hf-{number}")
-        model = load_model(tmp_path / f"hf-{number}")
-        save_model(tmp_path / f"ours-{number}", model)
-        ours = llava_reference.load(tmp_path / f"ours-{number}").config
-        left, right = ours.to_dict(), theirs.config.to_dict()
-        for key in ("vision_config", "vision_feature_layer", "vision_feature_select_strategy", "image_token_index"):
-            assert left[key] == right[key] or {**left[key], **right[key], "dtype": None} == {
-                **right[key],
-                **left[key],
-                "dtype": None,
-            }
-        assert dataclasses.replace(model.config) == load_model(tmp_path / f"ours-{number}").config
+    save_model(tmp_path / "ours", load_model(base))
+    ours, theirs = (llava_reference.load(directory).config for directory in (tmp_path / "ours", base))
+    for name in (
+        "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "projector_hidden_act",
+        "multimodal_projector_bias",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name)
+    for part in ("vision_config", "text_config"):
+        left, right = getattr(ours, part).to_dict(), getattr(theirs, part).to_dict()
+        assert {key: left[key] for key in right if left[key] != right[key]} == {}
 
 
 def test_a_merged_export_with_a_quantised_text_part_is_read_by_transformers(base, tmp_path):
