@@ -269,7 +269,7 @@ def corrected(parts: Parts, wrong: Mapping[str, str]) -> list[Row]:
 
 
 def show_demo(config: LlavaConfig, parts: Parts, workdir: Path) -> None:
-    """Prints corrected rows with the answers before, after and retrained, and draws one that was answered wrongly."""
+    """Prints corrected rows with the answers before, after and retrained; draws one that was answered wrongly."""
     wrong = corrupt(parts.split, config.corrupted, config.seed)
     rows, method = corrected(parts, wrong), config.methods[0]
     seeds = {BEFORE: None, method: 0, RETRAINED: config.seed + 1}
