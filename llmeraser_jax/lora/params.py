@@ -61,11 +61,11 @@ def init_lora(key: Key, config: LoraConfig, model_config: AdaptableConfig) -> Lo
     return Lora(params={"layers": modules}, config=config)
 
 
-def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
+def check_lora(config: AdaptableConfig, lora: Lora) -> None:
     """Refuses an adapter that does not fit: linen ignores module names that it does not know.
 
     Raises:
-        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
+        ValueError: an unknown module, or a shape that does not match the model's; the message names it.
     """
     stray = [name for name in lora.params if name != "layers"]
     modules = lora.params.get("layers", {})
@@ -75,7 +75,7 @@ def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
         msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
         raise ValueError(msg)
     for name, leaves in modules.items():
-        num_layers, width_in, width_out = base["layers"][name]["kernel"].shape
+        num_layers, (width_in, width_out) = config.num_layers, config.linear_shapes[name]
         rank = lora.config.stack_rank(name, num_layers)
         expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
         for leaf, shape in expected.items():

@@ -198,7 +198,7 @@ class _Measured:
         key = (dataclasses.replace(recipe, reduction="example"), lora is None)
         if key not in self._sums:
             dataset = self.encode(recipe)
-            share = 1 if self._mesh is None else self._mesh.shape["data"]
+            share = parallel.example_shares(self._mesh)
             chunk = max(1, min(len(dataset), _MAX_TOKENS // self._shape.time))
             n = len(dataset)
             stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=-(-chunk // share) * share)
