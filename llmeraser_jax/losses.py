@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.parallel import map_over_devices, place_stack, sum_over_devices, to_host
+from llmeraser_jax.parallel import map_over_devices, place_stack, sum_over_devices, to_host, whole_shares
 from llmeraser_jax.types import Batch, ExampleSet, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 _CHUNK_SIZE = 16
@@ -383,5 +383,6 @@ def response_losses(
         indices: which; None is all.
     """
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
+    size = whole_shares(_CHUNK_SIZE, model.mesh)
+    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=size)
     return example_losses(lm_objective(model.apply, model.base, l2=0.0), params, place_stack(stack, model.mesh))

@@ -149,6 +149,8 @@ def product(x: Array, kernel: Any, path: str, setting: str, *, transposed: bool 
         return frozen_product(x, dequantized(gathered(path, kernel)), setting, transposed=transposed)
 
     if shares_base() and not path.startswith("layers/"):  # layers are rematerialised whole
+        # Gathered for each micro-batch: without the barrier XLA gathers once, and keeps the whole matrix.
+        kernel, _ = jax.lax.optimization_barrier((kernel, jax.lax.stop_gradient(x)))
         return jax.checkpoint(with_share)(x, kernel)
     return with_share(x, kernel)
 

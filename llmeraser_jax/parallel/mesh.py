@@ -80,6 +80,12 @@ def example_shares(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in _EXAMPLE_AXES]))
 
 
+def whole_shares(size: int, mesh: Mesh | None) -> int:
+    """The next size of a micro-batch that the devices of the mesh share out evenly."""
+    shares = example_shares(mesh)
+    return -(-size // shares) * shares
+
+
 def mesh_sizes(text: str) -> dict[str, int]:
     """Reads the `data=4,fsdp=2,model=2` of a command: each axis and its size, 1 where it is left out.
 

@@ -189,39 +189,56 @@ def laid_out(tree: PyTree, mesh: Mesh | None) -> PyTree:
         return tree
 
     def leaf_of(path, leaf):
-        return leaf if _rule_of(_path_name(path)) else replicated(leaf, mesh)
+        return leaf if _rule_of(_path_name(path)) is not None else replicated(leaf, mesh)
 
     return jax.tree_util.tree_map_with_path(leaf_of, tree)
 
 
 def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding | None:
-    """Where `spread` puts an array: its longest axis that all devices divide is shared out, the first left whole.
+    """Where rows [rows, ...] live: their longest axis that all devices divide is shared out, the first left whole.
 
     None where there is no such axis.
     """
-    fitting = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
-    if not fitting:
+    axis = _spread_axis(shape, mesh)
+    if axis is None:
         return None
-    longest = max(fitting, key=shape.__getitem__)
-    return NamedSharding(
-        mesh, P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(len(shape))))
-    )
+    return NamedSharding(mesh, P(*(None,) * axis, tuple(mesh.axis_names)))
 
 
-def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Shares each leaf out over all devices along its longest axis that they divide, the first axis left whole.
+def _spread_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
+    fitting = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
+    return max(fitting, key=shape.__getitem__) if fitting else None
 
-    For traced values, such as rows of gradients [rows, ...]: of many rows each device holds a share of the numbers.
-    A leaf without such an axis is left to the compiler; so is all where `mesh` is None.
+
+def exchanged(rows: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
+    """Rows that devices computed of their own examples; of all rows each device ends with a share of the numbers.
+
+    For code in which `axes` are manual. Left to the compiler, devices exchange the activations that rows are
+    computed from. A leaf without an axis to share out is whole on every device.
+
+    Args:
+        rows: leaves [rows of this device, ...].
+        mesh: all devices.
+        axes: that share out the examples.
+
+    Returns:
+        Leaves [all rows, ...], with places over `axes` as `exchanged_spec` says.
     """
-    if mesh is None:
-        return tree
 
-    def constrained(leaf: jax.Array) -> jax.Array:
-        sharding = spread_sharding(leaf.shape, mesh)
-        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+    def exchange(leaf):
+        axis = _spread_axis(leaf.shape, mesh)
+        if axis is None:
+            return jax.lax.all_gather(leaf, axes, tiled=True)
+        leaf = jax.lax.all_to_all(leaf, axes, split_axis=axis, concat_axis=0, tiled=True)
+        return jax.lax.with_sharding_constraint(leaf, P(*(None,) * axis, "model"))
 
-    return jax.tree.map(constrained, tree)
+    return jax.tree.map(exchange, rows)
+
+
+def exchanged_spec(shape: tuple[int, ...], mesh: Mesh, axes: tuple[str, ...]) -> P:
+    """Where `exchanged` leaves rows of `shape` [rows, ...], with an axis of micro-batches put in front."""
+    axis = _spread_axis(shape, mesh)
+    return P() if axis is None else P(*(None,) * (axis + 1), axes)
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:

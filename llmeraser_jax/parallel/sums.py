@@ -11,10 +11,18 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmeraser_jax.parallel.mesh import example_axes
-from llmeraser_jax.parallel.sharding import laid_out, replicated, share_specs
+from llmeraser_jax.parallel.sharding import (
+    exchanged,
+    exchanged_spec,
+    laid_out,
+    replicated,
+    share_specs,
+    spread_sharding,
+)
 from llmeraser_jax.types import ExampleStack, PyTree
 
 
@@ -106,12 +114,46 @@ def map_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTr
     return _on_devices(local, stack, None, *args, out=P(None, _axes(stack)))
 
 
+def rows_over_devices(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> tuple[PyTree, ...]:
+    """`fn(batch, *args)` of every micro-batch, of whose rows each device keeps a share of the numbers.
+
+    Args:
+        fn: a pure function of one micro-batch that treats its examples alone and returns rows, leaves [batch, ...].
+        stack: the examples.
+        args: as in `sum_over_devices`.
+
+    Returns:
+        For each bucket leaves [chunks, batch, ...], placed as `spread_sharding` says.
+    """
+    mesh, axes = stack.mesh, _axes(stack)
+    if mesh is None:
+        return tuple(jax.lax.map(lambda batch: fn(batch, *args), batches) for batches in stack.batches)
+    args = laid_out(args, mesh)
+
+    def local(stack, kept, *args):
+        def of_batch(batch):
+            return exchanged(fn(batch, *args), mesh, axes) if axes else fn(batch, *args)
+
+        return tuple(jax.lax.map(of_batch, batches) for batches in stack.batches)
+
+    shapes = tuple(jax.eval_shape(fn, jax.tree.map(lambda x: x[0], batches), *args) for batches in stack.batches)
+    out = jax.tree.map(lambda row: exchanged_spec(row.shape, mesh, axes), shapes)
+    rows = _on_devices(local, stack, None, *args, out=out) if axes else local(stack, None, *args)
+
+    def spread(row, like):
+        sharding = spread_sharding(like.shape, mesh)
+        spec = P() if sharding is None else P(None, *sharding.spec)
+        return jax.lax.with_sharding_constraint(row, NamedSharding(mesh, spec))
+
+    return jax.tree.map(spread, rows, shapes)
+
+
 def _axes(stack: ExampleStack) -> tuple[str, ...]:
     """The axes that several devices share the examples out over."""
     return () if stack.mesh is None else example_axes(stack.mesh)
 
 
-def _on_devices(local: Callable[..., PyTree], stack: ExampleStack, kept: Any, *args: PyTree, out: P) -> PyTree:
+def _on_devices(local: Callable[..., PyTree], stack: ExampleStack, kept: Any, *args: PyTree, out: Any) -> PyTree:
     # The axis "model" stays the compiler's. `check_vma` would reduce every derivative by a replicated argument in
     # every layer.
     axes = _axes(stack)

@@ -198,10 +198,11 @@ class _Measured:
         key = (dataclasses.replace(recipe, reduction="example"), lora is None)
         if key not in self._sums:
             dataset = self.encode(recipe)
-            share = parallel.example_shares(self._mesh)
             chunk = max(1, min(len(dataset), _MAX_TOKENS // self._shape.time))
             n = len(dataset)
-            stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=-(-chunk // share) * share)
+            stack = dataset.stack_uniform(
+                np.arange(n), np.ones(n), chunk_size=parallel.whole_shares(chunk, self._mesh)
+            )
             means = losses.example_losses(self._objective, lora, parallel.place_stack(stack, self._mesh))
             counts = dataset.num_targets.astype(np.float64)
             self._sums[key] = means.astype(np.float64) * counts, counts, dataset.ids

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmeraser_jax.convert import quantize
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, example_rows, linearise
 from llmeraser_jax.curvature.row_sets import RowSet
-from llmeraser_jax.losses import example_losses, gradient_sum, loss_sum
-from llmeraser_jax.models import init_base
+from llmeraser_jax.losses import example_losses, gradient_sum, loss_and_gradient_sums, loss_sum
 from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base
 from llmeraser_jax.parallel import mesh as meshes
 from llmeraser_jax.solvers import ConjugateGradients, Status
@@ -29,42 +27,54 @@ def product(operator, v):
     return jax.jit(lambda op, v: op.mv(v))(operator, v)
 
 
+_rows = jax.jit(partial(example_rows, num_roots=2, log_odds=True))
+
+
 def solve(objective, lora, stack):
     """Of a system with eigenvalues far apart, to a residual of 1e-10."""
     operator = Damped(DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"]), 3.0)
-    return jax.jit(ConjugateGradients(rtol=1e-10, max_steps=6).solve)(operator, gradient_sum(objective, lora, stack))
+    return jax.jit(ConjugateGradients(rtol=1e-10, max_steps=6).solve)(
+        operator, gradient_sum(objective, lora, stack)
+    )
 
 
-def everything(mesh):
-    """Sums, products and values that the package computes with examples, in float64."""
+def sums(mesh):
+    """Sums and values that the package computes with examples, and a solution."""
+    objective, lora, stack = setup("float64", mesh)
+    operator = DatasetCurvature(objective, lora, stack, CURVATURES["hessian"])
+    found = {
+        "losses": example_losses(objective, lora, stack),
+        "gradient": loss_and_gradient_sums(objective, lora, stack),
+        "hessian": product(operator, random_direction(lora)),
+    }
+    return found, solve(objective, lora, stack)
+
+
+def rows(mesh):
+    """What the package computes of single rows, and a cached product."""
     objective, lora, stack = setup("float64", mesh)
     v = random_direction(lora)
-    found = {
-        "loss": loss_sum(objective, lora, stack),
-        "losses": example_losses(objective, lora, stack),
-        "gradient": gradient_sum(objective, lora, stack),
+    row_set = RowSet(objective, lora, stack, jax.random.key(3), "roots")
+    operator = DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"])
+    return {
+        "gauss-newton": product(operator, v),
+        "cached": product(linearise(operator), v),
+        "products": jax.jit(RowSet.products)(row_set, v),
+        "sketches": jax.jit(RowSet.sketch, static_argnames="width")(row_set, jax.random.key(4), 4),
+        "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0))),
     }
-    for kind in CURVATURES:
-        operator = DatasetCurvature(objective, lora, stack, CURVATURES[kind])
-        found[kind] = product(operator, v)
-        found[f"cached {kind}"] = product(linearise(operator), v)
-    for kind in ("log-odds", "roots"):
-        rows = RowSet(objective, lora, stack, jax.random.key(3), kind)
-        found[f"products with {kind}"] = jax.jit(RowSet.products)(rows, v)
-        found[f"sketches of {kind}"] = jax.jit(RowSet.sketch, static_argnames="width")(rows, jax.random.key(4), 4)
-    return found, solve(objective, lora, stack)
 
 
 @pytest.fixture(scope="module")
 def one():
     with jax.enable_x64(True):
-        return everything(None)
+        return sums(None)
 
 
 @pytest.mark.parametrize("text", MESHES)
-def test_sums_and_values_match_one_device_in_float64(one, text):
+def test_sums_and_solutions_match_one_device_in_float64(one, text):
     with jax.enable_x64(True):
-        found, solution = everything(parse_mesh(text))
+        found, solution = sums(parse_mesh(text))
         for name, expected in one[0].items():
             assert relative_difference(found[name], expected) < 1e-12, name
         expected = one[1]
@@ -72,3 +82,85 @@ def test_sums_and_values_match_one_device_in_float64(one, text):
         assert int(solution.num_steps) == int(expected.num_steps) > 0
         assert Status(int(solution.status)) == Status(int(expected.status))
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(solution.value))
+
+
+def test_rows_match_one_device_in_float64():
+    with jax.enable_x64(True):
+        found, expected = (rows(mesh) for mesh in (parse_mesh(MESHES[0]), None))
+        for name, value in expected.items():
+            assert relative_difference(found[name], value) < 1e-12, name
+
+
+def gathers_and_reductions(fn, *args) -> tuple[list[tuple[str, int]], list[str]]:
+    """Program and numbers of each gather that `fn` compiles to; programs of each reduction. The entry is ENTRY."""
+    leaves, structure = jax.tree.flatten(args)  # run-time shape checks refuse the placeholders of `lower`
+    text = jax.jit(lambda leaves: fn(*jax.tree.unflatten(structure, leaves))).lower(leaves).compile().as_text()
+    gathers, reductions, program = [], [], ""
+    for line in (text or "").splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            program = line.split()[0]
+        elif found := re.search(r" = \w+\[([\d,]*)\]\S* all-gather\(", line):
+            gathers.append((program, int(np.prod([int(size) for size in found[1].split(",")]))))
+        elif " all-reduce(" in line:
+            reductions.append(program)
+    return gathers, reductions
+
+
+@pytest.mark.parametrize("name", ["gradient", "gauss-newton"])
+def test_layers_are_gathered_one_by_one_and_the_adapter_is_reduced_once(name):
+    objective, lora, stack = setup("float32", parse_mesh("data=2,fsdp=4"))
+    if name == "gradient":
+        gathers, reductions = gathers_and_reductions(gradient_sum, objective, lora, stack)
+    else:
+        operator = DatasetCurvature(objective, lora, stack, CURVATURES[name])
+        gathers, reductions = gathers_and_reductions(lambda op, v: op.mv(v), operator, random_direction(lora))
+    config = small_config()
+    largest = config.width * max(config.mlp_width, config.vocab_size)
+    assert reductions == ["ENTRY"]
+    assert len(gathers) >= 7  # as many as a layer has kernels
+    assert all(program != "ENTRY" and size <= largest for program, size in gathers)
+
+
+def test_each_device_holds_its_share_of_the_base():
+    objective, _, stack = setup("float32", parse_mesh("data=2,fsdp=4"))
+    q, down = (objective.frozen["layers"][name]["kernel"] for name in ("q_proj", "down_proj"))
+    assert q.addressable_shards[0].data.shape == (2, 4, 16)
+    assert down.addressable_shards[0].data.shape == (2, 24, 4)
+    assert objective.frozen["embed_tokens"]["embedding"].addressable_shards[0].data.shape == (32, 4)
+    assert stack.batches[0].tokens.addressable_shards[0].data.shape == (2, 1, 12)
+
+
+FAMILIES = {
+    "tied": {"tie_word_embeddings": True},
+    "experts": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nf4-double": {"hidden_size": 256, "intermediate_size": 256},
+    "int8": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_bases_match_one_device_in_float64(name):
+    with jax.enable_x64(True):
+        config, mesh = small_config(**FAMILIES[name]), make_mesh(fsdp=2, model=2)
+        objective, lora = small_objective(config, "float64"), small_lora(config, "float64")
+        if name in ("nf4-double", "int8"):
+            kernels = objective.frozen["layers"]
+            quantized = {k: {"kernel": quantize(v["kernel"], name)} for k, v in kernels.items() if "kernel" in v}
+            base = {**objective.frozen, "layers": {**kernels, **quantized}}
+            objective = dataclasses.replace(objective, frozen=base)
+        stack = random_stack(1, 4, "float64")
+        alone = loss_sum(objective, lora, stack)
+        objective = dataclasses.replace(objective, frozen=shard_base(objective.frozen, mesh))
+        together = loss_sum(objective, replicate(lora, mesh), place_stack(stack, mesh))
+        assert relative_difference(together, alone) < 1e-12
+
+
+def test_slices_share_out_data_alone(monkeypatch):
+    monkeypatch.setattr(meshes, "slice_of", lambda device: device.id // 4)
+    mesh = make_mesh(data=4, fsdp=2)
+    assert [[d.id for d in row.flat] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "model": 1}
+    with pytest.raises(ValueError, match="2 slices, which share out data alone"):
+        make_mesh(fsdp=8)
+    with pytest.raises(ValueError, match="use all devices"):
+        make_mesh(data=2, fsdp=3)
