@@ -51,7 +51,7 @@ def test_the_base_takes_the_bytes_that_are_planned(text, quantization):
     assert work_of(text, config, quantization=quantization).base_bytes == here
 
 
-# GiB of each device as the TPU compiler planned them, by rows of a device; `experiments/pod` compiles such programs.
+# GiB of each device as the TPU compiler planned them, by rows of a device in a micro-batch.
 COMPILED = [
     ("gradient", "data=4,model=4", {1: 3.5, 8: 4.4, 64: 12.6, 80: 14.2}),
     ("product", "data=4,model=4", {1: 3.7, 16: 7.9, 32: 12.4, 42: 13.7}),
@@ -116,7 +116,7 @@ def test_what_is_not_known_is_asked_for(model, capsys):
 def test_too_large_a_model_says_so(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B.to_hf()))
     shape = ["plan", "--model", str(tmp_path), "--time", "512", "--response", "64", "--device", "v5e"]
-    assert cli.main([*shape, "--mesh", "data=8"]) == 3
+    assert cli.main([*shape, "--mesh", "data=8", "--dtype", "float32"]) == 3
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert cli.main(shape) == 0
     assert "--mesh fsdp=" in capsys.readouterr().out
