@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -46,6 +47,7 @@ def keep_compiled_programs() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names another directory, and `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
     """
-    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config  # whose attributes are made at run time
+    if settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "llmeraser" / "xla"))
+        settings.update("jax_compilation_cache_dir", str(home / "llmeraser" / "xla"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import jax
 import pytest
 
 from llmeraser_jax import cli, planning
 from llmeraser_jax.convert import quantize
+from llmeraser_jax.environment import keep_compiled_programs
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models import ModelConfig, init_base
 from llmeraser_jax.parallel import mesh_sizes, parse_mesh, sharding_for
@@ -148,19 +150,16 @@ def test_an_out_of_memory_error_names_what_to_change(monkeypatch, capsys):
 
 
 def test_compiled_programs_are_kept_by_default(monkeypatch, tmp_path):
-    given, updates = jax.config.jax_compilation_cache_dir, {}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings: Any = jax.config
+    given, found = settings.jax_compilation_cache_dir, {}
     try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        from llmeraser_jax.environment import keep_compiled_programs
-
-        jax.config.update("jax_enable_compilation_cache", False)
-        keep_compiled_programs()
-        updates["off"] = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_enable_compilation_cache", True)
-        keep_compiled_programs()
-        updates["on"] = jax.config.jax_compilation_cache_dir
+        settings.update("jax_compilation_cache_dir", None)
+        for on in (False, True):
+            settings.update("jax_enable_compilation_cache", on)
+            keep_compiled_programs()
+            found[on] = settings.jax_compilation_cache_dir
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-        jax.config.update("jax_compilation_cache_dir", given)
-    assert updates == {"off": None, "on": str(tmp_path / "llmeraser" / "xla")}
+        settings.update("jax_enable_compilation_cache", True)
+        settings.update("jax_compilation_cache_dir", given)
+    assert found == {False: None, True: str(tmp_path / "llmeraser" / "xla")}

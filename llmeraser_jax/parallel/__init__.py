@@ -11,6 +11,7 @@ from llmeraser_jax.parallel.mesh import (
 )
 from llmeraser_jax.parallel.processes import is_primary, on_primary, start_processes, to_host
 from llmeraser_jax.parallel.sharding import (
+    EXAMPLES,
     gathered,
     looked_up,
     place_batch,
@@ -27,6 +28,7 @@ from llmeraser_jax.parallel.sums import Kept, keep_on_devices, map_over_devices,
 
 __all__ = [
     "AXES",
+    "EXAMPLES",
     "Kept",
     "example_axes",
     "example_shares",

@@ -113,7 +113,8 @@ def parse_mesh(text: str) -> Mesh | None:
             msg = f"There are {jax.process_count()} processes; name a mesh over their {jax.device_count()} devices."
             raise ValueError(msg)
         return None
-    mesh = make_mesh(**mesh_sizes(text))
+    sizes = mesh_sizes(text)
+    mesh = make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], model=sizes["model"])
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:
         msg = (
