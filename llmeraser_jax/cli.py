@@ -49,8 +49,8 @@ class Devices:
     """What to compute on.
 
     Attributes:
-        mesh: devices, e.g. data=4,fsdp=2,model=2: examples are shared out over data and fsdp, the base over fsdp and
-            model; see plan. Empty is one device.
+        mesh: devices, e.g. data=4,fsdp=2,model=2: examples are shared out over data and fsdp, the base over fsdp
+            and model; see plan. Empty is one device.
         processes: where the devices are those of several processes, each started with this same command: auto on a
             cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
             All of them must see the same files. Empty is one process.

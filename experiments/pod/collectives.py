@@ -39,7 +39,7 @@ def _axes(line: str, mesh: Mapping[str, int]) -> str:
     elif listed := _GROUPS.search(line):
         group = _numbers(listed[1])
     else:
-        return ",".join(mesh)
+        return ",".join(axis for axis, size in mesh.items() if size > 1)
     places = np.unravel_index(group, tuple(mesh.values()))
     return ",".join(axis for axis, place in zip(mesh, places, strict=True) if len(set(place.tolist())) > 1)
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -100,12 +101,6 @@ def _rule_of(path: str) -> P | None:
     return None
 
 
-def _gathered_axis(path: str) -> int | None:
-    """The axis of the leaf at `path` that is shared out over "fsdp"."""
-    spec = _rule_of(path)
-    return spec.index("fsdp") if spec is not None and "fsdp" in spec else None
-
-
 def share_specs(tree: PyTree, axes: Sequence[str]) -> PyTree:
     """The specs of arguments to a function that `axes` of the mesh are manual in: base leaves shared out, or whole.
 
@@ -115,8 +110,8 @@ def share_specs(tree: PyTree, axes: Sequence[str]) -> PyTree:
     """
 
     def spec(path, leaf):
-        axis = _gathered_axis(_path_name(path)) if "fsdp" in axes else None
-        return P() if axis is None else P(*(None,) * axis, "fsdp")
+        rule = _rule_of(_path_name(path)) if "fsdp" in axes else None
+        return P() if rule is None else P(*(name if name == "fsdp" else None for name in rule))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
@@ -139,10 +134,28 @@ def gathered(path: str, parameter: PyTree, *, axes_before: int = 1) -> PyTree:
     before = axes_before if path.startswith("layers/") else 0
 
     def whole(place, leaf):
-        axis = _gathered_axis("/".join(filter(None, (path, _path_name(place)))))
-        return leaf if axis is None else jax.lax.all_gather(leaf, "fsdp", axis=axis - before, tiled=True)
+        spec = _rule_of("/".join(filter(None, (path, _path_name(place)))))
+        if spec is None or "fsdp" not in spec:
+            return leaf
+        axis = spec.index("fsdp") - before
+        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
+        return _on_model_shares(gather, P(*(name if name == "model" else None for name in spec[before:])), leaf)
 
     return jax.tree_util.tree_map_with_path(whole, parameter)
+
+
+def _on_model_shares(exchange: Callable[[jax.Array], jax.Array], spec: P, array: jax.Array) -> jax.Array:
+    """An exchange over other axes, by each device of "model" with its share, which XLA would gather first.
+
+    Args:
+        exchange: of one array, that leaves its axes where they are.
+        spec: where the array is and shall be over "model".
+        array: seen whole over "model".
+    """
+    if jax.sharding.get_abstract_mesh().shape["model"] == 1:
+        return exchange(array)
+    mapped = jax.shard_map(exchange, in_specs=spec, out_specs=spec, axis_names={"model"}, check_vma=False)
+    return mapped(array)
 
 
 def looked_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -195,19 +208,29 @@ def laid_out(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding | None:
-    """Where rows [rows, ...] live: their longest axis that all devices divide is shared out, the first left whole.
+    """Where rows [rows, ...] live: of each row every device has a share of the numbers, the first axis left whole.
 
-    None where there is no such axis.
+    The longest axis that it divides is shared out over "model", as gradients are beside the kernels, and the
+    longest of the others over "data" and "fsdp". Without such a pair one axis is, over all; None without that.
     """
-    axis = _spread_axis(shape, mesh)
-    if axis is None:
+    spec = _spread_spec(shape, mesh)
+    return None if spec is None else NamedSharding(mesh, spec)
+
+
+def _spread_spec(shape: tuple[int, ...], mesh: Mesh) -> P | None:
+    def longest(ways: int, *taken: int) -> int | None:
+        fitting = [axis for axis in range(1, len(shape)) if shape[axis] % ways == 0 and axis not in taken]
+        return max(fitting, key=shape.__getitem__) if fitting else None
+
+    examples, model = tuple(axis for axis in mesh.axis_names if axis != "model"), mesh.shape["model"]
+    inner = longest(model)
+    if model > 1 and inner is not None and (outer := longest(mesh.size // model, inner)) is not None:
+        places: dict[int, Any] = {inner: "model", outer: examples}
+    elif (only := longest(mesh.size)) is not None:
+        places = {only: (*examples, "model")}
+    else:
         return None
-    return NamedSharding(mesh, P(*(None,) * axis, tuple(mesh.axis_names)))
-
-
-def _spread_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
-    fitting = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
-    return max(fitting, key=shape.__getitem__) if fitting else None
+    return P(*(places.get(axis) for axis in range(len(shape))))
 
 
 def exchanged(rows: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
@@ -226,19 +249,25 @@ def exchanged(rows: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
     """
 
     def exchange(leaf):
-        axis = _spread_axis(leaf.shape, mesh)
-        if axis is None:
+        spec = _spread_spec(leaf.shape, mesh)
+        if spec is None:
             return jax.lax.all_gather(leaf, axes, tiled=True)
-        leaf = jax.lax.all_to_all(leaf, axes, split_axis=axis, concat_axis=0, tiled=True)
-        return jax.lax.with_sharding_constraint(leaf, P(*(None,) * axis, "model"))
+        axis = _axis_of_examples(spec)
+        swap = partial(jax.lax.all_to_all, axis_name=axes, split_axis=axis, concat_axis=0, tiled=True)
+        within = P(*("model" if name == "model" else None for name in spec))
+        return _on_model_shares(swap, within, leaf) if "model" in within else swap(leaf)
 
     return jax.tree.map(exchange, rows)
 
 
+def _axis_of_examples(spec: P) -> int:
+    return next(axis for axis, name in enumerate(spec) if isinstance(name, tuple))
+
+
 def exchanged_spec(shape: tuple[int, ...], mesh: Mesh, axes: tuple[str, ...]) -> P:
     """Where `exchanged` leaves rows of `shape` [rows, ...], with an axis of micro-batches put in front."""
-    axis = _spread_axis(shape, mesh)
-    return P() if axis is None else P(*(None,) * (axis + 1), axes)
+    spec = _spread_spec(shape, mesh)
+    return P() if spec is None else P(*(None,) * (_axis_of_examples(spec) + 1), axes)
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
