@@ -17,6 +17,7 @@ from llmeraser_jax.losses import example_losses, gradient_sum, loss_and_gradient
 from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base
 from llmeraser_jax.parallel import mesh as meshes
 from llmeraser_jax.solvers import ConjugateGradients, Status
+from llmeraser_jax.unlearning.matching_rows import StoredRows
 from tests.multi_device.test_one_against_eight import random_direction, relative_difference, setup
 from tests.small_lm import random_stack, small_config, small_lora, small_objective
 
@@ -89,6 +90,24 @@ def test_rows_match_one_device_in_float64():
         found, expected = (rows(mesh) for mesh in (parse_mesh(MESHES[0]), None))
         for name, value in expected.items():
             assert relative_difference(found[name], value) < 1e-12, name
+
+
+def matching_step(mesh):
+    """The solve of target matching: values of the rows, and the step that moves them."""
+    objective, lora, stack = setup("float64", mesh)
+    rows = StoredRows(objective, mesh, damping=0.1, row_ridge=0.01, num_roots=1)
+    values, gradients = rows.measure(lora, stack, "log-odds")
+    rows.add_curvature(lora, stack, jax.random.key(5))
+    step = rows.solve(gradients, np.linspace(0.5, 2.0, len(values)), None)
+    return values, step.delta, step.predicted
+
+
+def test_target_matching_takes_the_step_of_one_device_in_float64():
+    with jax.enable_x64(True):
+        found, expected = (matching_step(mesh) for mesh in (parse_mesh(MESHES[0]), None))
+        for value, like in zip(found, expected, strict=True):
+            assert relative_difference(value, like) < 1e-8
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found[1]))
 
 
 def gathers_and_reductions(fn, *args) -> tuple[list[tuple[str, int]], list[str]]:
