@@ -77,8 +77,8 @@ def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> 
         axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
         ways = math.prod(mesh.shape[one] for one in axes)
         if dim % ways:
-            along = " x ".join(axes)
-            msg = f"{what} of shape {shape} cannot be split {ways} ways along {along}: {dim} is no multiple."
+            along = " x ".join(one for one in axes if mesh.shape[one] > 1)
+            msg = f"{what} of shape {shape} cannot be split {ways} ways along {along!r}: {dim} is no multiple."
             raise ValueError(msg)
 
 
