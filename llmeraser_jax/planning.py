@@ -136,7 +136,7 @@ class Workload:
         shapes, itemsize = base_shapes(self.config), numpy_dtype(self.dtype).itemsize
         layer = sum(math.prod(shape[1:]) for path, shape in shapes.items() if path.startswith("layers/"))
         head = max(math.prod(shape) for path, shape in shapes.items() if not path.startswith("layers/"))
-        return max(2 * layer, head) * itemsize // self.mesh["model"]  # a layer while the next one arrives
+        return max(layer, head) * itemsize // self.mesh["model"]
 
     @property
     def still_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -71,6 +72,13 @@ def test_peaks_are_within_seven_percent_of_what_the_compiler_planned_at_7b(progr
     for rows, expected in compiled.items():
         planned = (work.still_bytes + vectors * work.adapter_bytes + rows * row) / GIB
         assert planned == pytest.approx(expected, rel=0.07)
+
+
+def test_gathered_layers_are_planned_from_above():
+    """Two layers of that width over fsdp=8, a row on each device: 0.689 GiB as compiled."""
+    work = work_of("fsdp=8", dataclasses.replace(LLAMA2_7B, num_layers=2))
+    planned = (work.still_bytes + 2 * work.adapter_bytes + work.gradient_row_bytes) / GIB
+    assert 0.689 <= planned <= 1.18 * 0.689
 
 
 def test_fewer_rows_are_planned_where_less_is_free():

@@ -82,8 +82,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
             if "-start(" in line and match[2] != "all-reduce":
                 arrays = arrays[len(arrays) // 2 :]  # operands come first
             channel = _CHANNEL.search(line)
-            # Equal channels of differing kinds do occur after collectives were combined.
-            found[f"{match[2]} {channel[1]} {match[1]}" if channel else line] = {
+            # Equal channels of differing kinds do occur after collectives were combined. Layouts, in which the
+            # fusions of one collective may differ, do not tell collectives apart.
+            found[f"{match[2]} {channel[1]} {arrays}" if channel else line] = {
                 "kind": match[2],
                 "axes": _axes(line, mesh),
                 "executions": executions,

@@ -49,9 +49,9 @@ def test_the_adapter_is_reduced_once_over_all_that_share_the_examples(shared_out
     assert reductions[0]["bytes"] <= shared_out["adapter_bytes"] + 4
 
 
-@pytest.mark.parametrize(("mesh", "most"), [("data=2,model=2", 1.0), ("data=2,fsdp=2", 1.91)])
+@pytest.mark.parametrize(("mesh", "most"), [("data=2,model=2", 1.0), ("data=2,fsdp=2", 1.6)])
 def test_memory_is_planned_within_six_percent_or_from_above(results, shared_out, mesh, most):
-    """At this size a layer gathered twice is much; `tests/test_planning.py` has 7 billion parameters."""
+    """At this size a whole gathered layer is much; `tests/test_planning.py` has 7 billion parameters."""
     result = results["gradient"] if mesh == "data=2,model=2" else shared_out
     work = Workload(
         config=model_config("tiny"),
