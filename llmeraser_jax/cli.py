@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from llmeraser_jax import interrupts
 from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.environment import library_versions
+from llmeraser_jax.environment import keep_compiled_programs, library_versions
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
@@ -56,7 +56,8 @@ class Devices:
     """What to compute on.
 
     Attributes:
-        mesh: devices, e.g. data=4,model=2; empty is one device.
+        mesh: devices, e.g. data=4,fsdp=2,model=2: examples are shared out over data and fsdp, the base over fsdp
+            and model; see plan. Empty is one device.
         processes: where the devices are those of several processes, each started with this same command: auto on a
             cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
             All of them must see the same files. Empty is one process.
@@ -283,6 +284,103 @@ class Adopt:
         return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what fits: memory of each device for finetune, erase, retrain and evaluate, mesh and micro-batch.
+
+    By arithmetic from shapes, which was checked against the TPU compiler; a model's config.json suffices, and the
+    tokenizer's files where the data is to be measured. The exit status is 3 where something does not fit.
+
+    Attributes:
+        model: directory with config.json, or a hub id.
+        data: training examples, as for finetune; default: --time and --response say how long rows are.
+        time: tokens of the longest rows; default: the data's.
+        response: their tokens under the loss; default: the data's.
+        named: rows that requests name; default: 1 % of the data, and 100 without data.
+        device: what to plan for; default: the devices here.
+        mesh: as for the other commands; default: the smallest of 1, 2, 4, ... devices that fits.
+        dtype: storage of the frozen base: float32, bfloat16 or float16.
+        base_quantization: see finetune.
+        recipe: how examples become tokens.
+        lora: the adapter.
+    """
+
+    model: str
+    data: Path | None = None
+    time: int | None = None
+    response: int | None = None
+    named: int | None = None
+    device: Literal["v5e", "v5p", "v6e", "h100", "h200", "a100"] | None = None
+    mesh: str = ""
+    dtype: str = "bfloat16"
+    base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
+    recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
+    lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
+
+    def run(self) -> int:
+        from llmeraser_jax import planning
+        from llmeraser_jax.curvature.row_sets import ROW_MEMORY_BYTES
+        from llmeraser_jax.models import model_config
+        from llmeraser_jax.parallel import mesh_sizes
+
+        check_at_least(self, time=1, response=1, named=1)
+        time, response, rows = self._rows()
+        memory = planning.device_bytes() if self.device is None else planning.DEVICE_BYTES[self.device]
+        if memory is None:
+            known = ", ".join(planning.DEVICE_BYTES)
+            msg = f"The devices here do not say how much memory they have; give --device, one of {known}."
+            raise ValueError(msg)
+        named = self.named or (100 if rows is None else max(rows // 100, 1))
+        config = model_config(self.model)
+
+        def plan(mesh):
+            work = planning.Workload(
+                config=config, lora=self.lora, mesh=mesh, time=time, response=response, dtype=self.dtype,
+                quantization=self.base_quantization,
+            )  # fmt: skip
+            return work, planning.needs(work, memory, named, ROW_MEMORY_BYTES)
+
+        work, needs = plan(mesh_sizes(self.mesh)) if self.mesh else planning.smallest(plan)
+        _say(
+            f"{work.num_parameters / 1e9:.3g} billion parameters in {self.base_quantization or self.dtype}, "
+            f"an adapter of {work.adapter_bytes / 4e6:.3g} million."
+        )
+        count = "" if rows is None else f"{rows} rows of "
+        _say(f"{count}at most {time} tokens, {response} of them under the loss; {named} rows named.")
+        gib = planning.GIB
+        _say(
+            f"--mesh {planning.words_of(work.mesh)}: {work.devices} devices of {memory / gib:.4g} GiB. "
+            "GiB of each, by arithmetic:"
+        )
+        _say(f"  {'':<10}{'base':>8}{'fixed':>8}{'peak':>8}  {'rows':<6}")
+        for need in needs:
+            sizes = "".join(f"{size / gib:>8.2f}" for size in (work.base_bytes, need.fixed, need.peak))
+            note = need.note if need.rows else "DOES NOT FIT"
+            _say(f"  {need.command:<10}{sizes}  {need.rows or '-':<6}{note}".rstrip())
+        _say("fixed: whatever the micro-batch is. rows: of each device in a micro-batch.")
+        return 0 if all(need.rows for need in needs) else 3
+
+    def _rows(self) -> tuple[int, int, int | None]:
+        """Tokens of the longest rows, those under the loss, and how many rows there are."""
+        if self.data is None:
+            if self.time is None or self.response is None:
+                msg = "Nothing says how long the rows are; give --data, or --time and --response."
+                raise ValueError(msg)
+            return self.time, self.response, None
+        from llmeraser_jax.data import encode_examples, load_examples
+        from llmeraser_jax.models import load_tokenizer
+
+        examples = load_examples(self.data)
+        if self.time is not None and self.response is not None:
+            return self.time, self.response, len(examples)
+        tokenizer = load_tokenizer(self.model)
+        if tokenizer is None:
+            msg = f"{self.model} has no tokenizer to measure the data with; give --time and --response."
+            raise ValueError(msg)
+        shape = encode_examples(examples, self.recipe, tokenizer).uniform_shape
+        return self.time or shape.time, self.response or shape.response, len(examples)
+
+
 OwnMethod = (
     Annotated[Auto, tyro.conf.subcommand("auto")]
     | Annotated[TargetMatching, tyro.conf.subcommand("target-matching")]
@@ -358,7 +456,8 @@ class Erase:
             retraining, which goes on from the last checkpoint before the first forgotten row was seen where
             finetune kept any (--keep-checkpoints).
         seed: of every sample drawn.
-        chunk_size: examples per micro-batch; memory grows with it, results do not change.
+        chunk_size: examples per micro-batch; memory grows with it, results do not change. auto is 16 on a CPU, and
+            on accelerators what fits, see plan.
         audit: report gradient norms of all examples instead of a sample.
         devices: what to compute on.
         method: how to forget.
@@ -374,7 +473,7 @@ class Erase:
     data: Path | None = None
     on_incomplete: Annotated[Literal["warn", "refuse", "retrain"], tyro.conf.arg(aliases=("--fallback",))] = "warn"
     seed: int = 0
-    chunk_size: int = 16
+    chunk_size: int | Literal["auto"] = "auto"
     audit: bool = False
     devices: tyro.conf.OmitArgPrefixes[Devices] = dataclasses.field(default_factory=Devices)
     method: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[OwnMethod]] = dataclasses.field(
@@ -959,6 +1058,7 @@ class Verify:
 
 Command = (
     Annotated[Preview, tyro.conf.subcommand("preview")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Adopt, tyro.conf.subcommand("adopt")]
     | Annotated[RecipeOf, tyro.conf.subcommand("recipe")]
@@ -1062,15 +1162,20 @@ def main(arguments: list[str] | None = None) -> int:
         own = versions.pop("llmeraser-jax") or "(from its source tree)"
         _say(f"llmeraser {own}   ({', '.join(f'{name} {v}' for name, v in versions.items())})")
         return 0
+    keep_compiled_programs()
     command = _parse(arguments)
-    return guarded(command.run)
+    return guarded(command.run, out_of_memory=_out_of_memory(command))
 
 
-def guarded(run: Callable[[], int]) -> int:
+def guarded(run: Callable[[], int], *, out_of_memory: str = "") -> int:
     """Runs a command; an error is one line on standard error, and the exit status.
 
     Errors of the user's input or environment name what they are about. Any other exception is a fault of the
     program, and is called so. LLMERASER_DEBUG=1 shows where an exception was raised.
+
+    Args:
+        run: the command.
+        out_of_memory: what to say where a device has too little memory.
     """
     try:
         with interrupts.raising():
@@ -1085,7 +1190,8 @@ def guarded(run: Callable[[], int]) -> int:
             raise
         if isinstance(error, BrokenPipeError):
             raise  # `console` knows what that means
-        sys.stderr.write(f"llmeraser: error: {_words(error)}\n")
+        full = out_of_memory and "RESOURCE_EXHAUSTED" in str(error)
+        sys.stderr.write(f"llmeraser: error: {out_of_memory if full else _words(error)}\n")
         return 1
 
 
@@ -1153,6 +1259,17 @@ def _choices(help_text: str) -> list[str]:
     """The sub-commands in braces that a usage line ends with."""
     braces = re.search(r"^usage:[^{]*\{([^}]*)\}", help_text)
     return [] if braces is None else [word.strip() for word in braces[1].split(",")]
+
+
+def _out_of_memory(command: Command) -> str:
+    """What to change, where a device has too little memory."""
+    flags = {Finetune: "set a smaller --microbatch-size, ", Erase: "set a smaller --chunk-size, "}
+    mesh = command.devices.mesh if isinstance(command, Finetune | Adopt | Erase | Retrain | Evaluate) else ""
+    more = "more" if mesh else "several"
+    return (
+        f"A device ran out of memory. {flags.get(type(command), '').capitalize()}share the base out over {more} "
+        "devices (--mesh fsdp=8), or store it in --dtype bfloat16 or quantised; llmeraser plan says what fits."
+    )
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -37,3 +40,14 @@ def peak_memory_bytes() -> int:
         return int(statistics["peak_bytes_in_use"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def keep_compiled_programs() -> None:
+    """Keeps what XLA compiles in the user's cache directory, for the next command.
+
+    `JAX_COMPILATION_CACHE_DIR` names another directory, and `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing.
+    """
+    settings: Any = jax.config  # whose attributes are made at run time
+    if settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        settings.update("jax_compilation_cache_dir", str(home / "llmeraser" / "xla"))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
-from llmeraser_jax.parallel import sum_over_devices, to_host
+from llmeraser_jax.parallel import map_over_devices, sum_over_devices, to_host
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree, TokenBatch
 
 
@@ -296,7 +296,10 @@ def gradient_sum(objective: Objective, params: LoraParams, stack: ExampleStack) 
 
 @partial(jax.jit, static_argnames="fn")
 def _per_chunk(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> tuple[PyTree, ...]:
-    return tuple(jax.lax.map(partial(fn, *args), batches) for batches in stack.batches)
+    def of_stack(stack, *args):
+        return tuple(jax.lax.map(partial(fn, *args), batches) for batches in stack.batches)
+
+    return map_over_devices(of_stack, stack, *args)
 
 
 def per_example(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -> PyTree:

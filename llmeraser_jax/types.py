@@ -71,7 +71,7 @@ class ExampleStack:
     # [chunks, batch]: the place of each example in the order that was asked for, -1 for padding. None where nobody
     # asks for values of single examples.
     places: tuple[Int[Array, "_chunks _batch"], ...] | None = None
-    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # its axis "data" shares out each batch
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # "data" and "fsdp" share each batch out
 
 
 @runtime_checkable

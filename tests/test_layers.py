@@ -18,6 +18,7 @@ ORDER = (
     ("checkpoint", "tracking", "convert", "data"),
     ("lora", "losses"),
     ("models",),
+    ("planning",),
     ("curvature", "solvers"),
     ("runs",),
     ("training",),

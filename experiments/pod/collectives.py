@@ -39,7 +39,7 @@ def _axes(line: str, mesh: Mapping[str, int]) -> str:
     elif listed := _GROUPS.search(line):
         group = _numbers(listed[1])
     else:
-        return ",".join(mesh)
+        return ",".join(axis for axis, size in mesh.items() if size > 1)
     places = np.unravel_index(group, tuple(mesh.values()))
     return ",".join(axis for axis, place in zip(mesh, places, strict=True) if len(set(place.tolist())) > 1)
 
@@ -82,8 +82,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
             if "-start(" in line and match[2] != "all-reduce":
                 arrays = arrays[len(arrays) // 2 :]  # operands come first
             channel = _CHANNEL.search(line)
-            # Equal channels of differing kinds do occur after collectives were combined.
-            found[f"{match[2]} {channel[1]} {match[1]}" if channel else line] = {
+            # Equal channels of differing kinds do occur after collectives were combined. Layouts, in which the
+            # fusions of one collective may differ, do not tell collectives apart.
+            found[f"{match[2]} {channel[1]} {arrays}" if channel else line] = {
                 "kind": match[2],
                 "axes": _axes(line, mesh),
                 "executions": executions,

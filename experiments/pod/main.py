@@ -25,6 +25,7 @@ from experiments.pod.programs import ENVIRONMENT, MODELS, PROGRAMS
 from llmeraser_jax import files
 from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.evaluation.render import Block, Page, Table, Text, render_text, show_number, write_page
+from llmeraser_jax.parallel import mesh_sizes
 
 logger = logging.getLogger("pod")
 
@@ -36,7 +37,8 @@ class PodConfig:
     Attributes:
         workdir: results and the table.
         topology: such as v5e:4x4, v5p:2x2x2, v6e:2x4.
-        mesh: sizes of the axes, such as data=4,model=4; as many devices as the topology has, or fewer.
+        slices: how many of them; they share out "data".
+        mesh: sizes of the axes, such as data=4,fsdp=2,model=2; as many devices as the topology has, or fewer.
         model: tiny, llama2-7b, llama3-8b, or llava-1.5-7b with one picture in each row, which takes 576 of its
             tokens; bfloat16, with an adapter of rank 8 on all linear layers.
         layers: decoder layers; None is the model's own number.
@@ -44,11 +46,12 @@ class PodConfig:
         tokens: of each row.
         response: tokens under the loss.
         examples: rows that each program computes with.
-        microbatch: rows of one micro-batch on each data rank.
+        microbatch: rows of one micro-batch on each device, or on each group of devices along "model".
     """
 
     workdir: Path
     topology: str = "v5e:4x4"
+    slices: int = 1
     mesh: str = "data=4,model=4"
     model: str = "llama2-7b"
     layers: int | None = None
@@ -64,16 +67,12 @@ class PodConfig:
             if unknown:
                 msg = f"{name} has {', '.join(unknown)}; choose from {', '.join(allowed)}."
                 raise ValueError(msg)
-        check_at_least(self, layers=1, tokens=2, response=1, examples=1, microbatch=1)
+        check_at_least(self, slices=1, layers=1, tokens=2, response=1, examples=1, microbatch=1)
         self.axes()
 
     def axes(self) -> dict[str, int]:
         """The mesh's axes and their sizes; not `parallel.parse_mesh`, which wants the devices to be here."""
-        sizes = {axis: size for axis, _, size in (part.partition("=") for part in self.mesh.split(","))}
-        if not sizes.keys() <= {"data", "model"} or not all(size.isdigit() for size in sizes.values()):
-            msg = f"Mesh {self.mesh!r} is not understood; write for example data=4,model=4."
-            raise ValueError(msg)
-        return {axis: int(size) for axis, size in sizes.items()}
+        return mesh_sizes(self.mesh)
 
 
 def run(config: PodConfig) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from llmeraser_jax.lora import LoraConfig, init_lora
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.models import ApplyDecoder, ModelConfig, llava_1_5_7b
 from llmeraser_jax.models.decoder import base_shapes
-from llmeraser_jax.parallel import make_mesh, sharding_for, spread_sharding
+from llmeraser_jax.parallel import EXAMPLES, example_shares, make_mesh, sharding_for, spread_sharding
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.types import ExampleStack, PyTree, TokenBatch
 
@@ -70,7 +70,7 @@ class Shapes:
 
     Args:
         mesh: of the topology's devices.
-        settings: `model`, `layers`, `tokens`, `response`, `examples`, `microbatch` (rows of each data rank).
+        settings: `model`, `layers`, `tokens`, `response`, `examples`, `microbatch` (rows of each share).
     """
 
     def __init__(self, mesh: Mesh, settings: Mapping[str, Any]):
@@ -83,12 +83,12 @@ class Shapes:
         adapter = LoraConfig(rank=_RANK, alpha=2.0 * _RANK, target_modules="all-linear")
         self.lora = self._placed(jax.eval_shape(lambda: init_lora(jax.random.key(0), adapter, config)))
         self.key = self._placed(jax.eval_shape(lambda: jax.random.key(0)))
-        batch = settings["microbatch"] * mesh.shape["data"]
+        batch = settings["microbatch"] * example_shares(mesh)
         self.examples = settings["examples"]
         lead = (-(-self.examples // batch), batch)
 
         def of(dtype: Any, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=NamedSharding(mesh, P(None, "data")))
+            return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=NamedSharding(mesh, P(None, *EXAMPLES)))
 
         whole, end, vision = settings["tokens"], settings["response"], config.vision
         picture = () if vision is None else (1, vision.num_features, vision.feature_width)
@@ -151,7 +151,9 @@ PROGRAMS: Mapping[str, Callable[[Shapes], Any]] = MappingProxyType(
 
 def compile_program(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles `settings["program"]` and describes it; sizes in bytes on each device."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=settings["topology"])
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=settings["topology"], num_slices=settings["slices"]
+    )
     mesh = make_mesh(**settings["mesh"], devices=topology.devices)
     shapes = Shapes(mesh, settings)
     started = time.monotonic()

@@ -8,6 +8,9 @@ gradients would spend one and a half gradients per example and iteration.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, weight_sum
-from llmeraser_jax.parallel import spread
+from llmeraser_jax.parallel import rows_over_devices
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
 
 
@@ -72,7 +75,7 @@ def example_rows(
 ) -> ExampleRows:
     """Loss, gradient and curvature rows of every example, from one forward pass each.
 
-    On a mesh every device ends with a share of the numbers of each row (`parallel.spread`).
+    On a mesh every device ends with a share of the numbers of each row (`parallel.rows_over_devices`).
 
     Args:
         objective: with an `output_root_fn`, if roots are asked for.
@@ -92,7 +95,7 @@ def example_rows(
 
     value_fn = objective.output_log_odds if log_odds else objective.output_loss_fn
 
-    def one(batch: Batch, key: Key):
+    def one(objective: Objective, params: LoraParams, batch: Batch, key: Key):
         outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
         value, slope = jax.value_and_grad(lambda o: jnp.sum(value_fn(o, batch)))(outputs)
         gradient = pull_back(slope)[0] if gradients else None
@@ -102,14 +105,19 @@ def example_rows(
             roots = jax.vmap(lambda k: pull_back(root_fn(outputs, batch, k))[0])(jax.random.split(key, num_roots))
         return value, gradient, roots
 
-    parts = []
-    for position, batches in enumerate(stack.batches):
-        shape = stack.weights[position].shape
-        keys = jax.random.split(jax.random.fold_in(key, position), shape)
-        alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
-        # Each micro-batch's rows are exchanged as soon as they are there, so that no device holds them whole.
-        rows = jax.lax.map(lambda chunk: spread(jax.vmap(one)(*chunk), stack.mesh), (alone, keys))
-        parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows))
+    def of_batch(keyed, objective, params):
+        return jax.vmap(partial(one, objective, params))(*keyed)
+
+    keyed = tuple(
+        # Micro-batches of batches of one, with a key each.
+        (
+            jax.tree.map(lambda x: x[:, :, None], batches),
+            jax.random.split(jax.random.fold_in(key, position), weights.shape),
+        )
+        for position, (batches, weights) in enumerate(zip(stack.batches, stack.weights, strict=True))
+    )
+    rows = rows_over_devices(of_batch, dataclasses.replace(stack, batches=keyed), objective, params)
+    parts = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part) for part in rows]
     return ExampleRows(*jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, sum_over_examples
+from llmeraser_jax.parallel import map_over_devices
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -83,24 +84,30 @@ class RowSet:
             key: of the projections; equal for all row sets whose inner products are wanted.
             width: numbers that the longest axis of each leaf is projected to.
         """
-        projections = _projections(self.params, key, width)
 
-        def of_example(batch: Batch, key: Key):
-            outputs, pull_back = jax.vjp(lambda p: self.objective.outputs(p, batch), self.params)
-            value_of = partial(_values, self.objective, self.kind)
+        def of_example(objective, params, projections, batch: Batch, key: Key):
+            outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
+            value_of = partial(_values, objective, self.kind)
             value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
             cotangents = jax.tree.map(lambda x: x[None], slope)
             if self.kind == "roots":
-                cotangents = _roots(self.objective, outputs, batch, key, self.num_roots)
-            return value, jax.vmap(lambda c: _project(projections, pull_back(c)[0]))(cotangents)
+                cotangents = _roots(objective, outputs, batch, key, self.num_roots)
+            return value, jax.vmap(lambda c: _project(axes, projections, pull_back(c)[0]))(cotangents)
 
-        values, rows = [], []
-        for batches, keys in self._keyed_batches():
-            alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
-            value, sketch = jax.lax.map(lambda chunk: jax.vmap(of_example)(*chunk), (alone, keys))
-            values.append(value.reshape(-1))
-            rows.append(sketch.reshape(-1, sketch.shape[-1]))
-        return jnp.concatenate(values), jnp.concatenate(rows)
+        def of_stack(stack, *args):
+            return [
+                jax.lax.map(lambda keyed: jax.vmap(partial(of_example, *args))(*keyed), b) for b in stack.batches
+            ]
+
+        axes, projections = _projections(self.params, key, width)
+        # Micro-batches of batches of one.
+        alone = tuple(
+            (jax.tree.map(lambda x: x[:, :, None], batches), keys) for batches, keys in self._keyed_batches()
+        )
+        stack = dataclasses.replace(self.stack, batches=alone)
+        parts = map_over_devices(of_stack, stack, self.objective, self.params, projections)
+        rows = [sketch.reshape(-1, sketch.shape[-1]) for _, sketch in parts]
+        return jnp.concatenate([value.reshape(-1) for value, _ in parts]), jnp.concatenate(rows)
 
     def combine(self, coefficients: Float[Array, " rows"]) -> LoraParams:
         """`sum_i a_i row_i`: one weighted backward pass."""
@@ -118,16 +125,21 @@ class RowSet:
     def products(self, v: LoraParams) -> Float[Array, " rows"]:
         """`row_i . v` of every row: one forward pass with a tangent."""
 
-        def of_chunk(chunk):
+        def of_chunk(objective, params, v, chunk):
             batch, keys = chunk
-            outputs, tangent = jax.jvp(lambda p: self.objective.outputs(p, batch), (self.params,), (v,))
+            outputs, tangent = jax.jvp(lambda p: objective.outputs(p, batch), (params,), (v,))
             if self.kind == "roots":
-                roots = _roots_of_batch(self.objective, outputs, batch, keys, self.num_roots)
+                roots = _roots_of_batch(objective, outputs, batch, keys, self.num_roots)
                 return _inner_products(roots, tangent)
-            values = partial(_values, self.objective, self.kind)
+            values = partial(_values, objective, self.kind)
             return jax.jvp(lambda o: values(o, batch), (outputs,), (tangent,))[1][:, None]
 
-        return jnp.concatenate([jax.lax.map(of_chunk, part).reshape(-1) for part in self._keyed_batches()])
+        def of_stack(stack, *args):
+            return [jax.lax.map(partial(of_chunk, *args), part) for part in stack.batches]
+
+        stack = dataclasses.replace(self.stack, batches=self._keyed_batches())
+        parts = map_over_devices(of_stack, stack, self.objective, self.params, v)
+        return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
 def _values(objective: Objective, kind: RowKind, outputs, batch: Batch) -> Float[Array, " batch"]:
@@ -180,32 +192,30 @@ def _combine_chunk(
     return pull_back(cotangent)[0]
 
 
-def _projections(like: LoraParams, key: Key, width: int) -> list[tuple[int, Array] | None]:
-    """For each leaf the axis that is projected and the matrix of signs; None for a leaf that is short already.
+def _projections(like: LoraParams, key: Key, width: int) -> tuple[list[int | None], list[Array]]:
+    """For each leaf the axis that is projected, None of one that is short already; the others' matrices of signs.
 
     Leaves stacked over layers [layers, ., .] have a matrix for each layer: the same one would add up the same
     errors.
     """
-    found = []
+    axes, matrices = [], []
     for place, leaf in enumerate(jax.tree.leaves(like)):
         stacked = leaf.ndim == 3
         inside = leaf.shape[1:] if stacked else leaf.shape
         axis = max(range(len(inside)), key=inside.__getitem__)
-        if inside[axis] <= width:
-            found.append(None)
-            continue
-        shape = (leaf.shape[0] if stacked else 1, inside[axis], width)
-        signs = jax.random.rademacher(jax.random.fold_in(key, place), shape, leaf.dtype)
-        found.append((axis, signs / jnp.sqrt(jnp.asarray(width, leaf.dtype))))
-    return found
+        axes.append(axis if inside[axis] > width else None)
+        if inside[axis] > width:
+            shape = (leaf.shape[0] if stacked else 1, inside[axis], width)
+            signs = jax.random.rademacher(jax.random.fold_in(key, place), shape, leaf.dtype)
+            matrices.append(signs / jnp.sqrt(jnp.asarray(width, leaf.dtype)))
+    return axes, matrices
 
 
-def _project(projections: list[tuple[int, Array] | None], row: LoraParams) -> Float[Array, " size"]:
-    parts = []
-    for projection, leaf in zip(projections, jax.tree.leaves(row), strict=True):
-        if projection is not None:
-            axis, matrix = projection
+def _project(axes: list[int | None], matrices: list[Array], row: LoraParams) -> Float[Array, " size"]:
+    parts, remaining = [], iter(matrices)
+    for axis, leaf in zip(axes, jax.tree.leaves(row), strict=True):
+        if axis is not None:
             leaf = jnp.moveaxis(leaf if leaf.ndim == 3 else leaf[None], axis + 1, -1)
-            leaf = jnp.einsum("l...d,ldk->l...k", leaf, matrix, precision=_EXACT)
+            leaf = jnp.einsum("l...d,ldk->l...k", leaf, next(remaining), precision=_EXACT)
         parts.append(leaf.reshape(-1))
     return jnp.concatenate(parts)

@@ -18,7 +18,7 @@ from llmeraser_jax.evaluation.forgetting import HeldOutKL, HeldOutKLResult
 from llmeraser_jax.evaluation.membership import min_k_plus_plus_scores, min_k_scores
 from llmeraser_jax.evaluation.tasks import Metric, exact_match, yes_no_accuracy, yes_no_auc
 from llmeraser_jax.models import Model, generate
-from llmeraser_jax.parallel import place_batch, to_host
+from llmeraser_jax.parallel import place_batch, to_host, whole_shares
 from llmeraser_jax.types import BaseParams, LoraParams, TokenBatch
 
 _CHUNK_SIZE = 16
@@ -88,7 +88,8 @@ def _token_statistics(apply, base: BaseParams, lora, batch: TokenBatch) -> Token
 
 def _batches(model: Model, dataset: TokenDataset, indices: np.ndarray) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Micro-batches on the device(s), each with the places in `indices` that its first rows belong to."""
-    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=_CHUNK_SIZE)
+    size = whole_shares(_CHUNK_SIZE, model.mesh)
+    stack = dataset.stack(indices, np.ones(len(indices)), chunk_size=size)
     order = np.argsort([dataset.bucket_of(int(i)) for i in indices], kind="stable")
     for batches, weights in zip(stack.batches, stack.weights, strict=True):
         for chunk, row_weights in enumerate(np.asarray(weights)):

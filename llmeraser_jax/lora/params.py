@@ -101,11 +101,16 @@ def untrained(lora: Lora, model_config: AdaptableConfig, base: BaseParams) -> Lo
     return Lora(params=params, config=lora.config)
 
 
-def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
+def check_lora(config: AdaptableConfig, lora: Lora, base: BaseParams) -> None:
     """Refuses an adapter that does not fit: linen ignores module names that it does not know.
 
+    Args:
+        config: the model.
+        lora: the adapter.
+        base: the model's parameters; read where the adapter has trained copies.
+
     Raises:
-        ValueError: an unknown module, or a shape that does not match the base's; the message names it.
+        ValueError: an unknown module, or a shape that does not match the model's; the message names it.
     """
     check_copies(lora.config, config, base, lora.params.get(COPIES, {}))
     stacks = adaptable_stacks(config)
@@ -119,9 +124,8 @@ def check_lora(config: AdaptableConfig, base: BaseParams, lora: Lora) -> None:
         msg = f"The adapter holds {', '.join(stray)}, which no layer of this model reads."
         raise ValueError(msg)
     for path, leaves in modules.items():
-        group, name = path.split("/")
-        *lead, width_in, width_out = base[group][name]["kernel"].shape
-        num_layers = lead[0] if lead else 1
+        name = path.split("/")[1]
+        num_layers, width_in, width_out = stacks[name].count, stacks[name].inputs, stacks[name].outputs
         rank = lora.config.stack_rank(name, num_layers)
         expected = {"a": (num_layers, rank, width_in), "b": (num_layers, width_out, rank)}
         for leaf, shape in expected.items():

@@ -347,7 +347,7 @@ def save_adapter(directory: str | os.PathLike[str], lora: Lora, model: Adaptable
     """
     extras = {name: lora.params[name] for name in model.adapter_extras}
     layers = {name: leaves for name, leaves in lora.params.items() if name not in extras}
-    check_lora(model.config, model.base, dataclasses.replace(lora, params=layers))
+    check_lora(model.config, dataclasses.replace(lora, params=layers), model.base)
     stacks = _adapted_stacks(lora.config, model.config)
     held = {name for _, name, _ in low_rank_updates(dataclasses.replace(lora, params=layers))}
     if isinstance(lora.config.target_modules, str) or held != set(stacks):

@@ -53,12 +53,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from llmeraser_jax.convert import QuantizedKernel, dequantized
+from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora import COPIES, check_lora, with_copies
 from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
 from llmeraser_jax.models.vision import ACTIVATIONS
+from llmeraser_jax.parallel import gathered, looked_up, shares_base
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
@@ -118,7 +119,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        out = frozen_product(x, dequantized(self._kernel(x.shape[-1])), self.matmul_precision)
+        out = product(x, self._kernel(x.shape[-1]), "/".join((*self.path, "kernel")), self.matmul_precision)
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.has_variable("lora", "a"):
@@ -130,11 +131,35 @@ class Linear(nn.Module):
         return out
 
     def _kernel(self, inputs):
-        if not self.is_initializing():
-            kernel = self.get_variable("params", "kernel")
-            if isinstance(kernel, QuantizedKernel):  # no array, as linen would have a parameter be
-                return kernel
-        return self.param("kernel", nn.initializers.normal(self.init_range), (inputs, self.features))
+        return parameter(self, "kernel", self.init_range, (inputs, self.features))
+
+
+def parameter(module: nn.Module, name: str, init_range: float, shape: tuple[int, ...]) -> Any:
+    """A frozen matrix as it is there: whole, a device's share of it, or quantised; normal numbers at the start."""
+    if module.is_initializing():
+        return module.param(name, nn.initializers.normal(init_range), shape)
+    return module.get_variable("params", name)  # linen's `param` would refuse all but an array of this shape
+
+
+def product(x: Array, kernel: Any, path: str, setting: str, *, transposed: bool = False) -> Array:
+    """`x` times a frozen matrix, which is gathered and dequantised here if need be.
+
+    Args:
+        x: activations.
+        kernel: see `parameter`.
+        path: of the kernel in the base.
+        setting: see `frozen_product`, as is `transposed`.
+        transposed: the kernel is [outer, inner].
+    """
+
+    def with_share(x, kernel):
+        return frozen_product(x, dequantized(gathered(path, kernel)), setting, transposed=transposed)
+
+    if shares_base() and not path.startswith("layers/"):  # layers are rematerialised whole
+        # Gathered for each micro-batch: without the barrier XLA gathers once, and keeps the whole matrix.
+        kernel, _ = jax.lax.optimization_barrier((kernel, jax.lax.stop_gradient(x)))
+        return jax.checkpoint(with_share)(x, kernel)
+    return with_share(x, kernel)
 
 
 class Experts(nn.Module):
@@ -146,21 +171,25 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-        router = self.param("router", init, (config.width, config.num_experts))
+        matrix = functools.partial(parameter, self, init_range=config.initializer_range)
+        router = matrix(name="router", shape=(config.width, config.num_experts))
         inward, outward = (config.width, config.mlp_width), (config.mlp_width, config.width)
         gates, ups, downs = (
-            self.param(f"{name}_proj", init, (config.num_experts, *shape))
+            matrix(name=f"{name}_proj", shape=(config.num_experts, *shape))
             for name, shape in (("gate", inward), ("up", inward), ("down", outward))
         )
-        project = functools.partial(frozen_product, setting=config.matmul_precision)
-        weights = layers.routing_weights(project(x, router), config.experts_per_token, config.normalised_routing)
+        routing = frozen_product(x, router, config.matmul_precision)
+        weights = layers.routing_weights(routing, config.experts_per_token, config.normalised_routing)
+
+        def project(x, kernel, name):
+            whole = gathered(f"layers/experts/{name}_proj", kernel, axes_before=2)
+            return frozen_product(x, whole, config.matmul_precision)
 
         @jax.checkpoint
         def add(total, expert):
             gate, up, down, weight = expert
-            inside = self.activation(project(x, gate)) * project(x, up)
-            return total + weight[..., None] * project(inside, down), None
+            inside = self.activation(project(x, gate, "gate")) * project(x, up, "up")
+            return total + weight[..., None] * project(inside, down, "down"), None
 
         return jax.lax.scan(add, jnp.zeros_like(x), (gates, ups, downs, jnp.moveaxis(weights, -1, 0)))[0]
 
@@ -267,14 +296,15 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        init = nn.initializers.normal(self.config.initializer_range)
-        self.embedding = self.param("embedding", init, (self.config.vocab_size, self.config.width))
+        shape = (self.config.vocab_size, self.config.width)
+        self.embedding = parameter(self, "embedding", self.config.initializer_range, shape)
 
     def __call__(self, tokens, dtype):
-        return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        return looked_up(self.embedding, tokens).astype(dtype)
 
     def attend(self, x):
-        return frozen_product(x, self.embedding, self.config.matmul_precision, transposed=True)
+        path = "embed_tokens/embedding"
+        return product(x, self.embedding, path, self.config.matmul_precision, transposed=True)
 
 
 class Projector(nn.Module):
@@ -471,9 +501,12 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
     """
     dtype = jnp.promote_types(jnp.float32, base["embed_tokens"]["embedding"].dtype)
     if lora is not None:
-        check_lora(config, base, lora)
+        check_lora(config, lora, base)
+        if COPIES in lora.params and shares_base():
+            msg = 'An adapter with modules_to_save needs a mesh without "fsdp": its copies are not shared out.'
+            raise ValueError(msg)
         base = with_copies(base, lora.params.get(COPIES, {}))
-    rows = base["embed_tokens"]["embedding"].shape[0]
+    rows = config.vocab_size if shares_base() else base["embed_tokens"]["embedding"].shape[0]
     if rows != config.vocab_size or (config.tied_embeddings and "lm_head" in base):
         config = dataclasses.replace(
             config, vocab_size=rows, tied_embeddings=config.tied_embeddings and "lm_head" not in base

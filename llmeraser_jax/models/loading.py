@@ -168,6 +168,11 @@ def load_model(
     )
 
 
+def model_config(path_or_hub_id: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of a model in a directory or on the hub, whose weights need not be there."""
+    return read_config(_local_directory(path_or_hub_id, weights=False))
+
+
 def _local_directory(path_or_hub_id: str | os.PathLike[str], *, weights: bool = True) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():

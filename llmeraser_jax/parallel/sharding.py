@@ -1,16 +1,30 @@
 """Where arrays live on a mesh.
 
-Rules are an ordered list of (regular expression over a leaf's path, partition spec): the first match decides,
-and a leaf that no rule matches is an error, so that a new parameter cannot be replicated by accident.
+| array | over "data" | over "fsdp" | over "model" |
+|---|---|---|---|
+| kernels and embedding of the base, as stored | copies | shared out, gathered layer by layer | shared out |
+| norms, biases, routers, most scales of quantised kernels | copies | copies | as the kernels, or copies |
+| adapter, gradients, Adam's moments, vectors and states of solvers | copies | copies | copies |
+| examples, their outputs, caches of linearisations | shared out | shared out | as the compiler chooses |
+| stored rows of examples: the numbers of each | shared out | shared out | shared out |
+| Gram matrices, random projections and coefficients of rows | copies | copies | copies |
+
+Rules for the base are an ordered list of (regular expression over a leaf's path, partition spec): the first match
+decides, and a leaf that no rule matches is an error, so that a new parameter cannot be replicated by accident.
+Devices on "fsdp" hold different examples. Under `sums.sum_over_devices` and `sums.map_over_devices`
+each of them sees its own share of the base, and the model asks for whole matrices with `gathered`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,20 +33,21 @@ from llmeraser_jax.types import BaseParams, Batch, ExampleStack, PyTree
 
 _RULES: Sequence[tuple[str, P]] = (
     # Kernels are [layers, in, out]. Column-parallel shares out the outputs, row-parallel the inputs.
-    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, "fsdp", "model")),
     (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
-    (r"layers/(o|down)_proj/kernel", P(None, "model", None)),
+    (r"layers/(o|down)_proj/kernel", P(None, "model", "fsdp")),
     (r"layers/(o|down)_proj/bias", P()),
     # Quantised kernels are [layers, out, in], the inputs in blocks or not, with scales beside them.
-    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel/(codes|absmax)", P(None, "model")),
-    (r"layers/(o|down)_proj/kernel/codes", P(None, None, "model")),
-    (r"layers/(o|down)_proj/kernel/absmax", P()),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel/codes", P(None, "model", "fsdp")),
+    (r"layers/(q|k|v|qkv|gate|up|gate_up)_proj/kernel/absmax", P(None, "model")),
+    (r"layers/(o|down)_proj/kernel/codes", P(None, "fsdp", "model")),
+    (r"layers/(o|down)_proj/kernel/absmax", P(None, "fsdp")),
     (r"layers/.*_proj/kernel/nested_(absmax|offset)", P()),
-    (r"layers/experts/(gate|up)_proj", P(None, None, None, "model")),
-    (r"layers/experts/down_proj", P(None, None, "model", None)),
+    (r"layers/experts/(gate|up)_proj", P(None, None, "fsdp", "model")),
+    (r"layers/experts/down_proj", P(None, None, "model", "fsdp")),
     (r"layers/experts/router", P()),
-    (r"embed_tokens/embedding", P("model", None)),
-    (r"lm_head/kernel", P(None, "model")),
+    (r"embed_tokens/embedding", P("model", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "model")),
     (r"projector/linear_1/kernel", P(None, "model")),
     (r"projector/linear_1/bias", P("model")),
     (r"projector/linear_2/kernel", P("model", None)),
@@ -40,6 +55,9 @@ _RULES: Sequence[tuple[str, P]] = (
     (r"vision/.*", P()),
     (r".*norm/scale", P()),
 )
+
+
+EXAMPLES = P(("data", "fsdp"))  # of an array [batch, ...]
 
 
 def spec_for(path: str) -> P:
@@ -61,9 +79,11 @@ def _path_name(path) -> str:
 
 def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
     for dim, axis in zip(shape, spec, strict=False):
-        if axis is not None and dim % mesh.shape[axis]:
-            ways = mesh.shape[axis]
-            msg = f"{what} of shape {shape} cannot be split {ways} ways along {axis!r}: {dim} is no multiple."
+        axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+        ways = math.prod(mesh.shape[one] for one in axes)
+        if dim % ways:
+            along = " x ".join(one for one in axes if mesh.shape[one] > 1)
+            msg = f"{what} of shape {shape} cannot be split {ways} ways along {along!r}: {dim} is no multiple."
             raise ValueError(msg)
 
 
@@ -76,6 +96,79 @@ def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding
     spec = spec_for(path)
     _check_divisible(f"Parameter {path!r}", shape, spec, mesh)
     return NamedSharding(mesh, spec)
+
+
+def _rule_of(path: str) -> P | None:
+    """The spec of the base's leaf at `path`, which may begin above the base; None of any other leaf."""
+    for pattern, spec in _RULES:
+        if re.fullmatch(f"(?:.*/)?(?:{pattern})", path):
+            return spec
+    return None
+
+
+def share_specs(tree: PyTree, axes: Sequence[str]) -> PyTree:
+    """The specs of arguments to a function that `axes` of the mesh are manual in: base leaves shared out, or whole.
+
+    Args:
+        tree: any; its base leaves are known by the ends of their paths.
+        axes: whose places see different arguments.
+    """
+
+    def spec(path, leaf):
+        rule = _rule_of(_path_name(path)) if "fsdp" in axes else None
+        return P() if rule is None else P(*(name if name == "fsdp" else None for name in rule))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shares_base() -> bool:
+    """Whether the code that is being traced sees its device's share of the base over "fsdp"."""
+    return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def gathered(path: str, parameter: PyTree, *, axes_before: int = 1) -> PyTree:
+    """A matrix of the base, whole over "fsdp", in its storage dtype; itself where the code sees it whole already.
+
+    Args:
+        path: of the parameter in the base.
+        parameter: an array or a quantised kernel; of one layer, where the base stacks layers.
+        axes_before: axes of a layer's stack that the parameter has no more.
+    """
+    if not shares_base():
+        return parameter
+    before = axes_before if path.startswith("layers/") else 0
+
+    def whole(place, leaf):
+        spec = _rule_of("/".join(filter(None, (path, _path_name(place)))))
+        if spec is None or "fsdp" not in spec:
+            return leaf
+        axis = spec.index("fsdp") - before
+        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
+        return _on_model_shares(gather, P(*(name if name == "model" else None for name in spec[before:])), leaf)
+
+    return jax.tree_util.tree_map_with_path(whole, parameter)
+
+
+def _on_model_shares(exchange: Callable[[jax.Array], jax.Array], spec: P, array: jax.Array) -> jax.Array:
+    """An exchange over other axes, by each device of "model" with its share, which XLA would gather first.
+
+    Args:
+        exchange: of one array, that leaves its axes where they are.
+        spec: where the array is and shall be over "model".
+        array: seen whole over "model".
+    """
+    if jax.sharding.get_abstract_mesh().shape["model"] == 1:
+        return exchange(array)
+    mapped = jax.shard_map(exchange, in_specs=spec, out_specs=spec, axis_names={"model"}, check_vma=False)
+    return mapped(array)
+
+
+def looked_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding [vocab, width] for tokens [batch, time]; devices on "fsdp" exchange shares of rows."""
+    if not shares_base():
+        return jnp.take(table, tokens, axis=0)
+    rows = jnp.take(table, jax.lax.all_gather(tokens, "fsdp", tiled=True), axis=0)
+    return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
 
 def shard_base(base: BaseParams, mesh: Mesh) -> BaseParams:
@@ -96,52 +189,108 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return tree if mesh is None else _put_tree(tree, NamedSharding(mesh, P()))
 
 
-def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding | None:
-    """Where `spread` puts an array: its longest axis that all devices divide is shared out, the first left whole.
+def replicated(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Traced values, the same on every device; unchanged where `mesh` is None.
 
-    None where there is no such axis.
+    Left to the compiler, a vector of adapter space is split over "model" as the kernels beside it, and programs
+    that take it as an adapter compile again.
     """
-    fitting = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
-    if not fitting:
-        return None
-    longest = max(fitting, key=shape.__getitem__)
-    return NamedSharding(
-        mesh, P(*(tuple(mesh.axis_names) if axis == longest else None for axis in range(len(shape))))
-    )
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
-def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Shares each leaf out over all devices along its longest axis that they divide, the first axis left whole.
+def laid_out(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Traced values of which all that is no base leaf is the same on every device; unchanged where `mesh` is None.
 
-    For traced values, such as rows of gradients [rows, ...]: of many rows each device holds a share of the numbers.
-    A leaf without such an axis is left to the compiler; so is all where `mesh` is None.
+    A solver's vectors are laid out by what its products take and give.
     """
     if mesh is None:
         return tree
 
-    def constrained(leaf: jax.Array) -> jax.Array:
-        sharding = spread_sharding(leaf.shape, mesh)
-        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+    def leaf_of(path, leaf):
+        return leaf if _rule_of(_path_name(path)) is not None else replicated(leaf, mesh)
 
-    return jax.tree.map(constrained, tree)
+    return jax.tree_util.tree_map_with_path(leaf_of, tree)
+
+
+def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding | None:
+    """Where rows [rows, ...] live: of each row every device has a share of the numbers, the first axis left whole.
+
+    The longest axis that it divides is shared out over "model", as gradients are beside the kernels, and the
+    longest of the others over "data" and "fsdp". Without such a pair one axis is, over all; None without that.
+    """
+    spec = _spread_spec(shape, mesh)
+    return None if spec is None else NamedSharding(mesh, spec)
+
+
+def _spread_spec(shape: tuple[int, ...], mesh: Mesh) -> P | None:
+    def longest(ways: int, *taken: int) -> int | None:
+        fitting = [axis for axis in range(1, len(shape)) if shape[axis] % ways == 0 and axis not in taken]
+        return max(fitting, key=shape.__getitem__) if fitting else None
+
+    examples, model = tuple(axis for axis in mesh.axis_names if axis != "model"), mesh.shape["model"]
+    inner = longest(model)
+    if model > 1 and inner is not None and (outer := longest(mesh.size // model, inner)) is not None:
+        places: dict[int, Any] = {inner: "model", outer: examples}
+    elif (only := longest(mesh.size)) is not None:
+        places = {only: (*examples, "model")}
+    else:
+        return None
+    return P(*(places.get(axis) for axis in range(len(shape))))
+
+
+def exchanged(rows: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
+    """Rows that devices computed of their own examples; of all rows each device ends with a share of the numbers.
+
+    For code in which `axes` are manual. Left to the compiler, devices exchange the activations that rows are
+    computed from. A leaf without an axis to share out is whole on every device.
+
+    Args:
+        rows: leaves [rows of this device, ...].
+        mesh: all devices.
+        axes: that share out the examples.
+
+    Returns:
+        Leaves [all rows, ...], with places over `axes` as `exchanged_spec` says.
+    """
+
+    def exchange(leaf):
+        spec = _spread_spec(leaf.shape, mesh)
+        if spec is None:
+            return jax.lax.all_gather(leaf, axes, tiled=True)
+        axis = _axis_of_examples(spec)
+        swap = partial(jax.lax.all_to_all, axis_name=axes, split_axis=axis, concat_axis=0, tiled=True)
+        within = P(*("model" if name == "model" else None for name in spec))
+        return _on_model_shares(swap, within, leaf) if "model" in within else swap(leaf)
+
+    return jax.tree.map(exchange, rows)
+
+
+def _axis_of_examples(spec: P) -> int:
+    return next(axis for axis, name in enumerate(spec) if isinstance(name, tuple))
+
+
+def exchanged_spec(shape: tuple[int, ...], mesh: Mesh, axes: tuple[str, ...]) -> P:
+    """Where `exchanged` leaves rows of `shape` [rows, ...], with an axis of micro-batches put in front."""
+    spec = _spread_spec(shape, mesh)
+    return P() if spec is None else P(*(None,) * (_axis_of_examples(spec) + 1), axes)
 
 
 def place_stack(stack: ExampleStack, mesh: Mesh | None) -> ExampleStack:
-    """Shares each micro-batch of a stack out over the data axis; unchanged where `mesh` is None.
+    """Shares each micro-batch of a stack out over "data" and "fsdp"; unchanged where `mesh` is None.
 
     Raises:
-        ValueError: the micro-batch size is no multiple of the data axis.
+        ValueError: the micro-batch size is no multiple of the devices that share it out.
     """
-    return _place(stack, mesh, P(None, "data")).replace(mesh=mesh)
+    return _place(stack, mesh, P(None, *EXAMPLES)).replace(mesh=mesh)
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """Shares one micro-batch out over the data axis; unchanged where `mesh` is None.
+    """Shares one micro-batch out over "data" and "fsdp"; unchanged where `mesh` is None.
 
     Raises:
-        ValueError: the micro-batch size is no multiple of the data axis.
+        ValueError: the micro-batch size is no multiple of the devices that share it out.
     """
-    return _place(batch, mesh, P("data"))
+    return _place(batch, mesh, EXAMPLES)
 
 
 def _place(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:

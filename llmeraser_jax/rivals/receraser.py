@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import place_batch, to_host
+from llmeraser_jax.parallel import place_batch, to_host, whole_shares
 from llmeraser_jax.rivals.descent import require_non_negative, require_positive
 from llmeraser_jax.rivals.ensemble import AttentionGate, Ensemble, MeanHiddenState, make_ensemble
 from llmeraser_jax.rivals.ensemble_model import ensemble_model, place_ensemble
@@ -277,7 +277,7 @@ def _embeddings_and_log_probs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of all prompts [n, width], and all targets' log-probabilities [members, n, response]."""
     n, width = len(dataset), dataset.uniform_shape.response
-    stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=_CHUNK_SIZE)
+    stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=whole_shares(_CHUNK_SIZE, model.mesh))
     embeddings, log_probs = [], []
     for chunk in range(stack.weights[0].shape[0]):
         batch = place_batch(jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk], stack.batches[0]), model.mesh)

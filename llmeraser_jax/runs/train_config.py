@@ -20,8 +20,8 @@ class TrainConfig:
         epochs: passes over the data.
         batch_size: examples per step; the last, smaller batch of an epoch is kept and averaged over its own
             count.
-        microbatch_size: examples per forward and backward pass; None is `batch_size`. A smaller one bounds
-            memory and leaves the gradient as it is.
+        microbatch_size: examples per forward and backward pass. A smaller one bounds memory and leaves the gradient
+            as it is. None is `batch_size` on a CPU, and on accelerators as many of them as fit, see plan.
         learning_rate: at the end of the warm-up.
         warmup_ratio: share of all steps that the learning rate rises over, linearly from zero.
         l2: lambda, in `l(z) = cross entropy + (l2 / 2) ||theta||^2`; 0 for an adapter with `modules_to_save`.

@@ -365,7 +365,7 @@ def adopt(
     start = parallel.replicate(untrained(lora, model.config, model.base), model.mesh)  # the base, tokens added
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)
     # The executable is shared out over the data axis, which must divide the batch.
-    batch_size = _BATCH_SIZE if model.mesh is None else _BATCH_SIZE * model.mesh.shape["data"]
+    batch_size = _BATCH_SIZE * parallel.example_shares(model.mesh)
     notes += _training_notes(stated)
     order = np.random.RandomState(_SAMPLE_SEED).permutation(len(dataset))
     fit = compare_recipes(

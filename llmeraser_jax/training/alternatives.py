@@ -215,10 +215,11 @@ class _Measured:
         key = (dataclasses.replace(recipe, reduction="example"), lora is None)
         if key not in self._sums:
             dataset = self.encode(recipe)
-            share = 1 if self._mesh is None else self._mesh.shape["data"]
             chunk = max(1, min(len(dataset), _MAX_TOKENS // self._shape.time))
             n = len(dataset)
-            stack = dataset.stack_uniform(np.arange(n), np.ones(n), chunk_size=-(-chunk // share) * share)
+            stack = dataset.stack_uniform(
+                np.arange(n), np.ones(n), chunk_size=parallel.whole_shares(chunk, self._mesh)
+            )
             params = self._start if lora is None else lora
             means = losses.example_losses(self._objective, params, parallel.place_stack(stack, self._mesh))
             counts = dataset.num_targets.astype(np.float64)

@@ -20,12 +20,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from llmeraser_jax import files, losses, parallel, trees
+from llmeraser_jax import files, losses, parallel, planning, trees
 from llmeraser_jax.checkpoint import StepCheckpoints
 from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.environment import peak_memory_bytes
-from llmeraser_jax.lora import check_no_l2, is_decayed
+from llmeraser_jax.lora import Lora, check_no_l2, is_decayed
 from llmeraser_jax.losses import Objective
+from llmeraser_jax.models import Model
 from llmeraser_jax.runs import FEATURES_DIRECTORY, TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_rows
@@ -326,7 +327,17 @@ def finetune_held(
                     tensorboard_dir=workdir / "tensorboard" if tensorboard else None,
                 )
             )
-        return _train(model, objective, dataset, config, lora, checkpoints, metrics, replay)
+        microbatch = _microbatch(model, dataset, config, lora)
+        return _train(model, objective, dataset, config, microbatch, lora, checkpoints, metrics, replay)
+
+
+def _microbatch(model: Any, dataset: TokenDataset, config: TrainConfig, lora: LoraParams) -> int:
+    """Examples of a forward and backward pass: as the configuration says, else what fits."""
+    if config.microbatch_size is None and isinstance(model, Model) and isinstance(lora, Lora):
+        shape = dataset.uniform_shape
+        work = planning.workload_of(model, lora.config, shape.time, shape.response)
+        return planning.auto_microbatch(work, config.batch_size) or config.examples_per_pass
+    return config.examples_per_pass
 
 
 def _train(
@@ -334,6 +345,7 @@ def _train(
     objective: Objective,
     dataset: TokenDataset,
     config: TrainConfig,
+    microbatch_size: int,
     params: LoraParams,
     checkpoints: StepCheckpoints | None,
     metrics: MetricsLogger | None,
@@ -393,7 +405,7 @@ def _train(
                     indices,
                     1.0 / len(indices),
                     batch_size=config.batch_size,
-                    microbatch_size=config.examples_per_pass,
+                    microbatch_size=microbatch_size,
                 )
                 if dropout:
                     stack = with_places(stack)
@@ -427,7 +439,7 @@ def _train(
         params,
         dataset,
         batch_size=config.batch_size,
-        microbatch_size=config.examples_per_pass,
+        microbatch_size=microbatch_size,
         mesh=model.mesh,
     )
     return TrainResult(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llmeraser_jax import tracking
+from llmeraser_jax import planning, tracking
+from llmeraser_jax.curvature.row_sets import ROW_MEMORY_BYTES
+from llmeraser_jax.models import Model
 from llmeraser_jax.unlearning.auto import Auto
 from llmeraser_jax.unlearning.budget import Budget
 from llmeraser_jax.unlearning.known_rows import KnownRows
@@ -23,7 +25,7 @@ def erase(
     budget: float | None = None,
     *,
     seed: int = 0,
-    chunk_size: int = 16,
+    chunk_size: int | Literal["auto"] = "auto",
     directory: Path | None = None,
     audit: bool = False,
     known: KnownRows | None = None,
@@ -45,7 +47,8 @@ def erase(
             retraining is known, `inf` lifts the limit. Steps are planned to fit, and every cost is asked for
             before it is spent: what was reached by then is the result, and the receipt says that it is partial.
         seed: of every sample drawn.
-        chunk_size: examples per micro-batch; memory grows with it, results do not change.
+        chunk_size: examples per micro-batch; memory grows with it, results do not change. auto is 16 on CPUs, and
+            what fits a language model on accelerators.
         directory: where streamed solves keep their state.
         audit: report gradient norms of all examples instead of a sample.
         known: losses under the adapter as trained, of an earlier request; gets those that are computed.
@@ -69,7 +72,7 @@ def erase(
         workspace = Workspace(
             budget=Budget.of_share(budget, task.cost_of_retraining),
             mesh=task.mesh,
-            chunk_size=chunk_size,
+            chunk_size=_chunk_size(task) if chunk_size == "auto" else chunk_size,
             seed=seed,
             directory=directory,
             audit=audit,
@@ -77,3 +80,11 @@ def erase(
             known=known,
         )
         return method.run(task, workspace)
+
+
+def _chunk_size(task: UnlearningTask) -> int:
+    if not isinstance(task.model, Model):
+        return planning.CHUNK_SIZE
+    shape = task.dataset.uniform_shape
+    work = planning.workload_of(task.model, task.adapter.config, shape.time, shape.response)
+    return planning.auto_chunk_size(work, ROW_MEMORY_BYTES)

@@ -142,7 +142,7 @@ def erase_run(
     budget: float | None = None,
     *,
     seed: int = 0,
-    chunk_size: int = 16,
+    chunk_size: int | Literal["auto"] = "auto",
     audit: bool = False,
     model: Model | None = None,
     mesh: Mesh | None = None,
@@ -167,7 +167,7 @@ def erase_run(
         method: how; one of the package's own, since rivals give no receipt.
         budget: see `erase`; so are `seed`, `chunk_size` and `audit`.
         seed: of every sample drawn.
-        chunk_size: examples per micro-batch.
+        chunk_size: examples per micro-batch, or auto.
         audit: report gradient norms of all examples.
         model: the run's base model where it is loaded already.
         mesh: where to load the model to otherwise.

@@ -6,18 +6,70 @@ import pytest
 
 from experiments.pod.collectives import collectives
 from experiments.pod.main import PodConfig, collective_totals, run
+from experiments.pod.programs import model_config
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.parallel import mesh_sizes
+from llmeraser_jax.planning import Workload
+
+TINY = {"topology": "v5e:2x2", "model": "tiny", "tokens": 64, "response": 8, "examples": 16, "microbatch": 2}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Each program is compiled in a process of its own, so that libtpu is never loaded in this one."""
     pytest.importorskip("libtpu")
-    return run(
-        PodConfig(
-            workdir=tmp_path_factory.mktemp("pod"), topology="v5e:2x2", mesh="data=2,model=2", model="tiny",
-            programs=("gradient", "rows"), tokens=64, response=8, examples=16, microbatch=2,
-        )
-    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("pod")
+    return run(PodConfig(workdir=workdir, mesh="data=2,model=2", programs=("gradient", "rows"), **TINY))
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory):
+    """The same gradient with the base over "fsdp"."""
+    pytest.importorskip("libtpu")
+    workdir = tmp_path_factory.mktemp("pod_fsdp")
+    return run(PodConfig(workdir=workdir, mesh="data=2,fsdp=2", programs=("gradient",), **TINY))["gradient"]
+
+
+def test_layers_are_gathered_one_by_one_as_they_are_stored(shared_out):
+    gathers = [
+        one for one in shared_out["collectives"] if one["kind"] == "all-gather" and one["shapes"][0][0] != "s32"
+    ]
+    layers = [one for one in gathers if one["executions"] == 2 * 2]  # micro-batches and layers
+    head = [one for one in gathers if one not in layers]
+    assert all(one["axes"] == "fsdp" for one in gathers)
+    assert len(layers) == 2 * 7  # each kernel forward and backward
+    assert all(shape[0] == "bf16" and shape[1] == 1 for one in layers for shape in one["shapes"])
+    assert [one["shapes"] for one in head] == [[["bf16", 256, 1024]]]
+    assert head[0]["executions"] == 2
+
+
+def test_the_adapter_is_reduced_once_over_all_that_share_the_examples(shared_out):
+    reductions = [one for one in shared_out["collectives"] if one["kind"] == "all-reduce"]
+    assert [(one["axes"], one["executions"]) for one in reductions] == [("data,fsdp", 1)]
+    assert reductions[0]["bytes"] <= shared_out["adapter_bytes"] + 4
+
+
+@pytest.mark.parametrize(("mesh", "most"), [("data=2,model=2", 1.0), ("data=2,fsdp=2", 1.6)])
+def test_memory_is_planned_within_six_percent_or_from_above(results, shared_out, mesh, most):
+    """At this size a whole gathered layer is much; `tests/test_planning.py` has 7 billion parameters."""
+    result = results["gradient"] if mesh == "data=2,model=2" else shared_out
+    work = Workload(
+        config=model_config("tiny"),
+        lora=LoraConfig(rank=8, alpha=16.0, target_modules="all-linear"),
+        mesh=mesh_sizes(mesh),
+        time=64,
+        response=8,
+        dtype="bfloat16",
+    )
+    compiled = result["argument_bytes"] + result["temporary_bytes"]
+    planned = work.still_bytes + 2 * work.adapter_bytes + 2 * work.gradient_row_bytes
+    assert 0.94 * compiled <= planned <= most * compiled
+
+
+def test_rows_are_exchanged_and_not_what_they_are_computed_from(results):
+    """Each device sends away at most what it does not keep of the rows it computed."""
+    sent = sum(size for (kind, _), (_, size) in collective_totals(results["rows"]).items() if kind == "all-to-all")
+    assert 0 < sent <= results["rows"]["output_bytes"]
 
 
 def test_a_gradient_is_reduced_once_over_data(results):

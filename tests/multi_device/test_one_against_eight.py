@@ -205,8 +205,10 @@ def test_a_mesh_that_cannot_be_is_refused(text):
 
 def test_a_mesh_is_read_from_text():
     mesh = parse_mesh("data=4,model=2")
-    assert mesh is not None and dict(mesh.shape) == {"data": 4, "model": 2}
+    assert mesh is not None and dict(mesh.shape) == {"data": 4, "fsdp": 1, "model": 2}
     assert parse_mesh("") is None
+    mesh = parse_mesh("data=2, fsdp=4")
+    assert mesh is not None and dict(mesh.shape) == {"data": 2, "fsdp": 4, "model": 1}
 
 
 def test_a_mesh_of_several_processes_has_a_device_of_each(monkeypatch):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import add_delta
-from llmeraser_jax.losses import Objective, half_squared_error, half_squared_error_root, response_losses
+from llmeraser_jax.losses import Objective, half_squared_error, half_squared_error_root
 from llmeraser_jax.rivals import KFade, WinU
 from llmeraser_jax.training import finetune
 from llmeraser_jax.unlearning import EditProblem, UnlearningTask, Workspace
@@ -164,7 +165,7 @@ def faded(task):
 
 
 def mean_loss(task, params, rows):
-    return response_losses(task.model, params, task.problem.examples, np.asarray(rows)).mean()
+    return score_examples(task.model, params, task.problem.examples, np.asarray(rows)).losses.mean()
 
 
 def test_k_fade_forgets_on_a_language_model_and_holds_the_rest(task, faded):
