@@ -18,7 +18,7 @@ def main():
         for processor, options in PROCESSORS.items()
         for name, content in pictures().items()
     }
-    np.savez_compressed(PIXELS, **made)
+    np.savez_compressed(PIXELS, allow_pickle=False, **made)
     tokens = {name: tokens_by_transformers(row) for name, row, _ in rows()}
     TOKENS.write_text(json.dumps(tokens, separators=(",", ":")) + "\n", encoding="utf-8")
 

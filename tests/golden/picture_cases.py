@@ -113,8 +113,8 @@ def tokens_by_transformers(row: dict, strategy: str = "default", additional: int
     else:
         text = row["prompt"] + row["response"] + made.tokenizer.eos_token
     images = [Image.open(io.BytesIO(pictures()["rgb"]))] * text.count("<image>")
-    options: dict = {"add_special_tokens": False}
-    encoded = made(text=[text], images=images or None, **options)
+    options: dict = {"add_special_tokens": False, "images": images or None}
+    encoded = made(text=[text], **options)
     return [int(token) for token in np.asarray(encoded["input_ids"][0])]
 
 

@@ -83,6 +83,7 @@ def test_features_logits_and_continuations_are_those_of_pytorch(case, tmp_path):
     plain = llava_reference.logits(theirs)
     assert _differ(jax.jit(model.apply)(model.base, None, *inputs), plain, inputs) < 1e-5
     own = [features[list(numbers)] for numbers in PICTURES]
+    assert model.config.vision is not None
     rows = texts(model.config.vision.num_features)
     new = generate(model, None, rows, NUM_NEW_TOKENS, stop_ids=(), images=own)
     np.testing.assert_array_equal(new, llava_reference.greedy(theirs))
@@ -191,8 +192,7 @@ def test_a_merged_export_is_read_by_transformers(base, tmp_path):
     from tests.torch_parity import llava_reference
 
     model = load_model(base)
-    pattern = {"alpha_pattern": {"layers.0.*": 5.0, "linear_1": 3.0}}
-    lora = random_lora(model, **pattern)
+    lora = random_lora(model, alpha_pattern={"layers.0.*": 5.0, "linear_1": 3.0})
     (tmp_path / "merged").mkdir()
     write_merged(tmp_path / "merged", model, lora, dtype="float32")
     _, inputs = _inputs(model)

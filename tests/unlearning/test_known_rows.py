@@ -50,7 +50,7 @@ def run(tmp_path):
         unstated=(),
         data_path=tmp_path,
         data_ids=(),
-        data_sha256=(),
+        data_hashes=(),
         knows_initial_adapter=False,
         result={},
         parent=None,
