@@ -453,8 +453,8 @@ class Erase:
         on_incomplete: what to do where the validity check does not call the outcome complete. warn writes the
             adapter; the exit status is 3 if forget rows have not arrived or other rows were harmed, and 4 if
             nothing shows where removed rows should end. refuse writes nothing. retrain writes the adapter of a
-            retraining, which goes on from the last checkpoint before the first forgotten row was seen where
-            finetune kept any (--keep-checkpoints).
+            retraining, also where the drift of the chain says "retrain now"; it goes on from the last checkpoint
+            before the first forgotten row was seen where finetune kept any (--keep-checkpoints).
         seed: of every sample drawn.
         chunk_size: examples per micro-batch; memory grows with it, results do not change. auto is 16 on a CPU, and
             on accelerators what fits, see plan.

@@ -71,9 +71,10 @@ def _retrained_instead(
     result: Result,
     receipt: Receipt,
     data_path: str | os.PathLike[str] | None,
+    why: str,
 ) -> tuple[Result, Receipt]:
-    """The result of a retraining in the place of an erasure that is not complete."""
-    _log.warning("The erasure is not complete (%s); retraining on the edited data.", receipt.outcome)
+    """The result of a retraining in the place of an erasure, and why that is not kept."""
+    _log.warning("Retraining on the edited data: %s.", why)
     model, requests = task.language_model, task.requests
     assert not isinstance(requests, EditProblem)  # of a run
     if run_with_checkpoints(run) is None:
@@ -93,7 +94,7 @@ def _retrained_instead(
         complete=True,
         validity=None,
         outcome=f"complete: {how}",
-        attempts=(*receipt.attempts, f"{receipt.method}: {receipt.outcome}"),
+        attempts=(*receipt.attempts, f"{receipt.method}: {why}"),
         seconds=seconds,
         gradient_equivalents=cost,
         delta_norm=float(trees.tree_norm(delta)),
@@ -176,8 +177,9 @@ def erase_run(
         target_loss: where removed rows should end instead of the calibration rows' mean loss, nats per token.
         on_incomplete: what happens where the outcome is not called complete. `warn` writes the adapter, and the
             receipt says so; `refuse` writes nothing; `retrain` writes the adapter of a retraining on the edited
-            data with the run's recipe, from the last checkpoint before the first forgotten row where the training
-            kept any (see `training.replay`); it goes on where it was if it is killed.
+            data with the run's recipe, also where the drift of the chain says `retrain now`. It begins at the last
+            checkpoint before the first forgotten row where the training kept any (see `training.replay`), and goes
+            on where it was if it is killed.
         on_step: called after every accepted step.
 
     Raises:
@@ -228,14 +230,18 @@ def erase_run(
         msg = f"{type(method).__name__} gives no receipt; erase a run with one of the package's own methods."
         raise ValueError(msg)
     retraining = Path(f"{os.fspath(workdir).rstrip('/')}.retraining")
-    if not receipt.complete:
-        if on_incomplete == "refuse":
-            raise IncompleteError(receipt)
-        if on_incomplete == "retrain":
-            result, receipt = _retrained_instead(run, task, retraining, result, receipt, data_path)
+    if not receipt.complete and on_incomplete == "refuse":
+        raise IncompleteError(receipt)
+    drift = drift_after(run, receipt.to_mapping(), task.language_model, result.params)
+    if on_incomplete == "retrain":
+        why = "" if receipt.complete else receipt.outcome
+        if drift is not None and drift.advice == "retrain now":
+            why = why or f"the chain has drifted too far ({'; '.join(drift.reasons)})"
+        if why:
+            result, receipt = _retrained_instead(run, task, retraining, result, receipt, data_path, why)
+            drift = None
     written = receipt.to_mapping()
     previous = run.receipts[-1]["sha256"] if run.receipts else None
-    drift = drift_after(run, written, task.language_model, result.params)
     written["reused_losses"] = known.found
     written["drift"] = None if drift is None else drift.to_mapping()
 

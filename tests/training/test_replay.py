@@ -1,6 +1,7 @@
 """A replay from a checkpoint is the training that never saw the forgotten rows, bit for bit."""
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
@@ -18,7 +19,7 @@ from llmeraser_jax.training.batches import lay_out_mean
 from llmeraser_jax.training.finetune import adam_of, adam_step, learning_rates
 from llmeraser_jax.training.job import finetune_run
 from llmeraser_jax.training.replay import plan_replay, replay, run_with_checkpoints
-from llmeraser_jax.unlearning import erase_run
+from llmeraser_jax.unlearning import drift, erase_run
 from tests.deletion import made
 from tests.training import tiny
 
@@ -175,6 +176,21 @@ def test_another_checkpoint_in_the_place_of_the_one_that_was_written_is_refused(
     run = runs.load_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"The checkpoint of step 1 .* is not the one that the training wrote"):
         replay(run, requests_for(run, {"id": rows_of_step(1)[0]}), tmp_path / "out", model=model)
+
+
+def test_a_chain_that_has_drifted_too_far_is_retrained_where_that_is_asked_for(kept, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(drift, "DISTANCE", (0.0, 0.0))
+    lines = [{"id": rows_of_step(1)[0], "action": "remove"}]
+    requests = tiny.write_rows(tmp_path / "requests.jsonl", lines)
+    for choice in ("warn", "retrain"):
+        out = tmp_path / choice
+        _, result = erase_run(kept, requests, out, made.Push(), model=model, on_incomplete=choice)
+        receipt = result.receipt
+        assert receipt is not None and receipt.complete
+        retrained = choice == "retrain"
+        assert receipt.outcome.startswith("complete: replayed") == retrained
+        assert (json.loads((out / "receipt.json").read_text())["drift"] is None) == retrained
+        assert any("the chain has drifted too far" in attempt for attempt in receipt.attempts) == retrained
 
 
 def test_a_fallback_replays_into_the_chain_and_a_later_one_leaves_out_the_rows_of_both(kept, model, tmp_path):
