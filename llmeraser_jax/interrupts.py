@@ -9,13 +9,14 @@ afterwards the main thread has `GRACE_SECONDS` to do so, or until the next signa
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,7 @@ def install() -> None:
     for number in _RAISED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), daemon=True, name="signals").start()
 
@@ -92,6 +94,12 @@ def leave(number: int) -> NoReturn:
     """Ends the process at once."""
     _leaving.acquire(timeout=1.0)  # whoever comes second waits for the end
     os._exit(tell(number))
+
+
+def _unraisable(before: Callable[[Any], Any], lost: Any) -> None:
+    """Says nothing of an interrupt that was raised where nobody can catch it: the thread ends the process."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        before(lost)
 
 
 def _on_signal(number: int, frame: Any) -> None:

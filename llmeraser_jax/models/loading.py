@@ -34,7 +34,7 @@ from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf
 from llmeraser_jax.models.vision import vision_shapes
 from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.text import short_repr
-from llmeraser_jax.types import BaseParams, Key
+from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +111,12 @@ class Model:
     def adapter_extras(self) -> tuple[str, ...]:
         """Names in an adapter's `params` besides "layers": none, unless a subclass's `apply` reads more."""
         return ()
+
+    def vocabulary(self, lora: LoraParams | None) -> int | None:
+        """How many tokens are read under an adapter; None where a subclass's `apply` reads more than its own."""
+        if self.adapter_extras:
+            return None
+        return getattr(getattr(lora, "config", None), "vocab_size", None) or self.config.vocab_size
 
     def init_lora(self, key: Key, config: LoraConfig) -> Lora:
         """A fresh adapter for this model; see `lora.init_lora`."""

@@ -360,7 +360,7 @@ def adopt(
     model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe, notes)
     examples = data.load_examples(data_path)
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
-    dataset.require_vocabulary(model.config.vocab_size)
+    dataset.require_vocabulary(model.vocabulary(lora))
     lora = parallel.replicate(lora, model.mesh)
     start = parallel.replicate(untrained(lora, model.config, model.base), model.mesh)  # the base, tokens added
     objective = losses.lm_objective(model.apply, model.base, l2=stated.train_config.l2)

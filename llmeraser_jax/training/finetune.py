@@ -275,9 +275,8 @@ def finetune(
     if not len(dataset):
         msg = "The training set is empty; give at least one example."
         raise ValueError(msg)
-    config_of_model = getattr(model, "config", None)
-    if config_of_model is not None:
-        dataset.require_vocabulary(config_of_model.vocab_size)
+    if isinstance(model, Model):
+        dataset.require_vocabulary(model.vocabulary(lora))
     if tensorboard and workdir is None:
         msg = "TensorBoard output was asked for without a workdir to write it to; give a workdir."
         raise ValueError(msg)

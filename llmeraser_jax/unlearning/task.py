@@ -82,7 +82,7 @@ class UnlearningTask:
             msg = "A task of a language model needs its data and its training, whose l2 is the objective's."
             raise ValueError(msg)
         if isinstance(self.model, Model) and self.data is not None:
-            self.data.require_vocabulary(self.model.config.vocab_size)
+            self.data.require_vocabulary(self.model.vocabulary(self.adapter))
         if not isinstance(self.requests, EditProblem) and not self.requests:
             msg = "There are no requests; nothing to erase."
             raise ValueError(msg)

@@ -40,7 +40,7 @@ def test_tyros_own_suggestion_is_not_repeated(capsys, tmp_path):
 
 def test_no_message_names_a_part_of_the_parser(capsys):
     with pytest.raises(SystemExit):
-        main(["finetune", "--model", "m", "--data", "d", "--workdir", "w", "--packing"])
+        main(["finetune", "--model", "m", "--data", "d", "--workdir", "w", "--packing", "True"])
     told = capsys.readouterr().err
     assert "packing is true" in told and "tyro" not in told
 

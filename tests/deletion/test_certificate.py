@@ -111,7 +111,8 @@ def test_everything_verifies_from_the_console(processed, out, console, work):
     assert status == 0 and "as it should be" in told and "FAILED" not in told
     public = out / "certificate" / "certificate.json.pub.pem"
     assert console("verify", out, "--public-key", public)[0] == 0
-    status, told = console("verify", work / "run")
+    assert console("verify", work / "run")[0] == 0
+    status, told = console("verify", work / "run", "--public-key", public)
     assert status == 3 and "certify" in told
 
 

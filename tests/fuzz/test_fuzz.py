@@ -6,6 +6,7 @@ The slow part runs `LLMERASER_FUZZ` inputs of each kind (default: `SLOW`): pytes
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,13 @@ class _NobodyThere(io.StringIO):
 
     def readline(self, *arguments):
         raise AssertionError("a question was asked on the console")
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers(monkeypatch):
+    """Commands of tests before left handlers, whose streams are closed."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("llmeraser_jax"), "level", logging.WARNING)
 
 
 @pytest.fixture(scope="module")

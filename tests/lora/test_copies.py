@@ -96,6 +96,11 @@ def test_a_module_that_is_copied_carries_no_low_rank_update():
     assert set(copies.params["copies"]["layers"]["q_proj"]) == {"kernel", "bias"}
 
 
+def test_a_module_that_holds_others_is_copied_with_them():
+    lora = tiny_model().init_lora(jax.random.key(0), LoraConfig(modules_to_save=("mlp",)))
+    assert set(lora.params["copies"]["layers"]) == {"gate_proj", "up_proj", "down_proj"}
+
+
 def test_a_copy_of_a_quantised_kernel_is_what_it_stands_for():
     model = tiny_model()
     base = quantize_base(model.base, "int8")
@@ -154,7 +159,7 @@ def test_kronecker_factors_refuse_copies_by_name():
     [
         (("embedding",), "'embedding' select no module of this llama model"),
         (("lm_head", "score"), "'score' select no module"),
-        (("mlp",), "'model.layers.0.mlp'.* have no parameters of their own"),
+        (("act_fn",), "'model.layers.0.mlp.act_fn'.* have no parameters of their own"),
         (("layers.0.input_layernorm",), "'model.layers.1.input_layernorm' are left out"),
         (("oj",), "carry a low-rank update too"),
         (("",), "must hold names"),
