@@ -1,6 +1,7 @@
 """Set-up shared by all tests: eight CPU devices, run-time shape checks, compiled programs kept on disk alone."""
 
 import gc
+import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -37,3 +38,11 @@ def _drop_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _levels_of_loggers():
+    """Commands and experiments set levels for their whole process."""
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "llmeraser_jax"]:
+        logging.getLogger(name).setLevel(logging.NOTSET)

@@ -36,10 +36,10 @@ class _NobodyThere(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _no_handlers(monkeypatch):
+def _no_handlers(monkeypatch, caplog):
     """Commands of tests before left handlers, whose streams are closed."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("llmeraser_jax"), "level", logging.WARNING)
+    caplog.set_level(logging.WARNING, "llmeraser_jax")
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_a_picture_changes_the_logits_after_it_alone(golden):
     content, _, model = golden
     tokens, mask, _, images = _inputs(model, content["features"])
     apply = jax.jit(model.apply)
-    plain = apply(model.base, None, tokens, mask, None, images)
+    plain = np.asarray(apply(model.base, None, tokens, mask, None, images.copy()))  # before `images` changes
     images[0, 0] += 1
     images[0, 1] += 1  # a place that row 0 does not use
     images[2] += 1  # of a row without pictures
