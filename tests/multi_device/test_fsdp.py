@@ -72,7 +72,7 @@ def one():
         return sums(None)
 
 
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("text", [MESHES[0], *(pytest.param(text, marks=pytest.mark.slow) for text in MESHES[1:])])
 def test_sums_and_solutions_match_one_device_in_float64(one, text):
     with jax.enable_x64(True):
         found, solution = sums(parse_mesh(text))

@@ -101,7 +101,9 @@ def test_sums_match_one_device_in_float64(mesh, compute):
 
 
 # The Hessian of this random network has eigenvalues in the hundreds below zero.
-@pytest.mark.parametrize(("kind", "damping"), [("gauss-newton", 3.0), ("hessian", 1000.0)])
+@pytest.mark.parametrize(
+    ("kind", "damping"), [("gauss-newton", 3.0), pytest.param("hessian", 1000.0, marks=pytest.mark.slow)]
+)
 def test_conjugate_gradients_match_one_device_in_float64(mesh, kind, damping):
     with jax.enable_x64(True):
         solver = ConjugateGradients(rtol=1e-10, max_steps=6)
@@ -120,7 +122,9 @@ def test_conjugate_gradients_match_one_device_in_float64(mesh, kind, damping):
         assert Status(int(one.status)) == Status(int(eight.status))
 
 
-@pytest.mark.parametrize("kind", CURVATURES)
+@pytest.mark.parametrize(
+    "kind", ["gauss-newton", *(pytest.param(k, marks=pytest.mark.slow) for k in CURVATURES if k != "gauss-newton")]
+)
 def test_cached_products_match_one_device_in_float64(mesh, kind):
     with jax.enable_x64(True):
         products = []
