@@ -248,7 +248,10 @@ def test_klom_goes_on_where_it_was_at_the_rate_that_was_chosen(done, monkeypatch
     (workdir / "klom" / "npo-seed_1.json").unlink()
     monkeypatch.setattr(study.Study, "_choose", None)  # choosing a rate again would fail
     study.Study(scenario, workdir, retrain_seeds=2).measure_klom(("npo",), 2)
-    assert read_comparison(workdir).klom_records == results.klom_records
+    # All but the seconds that it took.
+    again, before = ([dataclasses.replace(record, details={}) for record in found.klom_records]
+                     for found in (read_comparison(workdir), results))  # fmt: skip
+    assert again == before
 
 
 def test_tables_name_every_model_once_and_the_pictures_are_there(done):
