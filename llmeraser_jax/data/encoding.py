@@ -138,7 +138,9 @@ class TokenDataset:
         Raises:
             ValueError: names the first example with such a token.
         """
-        for encoded in () if size is None else self.encoded:
+        if size is None:
+            return
+        for encoded in self.encoded:
             highest = int(encoded.tokens.max())
             if highest >= size:
                 msg = (

@@ -196,7 +196,7 @@ class Recipe:
         elif not chat and self.loss_on == "assistant":
             problem = f"loss_on is 'assistant', but template {template!r} has no turns; use 'response' or 'all'"
         if problem:
-            msg = f"{problem}."
+            msg = f"The recipe cannot be used: {problem}."
             raise ValueError(msg)
         resolved = dataclasses.replace(
             self,
@@ -235,6 +235,9 @@ def _read_chat_template(stated: str | None) -> str | None:
     """The text of a template, which may be stated as a file."""
     if stated is None or "\n" in stated or "{" in stated or not stated.endswith((".jinja", ".j2")):
         return stated
+    if not Path(stated).is_file():
+        msg = f"The recipe cannot be used: chat_template is {show(stated)}, and there is no such file."
+        raise FileNotFoundError(msg)
     with files.reading(stated):
         return Path(stated).read_text(encoding="utf-8")
 

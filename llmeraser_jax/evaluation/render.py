@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llmeraser_jax import files
+from llmeraser_jax.text import show
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 MISSING = "–"
@@ -71,6 +72,10 @@ class Table:
         lengths = {len(row) for row in self.rows} - {len(self.header)}
         if lengths:
             msg = f"Rows of {sorted(lengths)} cells in a table of {len(self.header)} columns."
+            raise ValueError(msg)
+        strange = [cell for row in self.rows for cell in row if not isinstance(cell, str)]
+        if strange:
+            msg = f"A table has the cell {show(strange[0])} where a text is expected."
             raise ValueError(msg)
 
 

@@ -68,7 +68,7 @@ def complaint(status, told, path, seconds):
         return "a message without bound"
     if not all(re.sub(r"\t", " ", line).isprintable() for line in lines):
         return "a character that a terminal obeys"
-    if str(path) not in told and "The chat template of the recipe" not in told:
+    if str(path) not in told and not re.search("The recipe cannot be used|The chat template of the (recipe|tokenizer)", told):
         return "does not name the file"
     return None
 
