@@ -25,6 +25,7 @@ KINDS = (
     "run", "receipt",
 )  # fmt: skip
 QUICK, SLOW = 40, 700
+PLACES = "The recipe cannot be used|The chat template of the (recipe|tokenizer)"  # named in the place of the file
 SECONDS = 30  # of this process's time, for one input
 
 
@@ -68,7 +69,7 @@ def complaint(status, told, path, seconds):
         return "a message without bound"
     if not all(re.sub(r"\t", " ", line).isprintable() for line in lines):
         return "a character that a terminal obeys"
-    if str(path) not in told and not re.search("The recipe cannot be used|The chat template of the (recipe|tokenizer)", told):
+    if str(path) not in told and not re.search(PLACES, told):
         return "does not name the file"
     return None
 
