@@ -391,7 +391,9 @@ def adopt(
             f"with it, {base_loss:.4f} without. Model, data or recipe is not what it was trained with."
         )
         _refuse(problem, force=force, notes=notes)
-    if reported is not None:
+    if reported is None:
+        _log.info("What loss did the trainer report last? State it as final_loss in the recipe, to be compared.")
+    else:
         _compare_with_trainer(loss, fit.token_loss, *reported, force=force, notes=notes)
     sample = np.sort(order[:sample_size])
     measured, before = (

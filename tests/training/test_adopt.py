@@ -119,12 +119,15 @@ def test_an_adapter_as_steep_as_an_untrained_one_is_refused_unless_forced(
     assert any("far from a minimum" in note for note in run.result["notes"])
 
 
-def test_another_tokenizer_beside_the_adapter_is_noted(tmp_path, model, data_path, finished_run, recipe_path):
+def test_another_tokenizer_beside_the_adapter_is_noted(
+    tmp_path, model, data_path, finished_run, recipe_path, caplog
+):
+    caplog.set_level("INFO", "llmeraser_jax")
     shutil.copytree(finished_run.path / "adapter", tmp_path / "adapter")
     tokenizer = tiny.word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "adapter")
     run = adopt(model, tmp_path / "adapter", data_path, recipe_path, tmp_path / "run")
-    assert run.result["notes"] == []
+    assert run.result["notes"] == [] and "State it as final_loss" in caplog.text
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "adapter")
     run = adopt(model, tmp_path / "adapter", data_path, recipe_path, tmp_path / "second")
