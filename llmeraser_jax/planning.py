@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from llmeraser_jax.convert import numpy_dtype
 from llmeraser_jax.convert.quantization import NF4_BLOCK
@@ -125,7 +126,9 @@ class Workload:
     @functools.cached_property
     def adapter_bytes(self) -> int:
         """Of one vector of adapter space, which every device holds whole."""
-        lora: Any = jax.eval_shape(lambda: init_lora(jax.random.key(0), self.lora, self.config))
+        leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in base_shapes(self.config).items()}
+        base = unflatten_dict(leaves, sep="/")
+        lora: Any = jax.eval_shape(lambda base: init_lora(jax.random.key(0), self.lora, self.config, base), base)
         return sum(4 * leaf.size for leaf in jax.tree.leaves(lora))
 
     @functools.cached_property

@@ -146,6 +146,12 @@ def test_micro_batches_are_planned_on_accelerators(monkeypatch):
     assert planning.auto_microbatch(work, 64) is None
 
 
+def test_an_adapter_takes_the_bytes_of_its_trained_copies():
+    work = work_of("data=1")
+    with_head = dataclasses.replace(work, lora=dataclasses.replace(LORA, modules_to_save=("lm_head",)))
+    assert with_head.adapter_bytes - work.adapter_bytes == 4 * LLAMA2_7B.vocab_size * LLAMA2_7B.width
+
+
 def test_an_out_of_memory_error_names_what_to_change(monkeypatch, capsys):
     def run(self):
         msg = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
