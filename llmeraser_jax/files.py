@@ -76,18 +76,38 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 file that readers see either as it was or complete."""
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file that readers see either as it was or complete.
+
+    Args:
+        path: the file.
+        content: of it.
+        mode: its permissions, before the process's mask; 0o600 lets its owner alone read it.
+    """
     path = Path(path)
     temporary = _temporary_sibling(path)
     try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file that readers see either as it was or complete."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names that were given and taken in a directory last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def non_finite_entries(value: Any, where: str = "") -> list[str]:
@@ -134,6 +154,11 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
         msg = f"JSON has no nan or infinity; the value to write holds {len(found)}: {'; '.join(found[:10])}."
         raise ValueError(msg)
     return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False, default=_json_default)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON of one line in ASCII with sorted keys, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:

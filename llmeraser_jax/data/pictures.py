@@ -14,7 +14,6 @@ import hashlib
 import io
 import math
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -201,9 +200,7 @@ def copy_pictures(directory: Path, pictures: Sequence[Picture]) -> tuple[str, ..
         path = directory / name
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            files.atomic_write_bytes(path, content)
         names.append(name)
     return tuple(names)
 

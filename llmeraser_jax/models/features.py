@@ -52,7 +52,7 @@ class SeesPictures(Protocol):
 
 
 def image_features(
-    model: SeesPictures, pixels: Float[np.ndarray, "n channels height columns"], *, batch_size: int = 16
+    model: SeesPictures, pixels: Float[np.ndarray, "n channels height columns"], *, batch_size: int = _BATCH_SIZE
 ) -> Float[np.ndarray, "n features size"]:
     """The features of pictures, in the tower's storage dtype.
 
@@ -84,13 +84,29 @@ def _features(config: VisionConfig, vision: BaseParams, pixels: np.ndarray, batc
     return np.concatenate(parts)
 
 
+def _features_of(
+    config: VisionConfig,
+    vision: BaseParams,
+    keys: Sequence[str],
+    load_pixels: Callable[[str], np.ndarray],
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Features by key; the pixels of one batch at a time are in memory."""
+    found = {}
+    for start in range(0, len(keys), batch_size):
+        part = keys[start : start + batch_size]
+        pixels = np.stack([load_pixels(key) for key in part])
+        found |= dict(zip(part, _features(config, vision, pixels, batch_size), strict=True))
+    return found
+
+
 def load_or_compute_features(
     model: SeesPictures,
     keys: Iterable[str],
     load_pixels: Callable[[str], Float[np.ndarray, "channels height columns"]],
     path: str | os.PathLike[str],
     *,
-    batch_size: int = 16,
+    batch_size: int = _BATCH_SIZE,
 ) -> dict[str, np.ndarray]:
     """The features of pictures by their keys; those that the store at `path` lacks are computed and added to it.
 
@@ -130,11 +146,7 @@ def _load_or_compute(
     per_file = batch_size * _BATCHES_PER_FILE
     for start in range(0, len(missing), per_file):
         part = missing[start : start + per_file]
-        features = []
-        for first in range(0, len(part), batch_size):
-            pixels = np.stack([load_pixels(key) for key in part[first : first + batch_size]])
-            features += list(_features(config, vision, pixels, batch_size))
-        tensors = dict(zip(part, features, strict=True))
+        tensors = _features_of(config, vision, part, load_pixels, batch_size)
         on_primary(lambda tensors=tensors: _add(path, tensors))
         _log.info("Features of %d of %d pictures computed.", start + len(part), len(missing))
     sources = _stored(path)
@@ -166,10 +178,7 @@ class FeaturesOfTower:
         if missing and directory is not None:
             self._known |= _load_or_compute(*self._tower, missing, load_pixels, directory, _BATCH_SIZE)
         elif missing:
-            for start in range(0, len(missing), _BATCH_SIZE):
-                part = missing[start : start + _BATCH_SIZE]
-                pixels = np.stack([load_pixels(key) for key in part])
-                self._known |= dict(zip(part, _features(*self._tower, pixels, _BATCH_SIZE), strict=True))
+            self._known |= _features_of(*self._tower, missing, load_pixels, _BATCH_SIZE)
         return {key: self._known[key] for key in keys}
 
 
