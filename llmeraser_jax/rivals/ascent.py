@@ -136,7 +136,7 @@ class EqualLengthAscent:
                 raise ValueError(msg)
             params = trees.tree_axpy(distance / self.num_steps / norm, gradient, params)
         return Result(
-            model=task.language_model if task.data is not None else None,
+            model=task.base_model,
             params=params,
             before=task.adapter,
             cost=Cost(training=float(count), retraining=task.cost_of_retraining),

@@ -37,7 +37,7 @@ import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.checks import check_at_least
-from llmeraser_jax.curvature import EkFac, example_rows, stacked_weights
+from llmeraser_jax.curvature import EkFac, factored_curvature
 from llmeraser_jax.losses import gradient_sum
 from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.rivals.descent import require_positive
@@ -53,6 +53,8 @@ from llmeraser_jax.unlearning import (
 )
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, GRADIENT
 from llmeraser_jax.unlearning.inverse import make_ekfac
+
+_factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ class KFade(_GaussNewton):
             scales.append(math.sqrt(2 * self.kl / slope))
             params = trees.tree_axpy(scales[-1], solved, params)
         return Result(
-            model=task.language_model if task.data is not None else None,
+            model=task.base_model,
             params=params,
             before=task.adapter,
             cost=Cost(
@@ -172,7 +174,8 @@ class WinU(_GaussNewton):
         stack = workspace.stack(problem.examples, rhs)
         gradient = gradient_sum(objective, params, stack)
         key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
-        roots, weights = _roots(objective, params, stack, key, num_roots=self.num_roots)
+        found = _factored_curvature(objective, params, stack, key, damping=0.0, num_roots=self.num_roots)
+        roots, weights = found.rows, found.weights
         coefficients = to_host(weights).astype(np.float64)
         kept = np.flatnonzero(coefficients)  # the rest is padding
         signs = -np.sign(coefficients[kept])  # the right-hand side subtracts what is to be added, and so do these
@@ -197,7 +200,7 @@ class WinU(_GaussNewton):
         rest = trees.tree_sub(gradient, trees.combine_rows(jnp.asarray(small, size.dtype), rows))
         step = stored.with_mu(rho + l2).solve(rest)
         return Result(
-            model=task.language_model if task.data is not None else None,
+            model=task.base_model,
             params=trees.tree_add(params, step),
             before=task.adapter,
             cost=Cost(
@@ -209,12 +212,3 @@ class WinU(_GaussNewton):
             seconds=time.perf_counter() - started,
             details={"damping": rho, "leverage": leverage},
         )
-
-
-def _roots_of(objective, params, stack, key, *, num_roots: int):
-    found = example_rows(objective, params, stack, key, gradients=False, num_roots=num_roots)
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.roots)
-    return rows, jnp.repeat(stacked_weights(stack) / num_roots, num_roots)
-
-
-_roots = jax.jit(_roots_of, static_argnames="num_roots")

@@ -202,7 +202,7 @@ def erase_run(
         run,
         requests,
         model=model,
-        data_path=data_path,
+        examples=examples,
         calibration=calibration,
         target_loss=target_loss,
         mesh=mesh,

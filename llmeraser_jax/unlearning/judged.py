@@ -110,7 +110,7 @@ def conclude(
         cost=workspace.budget.cost,
         seconds=seconds,
         receipt=receipt,
-        model=None if task.data is None else task.language_model,
+        model=task.base_model,
     )
 
 

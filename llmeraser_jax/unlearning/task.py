@@ -103,6 +103,11 @@ class UnlearningTask:
         return short_repr(self, model=model, data=data, requests=requests, calibration=calibration)
 
     @property
+    def base_model(self) -> Model | None:
+        """The base; None where the task is of another kind of model."""
+        return self.model if isinstance(self.model, Model) else None
+
+    @property
     def language_model(self) -> Model:
         """The base.
 
@@ -286,6 +291,7 @@ def task_of_run(
     *,
     model: Model | None = None,
     data_path: str | os.PathLike[str] | None = None,
+    examples: Sequence[Example] | None = None,
     calibration: Sequence[Example] | None = None,
     target_loss: float | None = None,
     users: Mapping[str, str] | None = None,
@@ -300,6 +306,7 @@ def task_of_run(
         requests: validated against its data.
         model: its base model where it is loaded already.
         data_path: where its training data is now; None is where it was.
+        examples: its training data where `run.load_examples` has loaded it already.
         calibration: examples of the same kind that were not trained on.
         target_loss: see `UnlearningTask`.
         users: from example id to user id, for all examples.
@@ -311,11 +318,8 @@ def task_of_run(
         RunError: the data or the model is not the run's.
         ValueError: an example without a user.
     """
-    examples = run.load_examples(data_path)
-    if model is None:
-        model = run.load_model(mesh=mesh)
-    else:
-        run.verify_model(model)
+    examples = run.load_examples(data_path) if examples is None else examples
+    model = run.load_or_verify_model(model, mesh=mesh)
     if users is not None:
         missing = [example.id for example in examples if example.id not in users]
         if missing:
