@@ -26,7 +26,7 @@ from llmeraser_jax.data import Example
 from llmeraser_jax.lora import COPIES, Lora, with_copies
 from llmeraser_jax.models import Model, load_model
 from llmeraser_jax.models.loading import checkpoint_shapes
-from llmeraser_jax.runs import Run, RunError, copy_tokenizer, load_run, model_directory
+from llmeraser_jax.runs import Run, RunError, copy_tokenizer, model_directory
 from llmeraser_jax.training.measure import mean_loss
 from llmeraser_jax.unlearning.job import REQUESTS_FILE
 
@@ -189,10 +189,7 @@ def edited_rows(
     if run.kind != "erase" or run.parent is None:
         return (), (), None, ""
     try:
-        parent = load_run(run.parent["path"])
-        if parent.reference()["sha256"] != run.parent["sha256"]:
-            msg = f"{parent.path} is not the run that {run.path} was erased from: its run.json has changed."
-            raise RunError(msg)
+        parent = run.load_parent()
         examples = parent.load_examples(data_path)
         requests = data.load_requests(run.path / REQUESTS_FILE, examples)
     except (FileNotFoundError, RunError) as error:

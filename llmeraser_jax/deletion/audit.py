@@ -10,7 +10,6 @@ from llmeraser_jax.data import Action
 from llmeraser_jax.deletion.certificate import (
     CERTIFICATE_DIRECTORY,
     JSON_FILE,
-    adapter_sha256,
     receipt_sha256,
     verify_certificate,
 )
@@ -120,7 +119,7 @@ def _runs(ledger: Ledger, lines: Sequence[Line], state: State) -> list[Finding]:
             problems = [
                 what
                 for what, wrong in (
-                    ("its adapter is another", adapter_sha256(run) != content["adapter_sha256"]),
+                    ("its adapter is another", run.adapter_sha256 != content["adapter_sha256"]),
                     ("its receipt was changed", receipt_sha256(receipt) != content["receipt_sha256"]),
                     ("it comes from another run", parent != starts[content["batch"]]["run"]["sha256"]),
                 )

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 from llmeraser_jax import data, files
 from llmeraser_jax.deletion.findings import Finding
-from llmeraser_jax.deletion.ledger import LEDGER_FILE, Ledger, Line, canonical, utc_now
+from llmeraser_jax.deletion.ledger import LEDGER_FILE, Ledger, Line, utc_now
 from llmeraser_jax.deletion.pending import Entry, read_state
+from llmeraser_jax.deletion.seal import ADAPTERS_BEFORE, sealed_state
 from llmeraser_jax.deletion.signature import (
     PUBLIC_KEY_SUFFIX,
     check_signature,
@@ -54,7 +55,7 @@ from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.evaluation.tasks import auc_metric
 from llmeraser_jax.export import edited_rows
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import ADAPTER_DIRECTORY, Run, RunError, load_run
+from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.runs.model_files import file_sha256
 from llmeraser_jax.unlearning import UnlearningTask
 from llmeraser_jax.unlearning.drift import words_of
@@ -64,20 +65,13 @@ from llmeraser_jax.unlearning.receipt import read_receipt
 FORMAT = 1
 CERTIFICATE_DIRECTORY = "certificate"
 JSON_FILE, HTML_FILE, MARKDOWN_FILE = "certificate.json", "certificate.html", "certificate.md"
-SEAL_FILE = "seal.json"  # what sealing leaves in a run directory
-RESTORING = ("delta", "parent_adapter")  # what in a run directory gives the adapter before
 RELEARNING_STEPS = (5, 10)
 _NORMAL_95 = 1.96
 
 
-def adapter_sha256(run: Run) -> str:
-    """SHA-256 (hex) of the adapter's weights."""
-    return file_sha256(run.path / ADAPTER_DIRECTORY / "adapter_model.safetensors")
-
-
 def receipt_sha256(receipt: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a receipt's content."""
-    return hashlib.sha256(canonical(dict(receipt)).encode("ascii")).hexdigest()
+    return hashlib.sha256(files.canonical_json(dict(receipt)).encode("ascii")).hexdigest()
 
 
 def certify(
@@ -133,7 +127,7 @@ def certify(
             "requests": [_request_of(entry, lines) for entry in entries],
             "run": {
                 "name": run.path.name,
-                "adapter_sha256": adapter_sha256(run),
+                "adapter_sha256": run.adapter_sha256,
                 "receipt_sha256": receipt_sha256(receipt),
                 "run_before_sha256": None if run.parent is None else run.parent["sha256"],
                 "base_model_sha256": run.model_sha256,
@@ -159,7 +153,7 @@ def certify(
                 "sha256": lines[-1].sha256 if lines else None,
                 "receipts": [one["sha256"] for one in run.receipts],
             },
-            "sealed": (run.path / SEAL_FILE).is_file(),
+            "sealed": sealed_state(run.path) == "sealed",
             "restores": _restoring(run),
             "certified_with": {"versions": library_versions(), "devices": describe_devices()},
             "key": None if key is None else fingerprint(key),
@@ -215,7 +209,7 @@ def verify_certificate(
         findings.append(_signed_by(check_signature(path, public_key), path, key))
     receipt = read_receipt(run) or {}
     described = {
-        "adapter": (adapter_sha256(run), own["adapter_sha256"]),
+        "adapter": (run.adapter_sha256, own["adapter_sha256"]),
         "receipt": (receipt_sha256(receipt), own["receipt_sha256"]),
         "run before": (None if run.parent is None else run.parent["sha256"], own["run_before_sha256"]),
         "receipts so far": ([one["sha256"] for one in run.receipts], chain["receipts"]),
@@ -261,7 +255,7 @@ def _record(ledger: Ledger, run: Run, directory: Path) -> None:
         writer.append(
             "certificate",
             {
-                "run": {"path": ledger.stored_path(run.path), "sha256": file_sha256(run.path / "run.json")},
+                "run": {"path": ledger.stored_path(run.path), "sha256": file_sha256(run.path / RUN_FILE)},
                 "sha256": file_sha256(directory / JSON_FILE),
                 "key": content["key"],
             },
@@ -294,7 +288,7 @@ def _request_of(entry: Entry, lines: Sequence[Line]) -> dict[str, Any]:
 
 def _restoring(run: Run) -> list[str]:
     """What still gives the adapter before: in the run directory, and the run before itself."""
-    found = [f"{name}/ in the run directory" for name in RESTORING if (run.path / name).exists()]
+    found = [f"{name}/ in the run directory" for name in ADAPTERS_BEFORE if (run.path / name).exists()]
     if run.parent is not None and Path(run.parent["path"]).exists():
         found.append("the run before")
     return found
@@ -313,10 +307,7 @@ def _measure(
     if parent is None or not forget:
         return {"not_measured": [f"Nothing is measured anew: {reason or 'the run before is not known.'}"]}
     examples = parent.load_examples(data_path)
-    if model is None:
-        model = parent.load_model(mesh=mesh)
-    else:
-        parent.verify_model(model)
+    model = parent.load_or_verify_model(model, mesh=mesh)
     calibration = None if calibration_path is None else parent.load_unseen(calibration_path)
     task = UnlearningTask(
         model=model,
@@ -466,7 +457,7 @@ def _page(content: Mapping[str, Any], receipt: Mapping[str, Any]) -> Page:
         *_row_blocks(content["judged"]),
         Heading("What this does not show"),
         Bullets(tuple(content["limits"])),
-        Details("Configuration and versions", (Text(f"`{canonical(done)}`"),)),
+        Details("Configuration and versions", (Text(f"`{files.canonical_json(done)}`"),)),
     ]
     return Page("Certificate of erasure", tuple(blocks))
 

@@ -237,25 +237,6 @@ def examine(path: str | os.PathLike[str]) -> tuple[tuple[Line, ...], list[Findin
     return lines, findings
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Writes a file that its owner alone may read (mode 0600), whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def canonical(value: Any) -> str:
-    """JSON of one line with sorted keys, for hashing."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-
-
 def _few(problems: Sequence[str], meaning: str) -> str:
     """The first problems and what they mean; empty where there are none."""
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -297,7 +278,7 @@ def _create(path: Path, now: Callable[[], datetime.datetime]) -> None:
         msg = f"{path} is no ledger and already holds {', '.join(others[:5])}; name a new or an empty directory."
         raise FileExistsError(msg)
     if not (path / KEY_FILE).exists():
-        write_private(path / KEY_FILE, secrets.token_bytes(32))
+        files.atomic_write_bytes(path / KEY_FILE, secrets.token_bytes(32), mode=0o600)
     _write_head(path, 0, NO_LINE)
     stamp = now().astimezone(datetime.UTC).isoformat(timespec="seconds")
     # The first line sets this ledger apart from others that hold the same.
@@ -310,7 +291,7 @@ def _append(path: Path, number: int, stamp: str, previous: str, kind: str, conte
         msg = f"kind is {kind!r}; it must be one of {', '.join(KINDS)}."
         raise ValueError(msg)
     fields = {"number": number, "time": stamp, "previous": previous, "kind": kind, "content": dict(content)}
-    text = canonical(fields).encode("ascii")
+    text = files.canonical_json(fields).encode("ascii")
     file = path / LEDGER_FILE
     descriptor = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     try:
@@ -326,16 +307,8 @@ def _append(path: Path, number: int, stamp: str, previous: str, kind: str, conte
     finally:
         os.close(descriptor)
     if number == 1:
-        _sync_directory(path)
+        files.sync_directory(path)
     return Line(**fields, sha256=hashlib.sha256(text).hexdigest())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _truncate(file: Path, size: int) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from llmeraser_jax import data, files
 from llmeraser_jax.data import Action, Example, Request
 from llmeraser_jax.data.sources import read_rows
-from llmeraser_jax.deletion.ledger import Ledger, LedgerError, Line, Writer, canonical, write_private
+from llmeraser_jax.deletion.ledger import Ledger, LedgerError, Line, Writer
 from llmeraser_jax.runs import Run, RunError, load_run
 
 PENDING_DIRECTORY = "pending"
@@ -346,7 +346,8 @@ def _texts_path(ledger: Ledger, token: str) -> Path:
 
 
 def _hmac_of(key: str, lines: Sequence[str]) -> str:
-    return hmac.new(bytes.fromhex(key), canonical(list(lines)).encode("ascii"), hashlib.sha256).hexdigest()
+    content = files.canonical_json(list(lines)).encode("ascii")
+    return hmac.new(bytes.fromhex(key), content, hashlib.sha256).hexdigest()
 
 
 def _keep_texts(ledger: Ledger, edits: Sequence[Request]) -> dict[str, str | None]:
@@ -356,7 +357,7 @@ def _keep_texts(ledger: Ledger, edits: Sequence[Request]) -> dict[str, str | Non
     token, key = secrets.token_hex(8), secrets.token_hex(32)
     path = _texts_path(ledger, token)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    write_private(path, files.to_json({"key": key, "lines": lines}).encode("utf-8"))
+    files.atomic_write_bytes(path, files.to_json({"key": key, "lines": lines}).encode("utf-8"), mode=0o600)
     return {"texts": token, "texts_hmac": _hmac_of(key, lines)}
 
 

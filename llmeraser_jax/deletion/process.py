@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from llmeraser_jax import data, files
-from llmeraser_jax.deletion.certificate import adapter_sha256, receipt_sha256
-from llmeraser_jax.deletion.ledger import Ledger, canonical, write_private
+from llmeraser_jax.deletion.certificate import receipt_sha256
+from llmeraser_jax.deletion.ledger import Ledger
 from llmeraser_jax.deletion.pending import (
     Batch,
     Entry,
@@ -102,7 +102,7 @@ def process_queue(
     by = ledger.now().date() if by is None else by
     flat = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in settings.items()}
     share = "inf" if budget == float("inf") else budget
-    recorded = json.loads(canonical({"method": method_to_mapping(method), "budget": share, **flat}))
+    recorded = json.loads(files.canonical_json({"method": method_to_mapping(method), "budget": share, **flat}))
     compute = {} if compute is None else compute
     with files.exclusive_use(ledger.path / PROCESSING_DIRECTORY):
         state = read_state(ledger.lines())
@@ -122,7 +122,7 @@ def process_queue(
         requests = ledger.path / PROCESSING_DIRECTORY / REQUESTS_FILE
         if not _is_erased(ledger, batch):
             lines = _lines_of(ledger, batch)
-            write_private(requests, "".join(line + "\n" for line in lines).encode("utf-8"))
+            files.atomic_write_bytes(requests, "".join(line + "\n" for line in lines).encode("utf-8"), mode=0o600)
             run = load_run(ledger.located(batch.run["path"]))
             try:
                 _, result = erase(run, requests, out, method, budget, **settings, **compute)
@@ -211,7 +211,7 @@ def _write_outcomes(ledger: Ledger, batch: Batch, receipt: Mapping[str, Any]) ->
     check = receipt["validity"]
     hashes = {
         "run": {"path": batch.workdir, "sha256": file_sha256(out / RUN_FILE)},
-        "adapter_sha256": adapter_sha256(load_run(out)),
+        "adapter_sha256": load_run(out).adapter_sha256,
         "receipt_sha256": receipt_sha256(receipt),
     }
     verdict = "complete" if receipt["complete"] else check["verdict"] if check else "incomplete"
@@ -219,14 +219,14 @@ def _write_outcomes(ledger: Ledger, batch: Batch, receipt: Mapping[str, Any]) ->
     for row in check["rows"] if check else ():
         rows.setdefault(row["id"], []).append(row["arrived"])
     with ledger.writing() as writer:
-        for number in batch.entries:
-            entry = read_state(writer.lines).entries[number]
+        entries = read_state(writer.lines).entries
+        for entry in (entries[number] for number in batch.entries):
             if entry.state == "done":
                 continue
             # Without steps nothing was checked: every row was where it should be.
             arrived = {id_: _all_arrived(rows.get(id_, ())) if check else True for id_, _ in entry.rows}
-            content = {"entry": number, "batch": batch.number, **hashes, "verdict": verdict, "arrived": arrived}
-            writer.append("outcome", {**content, "method": receipt["method"]})
+            content = {"entry": entry.number, "batch": batch.number, **hashes, "verdict": verdict}
+            writer.append("outcome", {**content, "arrived": arrived, "method": receipt["method"]})
         state = read_state(writer.lines)
     _log.info("%s: batch %d: %s.", ledger.path, batch.number, receipt["outcome"])
     return [state.entries[number] for number in batch.entries]

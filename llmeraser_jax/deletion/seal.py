@@ -47,10 +47,10 @@ from llmeraser_jax.unlearning.known_rows import KNOWN_ROWS_FILE
 SEAL_FILE = "seal.json"
 MARKER_FILE = "sealing.json"
 SEAL_FORMAT = 1
+ADAPTERS_BEFORE = ("delta", PARENT_ADAPTER_DIRECTORY)  # what gives the adapter before; the first in older ones
 # What restores the erased state, by its name in the directory. No program writes the last three there unasked.
 RESTORING = (
-    PARENT_ADAPTER_DIRECTORY,
-    "delta",
+    *ADAPTERS_BEFORE,
     CHECKPOINT_DIRECTORY,
     KNOWN_ROWS_FILE,
     FEATURES_DIRECTORY,
@@ -139,9 +139,9 @@ def seal(path: str | os.PathLike[str]) -> Seal:
             target.unlink()
         for directory in restoring_roots(path):
             _remove_directories(directory)
-        _sync(path)
+        files.sync_directory(path)
         os.replace(path / MARKER_FILE, path / SEAL_FILE)
-        _sync(path)
+        files.sync_directory(path)
     return _seal_of(run, record)
 
 
@@ -192,16 +192,11 @@ def undo(path: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
 
 def _parent_of(run: Run) -> Run:
     """The run that was erased from, as it was then."""
-    assert run.parent is not None
     try:
-        parent = load_run(run.parent["path"])
+        return run.load_parent()
     except (RunError, FileNotFoundError) as error:
         msg = f"{run.path} does not hold the adapter before the erasure, and the run that had it is gone: {error}"
         raise RunError(msg) from error
-    if parent.reference()["sha256"] != run.parent["sha256"]:
-        msg = f"{parent.path} is not the run that {run.path} was erased from: its {RUN_FILE} has changed."
-        raise RunError(msg)
-    return parent
 
 
 def restoring_roots(path: Path) -> list[Path]:
@@ -270,16 +265,14 @@ def _begin(run: Run, targets: list[Path]) -> dict[str, Any]:
         return earlier
     record = {
         "format": SEAL_FORMAT,
-        "sealed_at": earlier["sealed_at"]
-        if earlier
-        else datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+        "sealed_at": earlier["sealed_at"] if earlier else _now(),
         "run_sha256": file_sha256(path / RUN_FILE),
         "removed": [*listed, *found],
         "versions": library_versions(),
     }
     record = {**record, "mac": None if keys is None else keys.mac(record)}
     files.atomic_write_json(path / MARKER_FILE, record)
-    _sync(path)
+    files.sync_directory(path)
     return record
 
 
@@ -298,15 +291,6 @@ def _remove_directories(root: Path) -> None:
     if root.is_dir():
         for directory, _, _ in os.walk(root, topdown=False):
             os.rmdir(directory)
-
-
-def _sync(directory: Path) -> None:
-    """Makes names that were given and taken in a directory last through a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _now() -> str:

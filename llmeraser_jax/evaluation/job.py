@@ -152,10 +152,7 @@ def evaluate_runs(
     requests = data.load_requests(after.path / REQUESTS_FILE, examples)
     receipt = files.read_json(after.path / RECEIPT_FILE)
     shown = frozenset(receipt.get(SHOWN_KEY, ()))
-    if model is None:
-        model = before.load_model(mesh=mesh)
-    else:
-        before.verify_model(model)
+    model = before.load_or_verify_model(model, mesh=mesh)
     dataset = before.encode(examples, model.tokenizer)
     heldout = None if heldout_path is None else before.encode(before.load_unseen(heldout_path), model.tokenizer)
     old, new = before.load_adapter(model), after.load_adapter(model)

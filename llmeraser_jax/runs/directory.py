@@ -36,6 +36,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import BucketShape, Example, Recipe, TokenDataset
 from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
+from llmeraser_jax.lora.peft_io import WEIGHTS_FILE
 from llmeraser_jax.models import MatmulPrecision, Model, load_model, load_tokenizer
 from llmeraser_jax.runs.keys import KEY_FILE, KEYED, PLAIN, RunKeys
 from llmeraser_jax.runs.model_files import (
@@ -319,6 +320,17 @@ class Run:
         )
         return model if self.tokenizer is None else dataclasses.replace(model, tokenizer=self.tokenizer)
 
+    def load_or_verify_model(self, model: Model | None, *, mesh: Mesh | None = None) -> Model:
+        """The base model: the one given, if it is the one that was used, or else loaded; see `load_model`.
+
+        Raises:
+            RunError: see `load_model` and `verify_model`.
+        """
+        if model is None:
+            return self.load_model(mesh=mesh)
+        self.verify_model(model)
+        return model
+
     def verify_model(self, model: Model) -> None:
         """Refuses a loaded base model that is not the one that was used.
 
@@ -363,6 +375,27 @@ class Run:
         if not self.knows_initial_adapter:
             return None
         return load_adapter(self.path / INITIAL_ADAPTER_DIRECTORY, model)
+
+    @property
+    def adapter_sha256(self) -> str:
+        """SHA-256 (hex) of the file with the adapter's weights."""
+        return file_sha256(self.path / ADAPTER_DIRECTORY / WEIGHTS_FILE)
+
+    def load_parent(self) -> Run:
+        """The run that this one was derived from, as it was then.
+
+        Raises:
+            FileNotFoundError: it is not where it was.
+            RunError: there is none, or it is damaged or has changed.
+        """
+        if self.parent is None:
+            msg = f"{self.path} was derived from no other run."
+            raise RunError(msg)
+        parent = load_run(self.parent["path"])
+        if parent.reference()["sha256"] != self.parent["sha256"]:
+            msg = f"{parent.path} is not the run that {self.path} was derived from: its {RUN_FILE} has changed."
+            raise RunError(msg)
+        return parent
 
     def reference(self) -> dict[str, str]:
         """The `parent` entry of a run derived from this one."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-import json
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from llmeraser_jax import files
 
 KEY_FILE = "hash.key"
 KEYED = "hmac-sha256"
@@ -63,12 +64,8 @@ class RunKeys:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the file, readable by its owner alone; replaces one that is there."""
-        path = Path(directory) / KEY_FILE
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(f"{self.own.hex()}\n{self.heldout.hex()}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        content = f"{self.own.hex()}\n{self.heldout.hex()}\n"
+        files.atomic_write_bytes(Path(directory) / KEY_FILE, content.encode("ascii"), mode=0o600)
 
     @property
     def check(self) -> str:
@@ -95,8 +92,7 @@ class RunKeys:
     def mac(self, record: Mapping[str, Any]) -> str:
         """Of a JSON object, without its key `mac`; white space and the order of keys do not count."""
         rest = {name: value for name, value in record.items() if name != "mac"}
-        canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return _hmac(self.own, "record", canonical.encode())
+        return _hmac(self.own, "record", files.canonical_json(rest).encode())
 
 
 def _hmac(key: bytes, what: str, content: bytes) -> str:

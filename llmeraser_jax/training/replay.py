@@ -28,7 +28,7 @@ import numpy as np
 from llmeraser_jax import data
 from llmeraser_jax.data import BucketShape, Request, TokenDataset
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import Run, RunError, load_run
+from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.training.batches import step_indices
 from llmeraser_jax.training.finetune import CHECKPOINT_DIRECTORY, Replay
 from llmeraser_jax.training.job import train_run
@@ -47,14 +47,10 @@ def run_with_checkpoints(run: Run) -> Run | None:
         if not derived or run.parent is None:
             return None
         try:
-            parent = load_run(run.parent["path"])
+            run = run.load_parent()
         except (RunError, FileNotFoundError) as error:
-            _log.info("No replay from checkpoints: %s", error)
+            _log.warning("No replay from checkpoints: %s", error)
             return None
-        if parent.reference()["sha256"] != run.parent["sha256"]:
-            _log.warning("No replay from checkpoints: %s is not the run that %s is of.", parent.path, run.path)
-            return None
-        run = parent
     if not run.can_hash:
         _log.warning("No replay from checkpoints: without %s's key nobody knows which rows changed.", run.path)
         return None
@@ -145,10 +141,7 @@ def replay(
     if not edited:
         msg = "The requests remove every example; there is nothing left to train on."
         raise ValueError(msg)
-    if model is None:
-        model = run.load_model()
-    else:
-        run.verify_model(model)
+    model = run.load_or_verify_model(model)
     dataset = run.encode(edited, model.tokenizer, buckets=[BucketShape(**trained.result["shape"])])
     initial = trained.load_initial_adapter(model)
     assert initial is not None  # of a training of our own

@@ -68,10 +68,7 @@ def retrain(
     if not edited:
         msg = "The requests remove every example; there is nothing left to retrain on."
         raise ValueError(msg)
-    if model is None:
-        model = run.load_model()
-    else:
-        run.verify_model(model)
+    model = run.load_or_verify_model(model)
     dataset = run.encode(edited, model.tokenizer)
     initial = run.load_initial_adapter(model)
     retrained = []

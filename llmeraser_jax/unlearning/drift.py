@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from llmeraser_jax import trees
 from llmeraser_jax.lora import Lora, product_norms
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import Run, RunError, load_run
+from llmeraser_jax.runs import Run, RunError
 from llmeraser_jax.unlearning.receipt import read_receipt
 
 Advice = Literal["keep on", "retrain soon", "retrain now"]
@@ -161,11 +161,8 @@ def _trained_adapter(run: Run, receipt: Mapping[str, Any] | None, model: Model) 
     """The adapter that the chain's erasures began with; None where one of its runs is gone or has changed."""
     while run.kind == "erase" and receipt is not None and receipt["method"] != "retrained":
         try:
-            parent = load_run((run.parent or {}).get("path", ""))
-            if parent.reference()["sha256"] != (run.parent or {})["sha256"]:
-                return None
-            receipt = read_receipt(parent)
-        except (RunError, FileNotFoundError, KeyError):
+            run = run.load_parent()
+            receipt = read_receipt(run)
+        except (RunError, FileNotFoundError):
             return None
-        run = parent
     return run.load_adapter(model)

@@ -18,8 +18,7 @@ import numpy as np
 
 from llmeraser_jax import files
 from llmeraser_jax.data import TokenDataset
-from llmeraser_jax.runs import ADAPTER_DIRECTORY, Run
-from llmeraser_jax.runs.model_files import file_sha256
+from llmeraser_jax.runs import Run
 from llmeraser_jax.types import ExampleSet
 
 KNOWN_ROWS_FILE = "known_rows.json"
@@ -109,7 +108,7 @@ class KnownRows:
 def _belongs_to(run: Run) -> dict[str, Any]:
     """What the values depend on besides the rows."""
     return {
-        "adapter": file_sha256(run.path / ADAPTER_DIRECTORY / "adapter_model.safetensors"),
+        "adapter": run.adapter_sha256,
         "model": run.model_sha256,
         "dtype": run.model_dtype,
         "quantization": run.model_quantization,

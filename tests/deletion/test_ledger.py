@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 
-from llmeraser_jax.deletion.ledger import HEAD_FILE, KEY_FILE, LEDGER_FILE, Ledger, LedgerError, canonical, examine
+from llmeraser_jax import files
+from llmeraser_jax.deletion.ledger import HEAD_FILE, KEY_FILE, LEDGER_FILE, Ledger, LedgerError, examine
 from tests.deletion.small import dying
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def rechained(lines):
     """The lines with numbers and hashes made right again, by somebody without the key."""
     previous, written = "0" * 64, []
     for number, line in enumerate(lines, start=1):
-        text = canonical({**line, "number": number, "previous": previous})
+        text = files.canonical_json({**line, "number": number, "previous": previous})
         previous = hashlib.sha256(text.encode()).hexdigest()
         written.append(text)
     return written
@@ -80,7 +81,9 @@ def test_a_tampered_ledger_is_named_and_not_written_to(ledger, name):
     change, again, check, words = TAMPERINGS[name]
     path = ledger.path / LEDGER_FILE
     lines = change([json.loads(line) for line in path.read_text().splitlines()])
-    path.write_text("".join(f"{line}\n" for line in (rechained(lines) if again else map(canonical, lines))))
+    path.write_text(
+        "".join(f"{line}\n" for line in (rechained(lines) if again else map(files.canonical_json, lines)))
+    )
     assert words in failing(ledger.path)[check]
     before = path.read_bytes()
     with pytest.raises(LedgerError, match="damaged or was changed"), ledger.writing() as writer:
