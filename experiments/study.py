@@ -28,7 +28,7 @@ import tyro
 from experiments.common import claim_settings, log_progress
 from llmeraser_jax import data, files, trees, unlearning
 from llmeraser_jax.checks import check_at_least
-from llmeraser_jax.data import Example, Recipe, Request, TokenDataset
+from llmeraser_jax.data import Action, Example, Recipe, Request, TokenDataset
 from llmeraser_jax.environment import describe_devices, library_versions
 from llmeraser_jax.evaluation import measures, robustness
 from llmeraser_jax.evaluation.closure import seed_mean
@@ -50,6 +50,7 @@ from llmeraser_jax.evaluation.records import (
     write_record,
 )
 from llmeraser_jax.evaluation.render import render_text, write_page
+from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.evaluation.summary import REPORT_FILE, summarise
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model, load_model
@@ -232,15 +233,18 @@ FULL_SIZE: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nearest:
-    """Of several configurations the one that ends nearest to retraining: an oracle that no user has.
+    """Of several configurations the one whose mean losses end nearest to a reference.
 
     Attributes:
         candidates: by what the choice is called, a number.
         chosen_as: what the number is.
+        oracle: whether the reference is the retrained models, which no user has, or what every method is given: see
+            `Study.targets`.
     """
 
     candidates: Mapping[float, Any]
     chosen_as: str
+    oracle: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -437,14 +441,32 @@ class Study:
         before = kept(BEFORE, None, self.before, self.lora)
         return before, tuple(kept(RETRAINED, run.train_config.seed, run, lora) for run, lora in pairs)
 
-    def _distance(self, fitted: Result) -> float:
-        """Sum of the differences of the mean losses from the retrained models', in nats."""
-        retrained: list[Losses] = [_mean_losses(record.scores) for record in self.reference()[1]]
+    @functools.cached_property
+    def targets(self) -> Losses:
+        """Mean losses that a user would want, from the trained model and rows that every method is given.
+
+        Removed rows should be like calibration rows, edited pairs like their replacements are now, replacements and
+        retained rows like retained rows are now.
+        """
+        now = _mean_losses(self.reference()[0].scores)
+        task = self.task()
+        assert task.calibration is not None
+        unknown = np.mean(score_examples(self.model, self.lora, task.calibration).losses)
+        removed = sum(request.action is Action.REMOVE for request in self.requests)
+        edited = len(self.requests) - removed
+        named = (removed * unknown + edited * (now["wanted_loss"] or 0.0)) / len(self.requests)
+        wanted = None if now["wanted_loss"] is None else now["retained_loss"]
+        return {"forget_loss": float(named), "wanted_loss": wanted, "retained_loss": now["retained_loss"]}
+
+    def _distance(self, fitted: Result, oracle: bool) -> float:
+        """Sum of the differences of the mean losses from the reference's, in nats."""
+        if oracle:
+            retrained: list[Losses] = [_mean_losses(record.scores) for record in self.reference()[1]]
+            ends = {name: seed_mean([seed[name] for seed in retrained]) for name in retrained[0]}
+        else:
+            ends = self.targets
         losses = self.losses(_model_of(fitted), fitted.params)
-        gaps = []
-        for name, value in losses.items():
-            if value is not None:
-                gaps.append(abs(value - seed_mean([seed[name] for seed in retrained])))
+        gaps = [abs(value - ends[name]) for name, value in losses.items() if value is not None]
         return float(sum(gaps)) if np.isfinite(gaps).all() else np.inf
 
     def distance_moved(self, name: str) -> float:
@@ -453,39 +475,61 @@ class Study:
         Raises:
             NotYetError: it has no record, or moved nothing.
         """
+        return self._known(name, "length to move as far as", lambda record: record.details.get("delta_norm"))
+
+    def spent(self, name: str) -> float:
+        """What the first seed of a method cost, in gradient equivalents.
+
+        Raises:
+            NotYetError: it has no record, or failed.
+        """
+        return self._known(name, "cost to spend", lambda record: (record.cost or {}).get("gradient_equivalents"))
+
+    def _known(self, name: str, what: str, of: Callable[[Record], float | None]) -> float:
         path = record_path(self.workdir, name, 0)
-        norm = read_record(path).details.get("delta_norm") if path.exists() else None
-        if norm is None:
-            msg = f"{self.scenario.name}/{name} has no length to move as far as; run it first."
+        value = of(read_record(path)) if path.exists() else None
+        if value is None:
+            msg = f"{self.scenario.name}/{name} has no {what}; run it first."
             raise NotYetError(msg)
-        return norm
+        return value
 
     def method(self, name: str, seed: int) -> Any:
         """A way to forget with its seed, or the candidates of one that an oracle chooses from.
 
-        Descents take `NUM_DESCENT_STEPS` or more, in the training's micro-batches, and so does what is tuned on the
-        forget set.
+        Where the scenario has an oracle, all rivals are chosen by it.
         """
         listed: Any = self.scenario.methods[name] if name in self.scenario.methods else get_method(name)
         if callable(listed):
             listed = listed(self)
+        if not isinstance(listed, Nearest):
+            listed = self.nearest(name, listed) if self.scenario.oracle else self.in_steps(listed)
+        if isinstance(listed, Nearest):
+            seeded = {number: _seeded(candidate, seed) for number, candidate in listed.candidates.items()}
+            return dataclasses.replace(listed, candidates=seeded)
+        return _seeded(listed, seed)
+
+    def in_steps(self, listed: Any) -> Any:
+        """A rival with no fewer steps than descents take, in the training's micro-batches; others as they are."""
         train, num_named = self.scenario.train, len(self.bench.problem.named)
         if isinstance(listed, Descent | TaskVector):
             size = listed.batch_size if isinstance(listed, Descent) else train.batch_size
             epochs = max(listed.epochs, math.ceil(NUM_DESCENT_STEPS / math.ceil(num_named / size)))
             listed = dataclasses.replace(listed, epochs=epochs)
-        field, offered = STRENGTHS.get(name, ("", ()))
         if isinstance(listed, Descent):
             size = None if train.microbatch_size is None else min(train.microbatch_size, listed.batch_size)
             listed = dataclasses.replace(listed, microbatch_size=size)
+        return listed
+
+    def nearest(self, name: str, listed: Any, *, oracle: bool = True) -> Any:
+        """What a rival is chosen from, by learning rate or by strength; others as they are."""
+        listed = self.in_steps(listed)
+        field, offered = STRENGTHS.get(name, ("", ()))
+        if isinstance(listed, Descent):
             field, offered = "learning_rate", self.scenario.learning_rates
-        if self.scenario.oracle and field and not isinstance(listed, Nearest):
-            candidates = {value: dataclasses.replace(listed, **{field: value}) for value in offered}
-            listed = Nearest(candidates=candidates, chosen_as=field)
-        if isinstance(listed, Nearest):
-            seeded = {number: _seeded(candidate, seed) for number, candidate in listed.candidates.items()}
-            return dataclasses.replace(listed, candidates=seeded)
-        return _seeded(listed, seed)
+        if not field:
+            return listed
+        candidates = {value: dataclasses.replace(listed, **{field: value}) for value in offered}
+        return Nearest(candidates=candidates, chosen_as=field, oracle=oracle)
 
     def _choose(self, nearest: Nearest, seed: int) -> tuple[Result, dict[str, Any]]:
         """Of several configurations the one that comes nearest to retraining, fitted, and what was tried."""
@@ -494,7 +538,7 @@ class Study:
         for number, candidate in nearest.candidates.items():
             try:
                 fitted = self._run(candidate, seed, self.task())
-                found[f"{number:g}"] = distance = self._distance(fitted)
+                found[f"{number:g}"] = distance = self._distance(fitted, nearest.oracle)
             except FloatingPointError as error:
                 found[f"{number:g}"] = str(error)
                 continue
@@ -503,7 +547,8 @@ class Study:
         if best is None:
             msg = f"No {nearest.chosen_as} of {tuple(nearest.candidates)} ended in finite losses."
             raise FloatingPointError(msg)
-        return best, {nearest.chosen_as: chosen, f"distances_of_{nearest.chosen_as}s": found}
+        told = {nearest.chosen_as: chosen, f"distances_of_{nearest.chosen_as}s": found, "oracle": nearest.oracle}
+        return best, told
 
     def fit(self, name: str, seed: int, workdir: Path | None = None, run: Run | None = None) -> tuple[Result, Any]:
         """A method with a seed, and what was chosen for it: by the first seed, for all."""
@@ -513,7 +558,7 @@ class Study:
             tuned = read_record(first).details.get("chosen") if first.exists() else None
             if tuned is None:
                 return self._choose(method, seed)
-            chosen = {method.chosen_as: tuned[method.chosen_as]}
+            chosen = {method.chosen_as: tuned[method.chosen_as], "oracle": method.oracle}
             method = method.candidates[tuned[method.chosen_as]]
         return self._run(method, seed, self.task(workdir, run)), chosen
 
@@ -538,6 +583,7 @@ class Study:
             except (UnlearningError, FloatingPointError) as error:
                 return Record(model=name, kind="unlearned", seed=seed, failed=str(error))
             details = {k: v for k, v in fitted.details.items() if k != "loss_terms"}
+            oracle = chosen.pop("oracle", False)
             if _model_of(fitted) is self.model:
                 details["delta_norm"] = float(trees.tree_norm(trees.tree_sub(fitted.params, self.lora)))
             else:
@@ -553,7 +599,7 @@ class Study:
                     "preparation_gradient_equivalents": fitted.cost.preparation,
                 },
                 receipt=None if fitted.receipt is None else receipt_to_keep(fitted.receipt.to_mapping()),
-                details={"chosen": chosen, "oracle": bool(chosen), **details},
+                details={"chosen": chosen, "oracle": oracle, **details},
             )
 
         return self._kept(name, seed, compute)

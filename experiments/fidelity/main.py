@@ -2,8 +2,9 @@
 
     python -m experiments.fidelity.main --workdir DIR
 
-A cell is one population, category, share and request, and a comparison by itself (`experiments.study`). A second
-call computes what is missing and renders everything anew. A workdir holds
+A cell is one population, category, share and request, and a comparison by itself (`experiments.study`). Several
+requests of a kind show how much of a difference is chance. A second call computes what is missing and renders
+everything anew. A workdir holds
 
     tasks/<population>/trained/                 run directory, shared by all cells of a population
     tasks/<population>/retrained/<cell>/seed_*/ run directories, shared by all methods of a cell
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import logging
 import sys
@@ -39,11 +41,12 @@ from llmeraser_jax.evaluation.records import MetricMeaning, read_comparison, rec
 from llmeraser_jax.evaluation.render import Block, Details, Page, Text, render_text, show_number, write_page
 from llmeraser_jax.evaluation.summary import summarise
 from llmeraser_jax.models import Model
-from llmeraser_jax.rivals import EqualLengthAscent, FinetuneEdited
+from llmeraser_jax.rivals import EqualLengthAscent, FinetuneEdited, get_method
 from llmeraser_jax.solvers import ConjugateGradients
 from llmeraser_jax.unlearning import (
     PAPER_STEP,
     PUBLIC_SCRIPT,
+    Auto,
     Corrected,
     CurvatureSpec,
     KroneckerPreconditioner,
@@ -87,7 +90,45 @@ class Control:
         return EqualLengthAscent(num_steps=self.num_steps, difference=self.difference, length=share)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A rival with the learning rate or the strength that ends nearest to what a user would want, or to retraining.
+
+    Attributes:
+        name: of `llmeraser_jax.rivals.RIVALS`.
+        oracle: choose by the retrained models, not by what every method is given.
+        as_costly: epochs until it has cost what the default costs, where its own cost less.
+    """
+
+    name: str
+    oracle: bool = False
+    as_costly: bool = False
+
+    def __call__(self, cell: study.Study) -> Any:
+        """The rival for one cell."""
+        method = cell.in_steps(get_method(self.name))
+        if self.as_costly:
+            more = cell.spent(DEFAULT) / cell.spent(self.name)
+            method = dataclasses.replace(method, epochs=max(round(more * method.epochs), method.epochs))
+        return cell.nearest(self.name, method, oracle=self.oracle)
+
+
+# The default and rivals, which are compared over several requests: `frontier.py`.
+DEFAULT, BUDGETED = "auto", "auto-within-a-fifth"
+AS_COSTLY, ORACLE = "-as-costly", "-oracle"
+_DESCENTS = ("npo", "simnpo", "gradient-difference")
+_STRONGEST = (*_DESCENTS, "k-fade", "msa")
+FRONTIER: Mapping[str, Any] = {
+    DEFAULT: Auto(),
+    BUDGETED: study.Budgeted(method=Auto(), budget=0.2),
+    "finetune-edited": FinetuneEdited(),
+    **{name: Rival(name=name) for name in _STRONGEST},
+    **{f"{name}{AS_COSTLY}": Rival(name=name, as_costly=True) for name in ("finetune-edited", *_DESCENTS)},
+    **{f"{name}{ORACLE}": Rival(name=name, oracle=True) for name in _STRONGEST},
+}
+
 METHODS: Mapping[str, Any] = {
+    **FRONTIER,
     "target-matching": TargetMatching(),
     "matching-without-restoration": TargetMatching(restoration_steps=0),
     "matching-within-budget": within_paper_share,
@@ -103,7 +144,6 @@ METHODS: Mapping[str, Any] = {
     "newton": Step(rhs="newton"),
     "newton-corrected": Corrected(method=Step(rhs="newton"), max_steps=3),
     "public-script": PUBLIC_SCRIPT,
-    "fine-tune-1-epoch": FinetuneEdited(epochs=1),
     "cb-as-matched": Control(num_steps=1),
     "ascent-as-matched": Control(),
     "difference-as-matched": Control(difference=True),
@@ -118,11 +158,17 @@ class CellId:
     task: str
     category: Category
     share: float
+    request: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What the requests of several cells have in common."""
+        return f"{self.task}/{self.category}-{self.share:g}"
 
     @property
     def directory(self) -> str:
         """Below `cells/<task>` and `tasks/<task>/retrained`."""
-        return f"{self.category}-{self.share:g}"
+        return f"{self.category}-{self.share:g}" + (f"-{self.request}" if self.request else "")
 
     def path_of(self, method: str) -> str:
         """What a subset's patterns are matched with."""
@@ -139,6 +185,7 @@ class FidelityConfig:
         categories: of requests.
         shares: of the training rows, for populations below 1000 rows.
         large_shares: for populations of 1000 rows and more.
+        num_requests: of each kind, which name other rows.
         retrain_seeds: retrained models of each cell, at least 2.
         subset: patterns of `<population>/<category>-<share>/<method>`; only what matches one is computed.
     """
@@ -148,34 +195,36 @@ class FidelityConfig:
     categories: tuple[Category, ...] = CATEGORIES
     shares: tuple[float, ...] = (0.01, 0.05, 0.1)
     large_shares: tuple[float, ...] = (0.01,)
+    num_requests: int = 1
     retrain_seeds: int = 3
     subset: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
-        check_at_least(self, retrain_seeds=2)
+        check_at_least(self, retrain_seeds=2, num_requests=1)
         for share in (*self.shares, *self.large_shares):
             if not 0 < share <= profiles.MAX_SHARE:
                 msg = f"A share is {share}; it must lie in (0, {profiles.MAX_SHARE}]."
                 raise ValueError(msg)
 
     def plan(self) -> dict[CellId, list[str]]:
-        """The methods of each cell that the subset holds, small populations first."""
+        """The methods of each cell that the subset holds: one request of each kind, then the next of each."""
         plan: dict[CellId, list[str]] = {}
-        for size in sorted(self.num_rows):
+        for request, size in itertools.product(range(self.num_requests), sorted(self.num_rows)):
             names = [name for name in METHODS if size < LARGE or name not in OVER_ALL_ROWS]
-            for share in self.large_shares if size >= LARGE else self.shares:
-                for category in self.categories:
-                    id_ = CellId(task=ProfilesTask(num_rows=size).name, category=category, share=share)
-                    chosen = [n for n in names if any(fnmatch.fnmatch(id_.path_of(n), p) for p in self.subset)]
-                    if chosen:
-                        plan[id_] = chosen
+            shares = self.large_shares if size >= LARGE else self.shares
+            for share, category in itertools.product(shares, self.categories):
+                task = ProfilesTask(num_rows=size).name
+                id_ = CellId(task=task, category=category, share=share, request=request)
+                chosen = [n for n in names if any(fnmatch.fnmatch(id_.path_of(n), p) for p in self.subset)]
+                if chosen:
+                    plan[id_] = chosen
         return plan
 
 
 def study_of(workdir: Path, id_: CellId, task: ProfilesTask, model: Model, retrain_seeds: int) -> study.Study:
     """The comparison of one cell; all cells of a population share the trained model."""
     drawn = task.draw()
-    requests = profiles.make_requests(drawn, id_.category, id_.share)
+    requests = profiles.make_requests(drawn, id_.category, id_.share, id_.request)
     named = {request.id for request in requests}
     stay = [example for example in drawn.train if example.id not in named]
     size = min(measures.NUM_RETAINED_SCORED, len(stay))
