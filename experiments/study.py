@@ -462,7 +462,8 @@ class Study:
         """Sum of the differences of the mean losses from the reference's, in nats."""
         if oracle:
             retrained: list[Losses] = [_mean_losses(record.scores) for record in self.reference()[1]]
-            ends = {name: seed_mean([seed[name] for seed in retrained]) for name in retrained[0]}
+            measured = [name for name, value in retrained[0].items() if value is not None]
+            ends = {name: seed_mean([seed[name] for seed in retrained]) for name in measured}
         else:
             ends = self.targets
         losses = self.losses(_model_of(fitted), fitted.params)

@@ -29,7 +29,7 @@ import tyro
 
 from experiments import study
 from experiments.common import claim_settings, load_demo_base, log_progress
-from experiments.fidelity import profiles
+from experiments.fidelity import frontier, profiles
 from experiments.fidelity.profiles import CATEGORIES, LARGE, NUM_HELDOUT_PEOPLE, Category, ProfilesTask
 from llmeraser_jax import files, trees
 from llmeraser_jax.checks import check_at_least
@@ -159,11 +159,6 @@ class CellId:
     category: Category
     share: float
     request: int = 0
-
-    @property
-    def kind(self) -> str:
-        """What the requests of several cells have in common."""
-        return f"{self.task}/{self.category}-{self.share:g}"
 
     @property
     def directory(self) -> str:
@@ -334,7 +329,12 @@ def render(workdir: Path) -> list[Block]:
     reports = load_reports(workdir)
     blocks: list[Block] = [Text("No cell was measured yet.")]
     if reports:
-        blocks = grid_blocks(reports, "grid", EXTRA_COLUMNS)
+        kinds: dict[str, list[dict[str, Row]]] = {}
+        for name, report in reports:
+            population, directory = name.split("/")
+            kind = "-".join(directory.split("-")[:2])  # see `CellId.directory`
+            kinds.setdefault(f"{population}/{kind}", []).append(frontier.methods_of(report))
+        blocks = [*frontier.blocks(kinds, DEFAULT, "grid"), *grid_blocks(reports, "grid", EXTRA_COLUMNS)]
     write_page(Page("Fidelity: how close to retraining, at what cost", tuple(blocks)), workdir)
     told = {"results": dict(reports), "versions": library_versions(), "devices": describe_devices()}
     files.atomic_write_json(workdir / "results.json", told)

@@ -38,6 +38,7 @@ class Point:
         cost: over one retraining's; None where unknown.
         closure: on the forget set; None where undefined.
         kl_over_floor: held-out KL in multiples of the seed floor; None where it was not measured.
+        retained: accuracy on retained examples less that of the retrained models; None where it was not measured.
         closure_deviation, kl_deviation: between seeds; None where not known.
     """
 
@@ -46,6 +47,7 @@ class Point:
     cost: Number | None
     closure: Number | None
     kl_over_floor: Number | None
+    retained: Number | None = None
     closure_deviation: Number | None = None
     kl_deviation: Number | None = None
 
@@ -90,14 +92,15 @@ def _mark(label: str, colour: str, marker: str) -> Line2D:
 
 
 def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
-    """A PNG with a panel for closure and one for the held-out KL; None where neither has a method to show.
+    """A PNG with a panel for each of closure, held-out KL and retained accuracy; None without a method to show.
 
     Args:
         points: of one comparison, or of several; a model before has no cost and is a line.
     """
     drawn = [p for p in points if p.kind != "before" and p.cost is not None and p.cost > 0]
     methods = [p for p in drawn if p.kind == "unlearned"]
-    panels = [name for name in ("closure", "kl_over_floor") if any(getattr(p, name) is not None for p in methods)]
+    names = ("closure", "kl_over_floor", "retained")
+    panels = [name for name in names if any(getattr(p, name) is not None for p in methods)]
     if not panels:
         return None
     looks = _looks({p.label: p.kind for p in drawn})
@@ -110,10 +113,13 @@ def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         _style(axes, "both")
-        level = 0.0
+        level, target = 0.0, 1.0
         if name == "closure":
             axes.set_ylabel("closure on the forget set (1 = the retrained level)")
             axes.set_ylim(LOWEST_CLOSURE - 0.1, 1.15)
+        elif name == "retained":
+            axes.set_ylabel("accuracy on retained examples less retrained")
+            level, target = None, 0.0
         else:
             axes.set_ylabel("held-out KL / seed floor (1 = another retraining)")
             shown = [p.kl_over_floor for p in (*drawn, *([] if before is None else [before]))]
@@ -121,14 +127,14 @@ def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
             level = None if before is None or before.kl_over_floor is None else min(before.kl_over_floor, _TALLEST)
         if level is not None:
             axes.axhline(level, color=COLOURS["before"], linestyle=":", linewidth=1.5)
-        axes.axhline(1.0, color=COLOURS["retrained"], linestyle="--", linewidth=1.2)
+        axes.axhline(target, color=COLOURS["retrained"], linestyle="--", linewidth=1.2)
         for point in drawn:
             value = getattr(point, name)
             if value is None or point.cost is None:
                 continue
             shown = max(value, LOWEST_CLOSURE) if name == "closure" else min(value, _TALLEST)
             colour, marker = looks[point.label]
-            deviation = point.closure_deviation if name == "closure" else point.kl_deviation
+            deviation = {"closure": point.closure_deviation, "kl_over_floor": point.kl_deviation}.get(name)
             if deviation is not None and shown == value:
                 axes.errorbar(point.cost, shown, yerr=deviation, color=colour, linewidth=1.2, capsize=2)
             size = 14 if marker == "*" else 10
@@ -144,7 +150,7 @@ def plot_cost_against_fidelity(points: Sequence[Point]) -> bytes | None:
     if before is not None:
         handles.append(Line2D([], [], label="before (no cost)", color=COLOURS["before"], linestyle=":"))
     handles.append(Line2D([], [], color=COLOURS["retrained"], linestyle="--", label="target"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(2, len(panels)), frameon=False, fontsize=9)
     return _png(figure)
 
 

@@ -5,15 +5,16 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import study
 from experiments.common import claim_settings
-from experiments.fidelity import main, profiles
+from experiments.fidelity import frontier, main, profiles
 from llmeraser_jax.data import Action, Example, Recipe, apply_requests, load_examples
 from llmeraser_jax.demo.people import CITIES, PROFESSIONS
-from llmeraser_jax.evaluation.page import rows_of
+from llmeraser_jax.evaluation.page import Row, rows_of
 from llmeraser_jax.evaluation.records import read_comparison, write_plan
-from llmeraser_jax.evaluation.render import Table
+from llmeraser_jax.evaluation.render import Picture, Table
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import TargetMatching, UnlearningError
 from tests.training import tiny
@@ -203,3 +204,61 @@ def test_the_plan_is_cut_to_a_subset_and_large_tasks_to_their_shares(tmp_path):
 def test_impossible_plans_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         main.FidelityConfig(workdir=tmp_path, **changes)
+
+
+def row_of(closure: float | None, cost: float = 1.0, accuracy: float = 0.9) -> Row:
+    """A method's row of a report."""
+    retrained = {"task_metrics": {frontier.RETAINED_ACCURACY: {"value": 0.95}}}
+    report = {
+        "models": {"retrained": retrained},
+        "cost": {"retrain": {"gradient_equivalents": 10.0}},
+        "seed_floor": {},
+    }
+    entry = {"name": "m", "task_metrics": {frontier.RETAINED_ACCURACY: {"value": accuracy}}}
+    spent = {"gradient_equivalents": cost}
+    return Row(
+        label="m", kind="unlearned", entry=entry, closure={"forget_loss": closure}, cost=spent, report=report
+    )
+
+
+def test_intervals_are_those_of_students_t():
+    values = [0.2, 0.5, None, 0.9, 0.4]
+    found = frontier.Estimate.of(values)
+    assert found is not None and found.half is not None and found.count == 4
+    known = [value for value in values if value is not None]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(known), scale=stats.sem(known))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert frontier.Estimate.of([None]) is None
+    single = frontier.Estimate.of([0.5])
+    assert single is not None and single.half is None and single.show("+") == "+0.50"
+
+
+def test_differences_are_taken_request_by_request():
+    """The methods differ by 0.1 in each request, far less than requests differ: the interval leaves out 0."""
+    requests = [{"a": row_of(x), "b": row_of(x - 0.1 - 0.001 * x)} for x in (0.2, 0.5, 0.9)]
+    requests += [{"a": row_of(None), "b": row_of(0.3)}, {"a": row_of(0.3)}]
+    found = frontier.differences(requests, "b", "a", frontier.QUANTITIES[0])
+    assert found is not None and found.count == 3 and found.mean == pytest.approx(-0.1, abs=1e-3)
+    assert found.show("+").endswith("*")
+    noisy = [{"a": row_of(0.5), "b": row_of(x)} for x in (0.2, 0.9, 0.5)]
+    unclear = frontier.differences(noisy, "b", "a", frontier.QUANTITIES[0])
+    assert unclear is not None and not unclear.show("+").endswith("*")
+
+
+def test_several_requests_have_tables_and_a_picture():
+    requests = [{"auto": row_of(x, 2.0), "npo": row_of(x - 0.3, 4.0, 0.85)} for x in (0.9, 0.8)]
+    found = frontier.blocks({"p/removal-0.1": requests, "p/query-0.1": requests[:1]}, "auto", "grid")
+    first, second = (block for block in found if isinstance(block, Table))
+    assert [row[:3] for row in first.rows] == [("auto", "2", "0.2"), ("npo", "2", "0.4")]
+    assert [row[0] for row in second.rows] == ["npo"] and second.rows[0][1].startswith("+0.20")
+    for cell, mean in ((2, "-0.30"), (5, "-0.05")):
+        assert second.rows[0][cell].startswith(f"{mean} ±") and second.rows[0][cell].endswith(" *")
+    assert any(isinstance(block, Picture) for block in found)
+    assert not frontier.blocks({"p/query-0.1": requests[:1]}, "auto", "grid")
+
+
+def test_several_requests_of_a_kind_name_other_rows(tmp_path):
+    plan = main.FidelityConfig(workdir=tmp_path, num_requests=2, num_rows=(400,), shares=(0.01,)).plan()
+    assert [id_.directory for id_ in plan] == [
+        "removal-0.01", "query-0.01", "correction-0.01", "removal-0.01-1", "query-0.01-1", "correction-0.01-1",
+    ]  # fmt: skip

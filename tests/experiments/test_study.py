@@ -141,6 +141,24 @@ def test_what_was_fitted_to_choose_a_rate_is_not_fitted_again(done, tmp_path, mo
     np.testing.assert_allclose(losses, methods_of(results)["npo"][0].scores["named"]["losses"], rtol=1e-4)
 
 
+def test_a_rate_is_also_chosen_by_what_every_method_is_given(done):
+    """Two removed rows: they should be like calibration rows, and retained rows as they are."""
+    scenario, workdir, _ = done
+    owner = study.Study(scenario, workdir, retrain_seeds=2)
+    shown = score_examples(scenario.model, owner.lora, owner.encode(scenario.shown)).losses.mean()
+    kept = owner.losses(owner.model, owner.lora)["retained_loss"]
+    assert owner.targets == {"forget_loss": pytest.approx(shown), "wanted_loss": None, "retained_loss": kept}
+    owner.scenario = dataclasses.replace(
+        scenario, methods={"npo": lambda cell: cell.nearest("npo", NPO(), oracle=False)}
+    )
+    fitted, chosen = owner._choose(owner.method("npo", 0), 0)
+    distances = {float(rate): value for rate, value in chosen["distances_of_learning_rates"].items()}
+    losses = owner.losses(owner.model, fitted.params)
+    nearest = abs(losses["forget_loss"] - shown) + abs(losses["retained_loss"] - kept)
+    assert nearest == pytest.approx(min(distances.values()), rel=1e-4)
+    assert not chosen["oracle"] and distances[chosen["learning_rate"]] == min(distances.values())
+
+
 def test_rivals_without_a_rate_are_offered_strengths_and_without_the_oracle_all_have_their_defaults(done):
     scenario, workdir, _ = done
     owner = study.Study(scenario, workdir, retrain_seeds=2)
