@@ -75,6 +75,7 @@ def test_request_seeds_name_other_rows_of_the_same_data():
 
 @dataclasses.dataclass(frozen=True)
 class TinyTask:
+    name = "tiny"
     recipe: Recipe = tiny.RECIPE
     lora = tiny.LORA
     train = tiny.CONFIG

@@ -1,0 +1,1 @@
+"""What attackers tell of models that forgot."""
