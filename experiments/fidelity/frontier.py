@@ -165,7 +165,8 @@ def blocks(found: Mapping[str, Requests], reference: str, name: str) -> list[Blo
         f"Means over requests that name other rows, with {100 * CONFIDENCE:.0f} % intervals by Student's t. Rivals "
         "have the learning rate or strength that ends nearest to what every method is given; `-oracle` is "
         "the one that ends nearest to the retrained models, `-as-costly` has as many epochs as cost what "
-        f"`{reference}` costs. The search is not in the cost."
+        f"`{reference}` costs, and `{reference}-as-cheap` has a budget of what K-FADE costs. The search is not in "
+        "the cost."
     )
     listed = [block for kind, requests in several.items() for block in tables(kind, requests, reference)]
     return [Heading("Over several requests"), Text(told), *listed, *picture(several, name)]

@@ -113,16 +113,23 @@ class Rival:
         return cell.nearest(self.name, method, oracle=self.oracle)
 
 
+def as_cheap(cell: study.Study) -> study.Budgeted:
+    """The default with the budget that the cheapest rival needed."""
+    retraining = cell.task().cost_of_retraining
+    assert retraining is not None
+    return study.Budgeted(method=Auto(), budget=cell.spent(CHEAPEST) / retraining)
+
+
 # The default and rivals, which are compared over several requests: `frontier.py`.
-DEFAULT, BUDGETED = "auto", "auto-within-a-fifth"
+DEFAULT, CHEAPEST, BUDGETED = "auto", "k-fade", "auto-as-cheap"
 AS_COSTLY, ORACLE = "-as-costly", "-oracle"
 _DESCENTS = ("npo", "simnpo", "gradient-difference")
 _STRONGEST = (*_DESCENTS, "k-fade", "msa")
 FRONTIER: Mapping[str, Any] = {
     DEFAULT: Auto(),
-    BUDGETED: study.Budgeted(method=Auto(), budget=0.2),
     "finetune-edited": FinetuneEdited(),
     **{name: Rival(name=name) for name in _STRONGEST},
+    BUDGETED: as_cheap,
     **{f"{name}{AS_COSTLY}": Rival(name=name, as_costly=True) for name in ("finetune-edited", *_DESCENTS)},
     **{f"{name}{ORACLE}": Rival(name=name, oracle=True) for name in _STRONGEST},
 }
