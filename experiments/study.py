@@ -449,9 +449,7 @@ class Study:
         retained rows like retained rows are now.
         """
         now = _mean_losses(self.reference()[0].scores)
-        task = self.task()
-        assert task.calibration is not None
-        unknown = np.mean(score_examples(self.model, self.lora, task.calibration).losses)
+        unknown = np.mean(score_examples(self.model, self.lora, self.encode(self.scenario.shown)).losses)
         removed = sum(request.action is Action.REMOVE for request in self.requests)
         edited = len(self.requests) - removed
         named = (removed * unknown + edited * (now["wanted_loss"] or 0.0)) / len(self.requests)

@@ -14,6 +14,7 @@ retrained ones. A perfect way to unlearn leaves them no more than chance.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -31,7 +32,8 @@ _PENALTIES = np.logspace(-3, 3, 13)
 _SHUFFLES = 40
 _CHANCE_QUANTILE = 0.95
 
-Unlearned, Retrained = Float[np.ndarray, "unlearned rows"], Float[np.ndarray, "retrained rows"]
+Unlearned: TypeAlias = Float[np.ndarray, "unlearned rows"]
+Retrained: TypeAlias = Float[np.ndarray, "retrained rows"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,6 +10,9 @@ change nothing, its rows stay where they are.
 An edit's targets are for the tokens that differ. Tokens that old and new response share, and that the model
 predicts as well in either, stay.
 
+Some rows are harder than others, whoever was trained on them. Where the model that training started from predicts
+which calibration rows are hard, each removed row's target follows its own loss under that model.
+
 A removed row does not become unknown where the retain set says the same. The model at hand tells how much the
 retained row j says about row i: the cosine of their gradients. It enters as the correlation in a regression of
 log-odds (a Gaussian process whose mean is the target of an unseen row): a verbatim copy leaves a row as known as
@@ -35,14 +38,17 @@ from llmeraser_jax.curvature import example_rows
 from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet, rows_fit
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
 from llmeraser_jax.losses import Objective, example_places, per_example
-from llmeraser_jax.parallel import to_host
+from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.types import Batch, ExampleSet, LoraParams
 from llmeraser_jax.unlearning.budget import FORWARD, GRADIENT
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.task import UnlearningTask
-from llmeraser_jax.unlearning.workspace import Workspace
+from llmeraser_jax.unlearning.workspace import RowValues, Workspace
 
 _NUM_CALIBRATION = 128  # rows behind the target of removed rows
+_NUM_DIFFICULTY = 64  # of them, behind what their difficulty says
+_LEAST_DIFFICULTY = 16  # fewer show nothing
+_LEAST_EXPLAINED = 0.2  # share of the variance of calibration rows' losses; below it the mean does as well
 _NUM_KNOWN = 64  # retained rows behind the target of replacements
 _LEAST_PAIRS = 3  # fewer show no correlation and no spread
 _NEGLIGIBLE_WAY = 0.1  # log-odds that edited pairs may be from their ends on average and count as there already
@@ -68,10 +74,14 @@ class TargetLosses:
     Attributes:
         unknown: of rows that were not trained on; None where nothing is known of them.
         known: of retained rows; None where no row is wanted, or none is retained.
+        explained: share of the variance of calibration rows' losses that their losses under the untrained model
+            predict, each row predicted from the others. Removed rows have targets of their own where it is at least
+            0.2, and may be below 0. None where nothing was predicted.
     """
 
     unknown: float | None
     known: float | None
+    explained: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +189,11 @@ def find_targets(task: UnlearningTask, workspace: Workspace, *, diagnostic: bool
     ends = np.where(roles == Role.GOES, unknown.end, start)
     centres = np.where(roles == Role.GOES, unknown.centre, start)
     spreads = np.full(len(parts), unknown.spread)
+    removed = np.flatnonzero((roles == Role.GOES) & (problem.replacements[owners] < 0))
+    difficulty = _difficulty(task, workspace, unknown, rows[removed], on)
+    if difficulty is not None and difficulty.explained >= _LEAST_EXPLAINED:
+        ends[removed], centres[removed] = difficulty.ends, difficulty.centres
+        spreads[removed] = difficulty.spread
     for kind in (task.query_changes, ~task.query_changes):
         of_kind = np.flatnonzero(kind & (problem.replacements >= 0))
         old = np.flatnonzero(np.isin(owners, of_kind) & (roles == Role.GOES))
@@ -206,7 +221,11 @@ def find_targets(task: UnlearningTask, workspace: Workspace, *, diagnostic: bool
         ends=ends,
         centres=centres,
         spreads=spreads,
-        losses=TargetLosses(unknown=unknown.mean_loss, known=known.mean_loss),
+        losses=TargetLosses(
+            unknown=unknown.mean_loss,
+            known=known.mean_loss,
+            explained=None if difficulty is None else difficulty.explained,
+        ),
         unknown_spread=unknown.loss_spread,
         copies=copies,
     )
@@ -257,6 +276,8 @@ class _Reference:
     loss_spread: float | None = None
     centre: float = math.nan  # mean log-odds
     spread: float = _DEFAULT_SPREAD  # of log-odds
+    rows: np.ndarray | None = None  # where they are in their set, and their losses and log-odds
+    values: RowValues | None = None
 
     @property
     def none(self) -> bool:
@@ -269,15 +290,85 @@ class _Reference:
         return math.nan if self.mean_loss is None else float(log_odds(self.mean_loss))
 
     @classmethod
-    def of(cls, losses: np.ndarray, log_odds: np.ndarray) -> _Reference:
+    def of(cls, rows: np.ndarray, values: RowValues) -> _Reference:
         """Of at least one row."""
-        several = len(losses) >= _LEAST_PAIRS
+        several = len(rows) >= _LEAST_PAIRS
         return cls(
-            mean_loss=float(losses.mean()),
-            loss_spread=float(losses.std()) if several else None,
-            centre=float(log_odds.mean()),
-            spread=_spread(float(log_odds.std()) if several else None),
+            mean_loss=float(values.losses.mean()),
+            loss_spread=float(values.losses.std()) if several else None,
+            centre=float(values.log_odds.mean()),
+            spread=_spread(float(values.log_odds.std()) if several else None),
+            rows=rows,
+            values=values,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Difficulty:
+    """What the untrained model says of unseen rows.
+
+    Attributes:
+        explained: share of the variance of calibration rows' losses, each row predicted from the others.
+        ends: [m] log-odds of the predicted losses of removed rows.
+        centres: [m] their predicted log-odds.
+        spread: standard deviation of log-odds around the prediction.
+    """
+
+    explained: float
+    ends: np.ndarray
+    centres: np.ndarray
+    spread: float
+
+
+def _difficulty(
+    task: UnlearningTask,
+    workspace: Workspace,
+    unknown: _Reference,
+    removed: np.ndarray,
+    on: Literal["rhs", "diagnostics"],
+) -> _Difficulty | None:
+    """Predicts unseen rows' losses from those under the model before training, by regression on calibration rows.
+
+    None without a language model, enough calibration rows or removals, and where the user states the target.
+    """
+    calibration, rows, values = task.calibration, unknown.rows, unknown.values
+    if calibration is None or rows is None or values is None or task.data is None or task.target_loss is not None:
+        return None
+    if len(rows) < _LEAST_DIFFICULTY or not len(removed):
+        return None
+    chosen = np.sort(workspace.rng(5).permutation(len(rows))[:_NUM_DIFFICULTY])
+    workspace.budget.spend(on, FORWARD * (len(chosen) + len(removed)))
+    untrained = replicate(task.initial_adapter(workspace.seed), workspace.mesh)
+    shown = workspace.row_values(task.objective, untrained, calibration, rows[chosen])
+    asked = workspace.row_values(task.objective, untrained, task.problem.examples, removed)
+    if not (np.isfinite(shown.losses).all() and np.isfinite(asked.losses).all()):
+        return None
+    seen = values.losses[chosen]
+    losses, explained, _ = _regress(shown.losses, seen, asked.losses)
+    centres, _, spread = _regress(shown.log_odds, values.log_odds[chosen], asked.log_odds)
+    # Nothing is extrapolated beyond what calibration rows show.
+    ends = log_odds(np.clip(losses, seen.min(), seen.max()))
+    bounds = values.log_odds[chosen].min(), values.log_odds[chosen].max()
+    return _Difficulty(
+        explained=explained, ends=ends, centres=np.clip(centres, *bounds), spread=_spread(spread)
+    )  # fmt: skip
+
+
+def _regress(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """A least squares line through [n] points at other places.
+
+    Returns:
+        Its values at `at`; 1 - (squared residuals of points that the line was not fitted to) / (squared deviations
+        from the mean); the standard deviation of the residuals.
+    """
+    design = np.stack([np.ones_like(x), x], axis=1)
+    inverse = np.linalg.pinv(design)
+    line = inverse @ y
+    residuals = y - design @ line
+    left_out = residuals / np.maximum(1 - np.einsum("ij,ji->i", design, inverse), np.finfo(np.float64).eps)
+    around = y - y.mean()
+    explained = 1 - float((left_out @ left_out) / max(around @ around, np.finfo(np.float64).tiny))
+    return line[0] + line[1] * at, explained, float(residuals.std())
 
 
 def _references(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]):
@@ -289,7 +380,7 @@ def _references(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "
     def measure(examples: ExampleSet, rows: np.ndarray, kind: str) -> _Reference:
         values = workspace.trained_values(task.objective, task.adapter, examples, rows, on)
         check_finite(values.losses, examples, rows, kind)
-        return _Reference.of(values.losses, values.log_odds)
+        return _Reference.of(rows, values)
 
     if calibration is not None:
         if len(calibration) == 0:

@@ -10,7 +10,7 @@ from experiments.attacks import main
 from llmeraser_jax.evaluation.render import Table
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.models import load_model
-from tests.experiments.test_fidelity import TinyTask
+from tests.experiments.test_fidelity import TinyTask, cell_of
 from tests.training import tiny
 
 CELL = "cells/tiny/removal-0.2"
@@ -36,9 +36,7 @@ def test_tables_have_a_row_for_each_model(done):
 def test_probes_are_losses_of_the_library(done):
     config, model, _ = done
     probes = json.loads((config.workdir / CELL / "probes/before.json").read_text())
-    cell = main.study_of(
-        config.workdir, main.CellId(task="tiny", category="removal", share=0.2), TinyTask(), model, 3
-    )  # pyright: ignore[reportArgumentType]
+    cell = cell_of(config.workdir, model, 0.2, retrain_seeds=3)
     problem = cell.bench.problem
     losses = score_examples(model, cell.lora, problem.examples, problem.named).losses
     assert probes["stored"]["float32"] == pytest.approx(losses.mean(), rel=1e-6)

@@ -94,9 +94,9 @@ class Hopeless:
         raise UnlearningError("no step was found")
 
 
-def cell_of(workdir, model, share=0.125):
+def cell_of(workdir, model, share=0.125, retrain_seeds=2):
     id_ = main.CellId(task="tiny", category="removal", share=share)
-    return main.study_of(workdir, id_, TinyTask(), model, 2)  # pyright: ignore[reportArgumentType]
+    return main.study_of(workdir, id_, TinyTask(), model, retrain_seeds)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_rate_is_also_chosen_by_what_every_method_is_given(done):
     )
     fitted, chosen = owner._choose(owner.method("npo", 0), 0)
     distances = {float(rate): value for rate, value in chosen["distances_of_learning_rates"].items()}
-    losses = owner.losses(owner.model, fitted.params)
+    losses: dict[str, Any] = owner.losses(owner.model, fitted.params)
     nearest = abs(losses["forget_loss"] - shown) + abs(losses["retained_loss"] - kept)
     assert nearest == pytest.approx(min(distances.values()), rel=1e-4)
     assert not chosen["oracle"] and distances[chosen["learning_rate"]] == min(distances.values())

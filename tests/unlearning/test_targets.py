@@ -11,7 +11,14 @@ from llmeraser_jax.data.requests import parse_requests
 from llmeraser_jax.losses import lm_objective, per_example
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import UnlearningTask, Workspace, make_problem
-from llmeraser_jax.unlearning.targets import Role, _tokens_and_losses, differing_tokens, find_targets
+from llmeraser_jax.unlearning.targets import (
+    Role,
+    _regress,
+    _tokens_and_losses,
+    differing_tokens,
+    find_targets,
+    log_odds,
+)
 from tests.training import tiny
 
 
@@ -132,3 +139,61 @@ def test_look_alikes_are_the_texts_with_most_in_common(problem):
     of_first, of_second = find_look_alikes(twice, named, others, least=0.9)
     assert list(of_first) == [len(twice) - 1] and len(of_second) == 0
     assert len(find_look_alikes(twice, named, others, least=0.0, at_most=2)[1]) == 2
+
+
+def test_a_row_left_out_is_predicted_by_the_line_through_the_others():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=12)
+    y = 0.5 - 2 * x + 0.3 * rng.normal(size=12)
+    at, explained, spread = _regress(x, y, np.array([0.0, 1.0]))
+    slope, intercept = np.polyfit(x, y, 1)
+    np.testing.assert_allclose(at, [intercept, intercept + slope])
+    assert spread == pytest.approx((y - intercept - slope * x).std())
+    others = [np.delete(np.arange(12), k) for k in range(12)]
+    missed = [y[k] - np.polyval(np.polyfit(x[rest], y[rest], 1), x[k]) for k, rest in enumerate(others)]
+    assert explained == pytest.approx(1 - np.sum(np.square(missed)) / np.sum((y - y.mean()) ** 2))
+
+
+@pytest.fixture(scope="module")
+def removals(tmp_path_factory):
+    """Three rows to remove, and 20 that no model was trained on."""
+    directory = tmp_path_factory.mktemp("removals")
+    model = load_model(tiny.save_tiny_model(directory / "model"))
+    examples = load_examples(tiny.write_rows(directory / "rows.jsonl", tiny.rows(28)))
+    train, unseen = (encode_examples(rows, tiny.RECIPE, model.tokenizer) for rows in (examples[:8], examples[8:]))
+    requests = parse_requests([{"id": examples[k].id, "action": "remove"} for k in (1, 4, 6)], examples[:8])
+    return model, train, unseen, requests
+
+
+def removal_task(removals, adapter, **fields) -> UnlearningTask:
+    model, train, unseen, requests = removals
+    return UnlearningTask(
+        model=model, adapter=adapter, data=train, requests=requests, calibration=unseen,
+        training=tiny.CONFIG, **fields,
+    )  # fmt: skip
+
+
+def test_rows_of_an_adapter_that_does_nothing_are_where_they_should_be(removals):
+    """It predicts every row exactly as the model before training: nothing was memorised."""
+    task = removal_task(removals, removals[0].init_lora(jax.random.key(0), tiny.LORA))
+    found = find_targets(task, WORKSPACE)
+    assert found.losses.explained == pytest.approx(1.0, abs=1e-6)
+    unseen = WORKSPACE.row_values(task.objective, task.adapter, removals[2], np.arange(20)).losses
+    own = WORKSPACE.row_values(task.objective, task.adapter, removals[1], np.array([1, 4, 6])).losses
+    np.testing.assert_allclose(found.ends, log_odds(np.clip(own, unseen.min(), unseen.max())), rtol=1e-5)
+    assert np.ptp(found.ends) > 0
+
+
+def test_rows_that_the_untrained_model_says_nothing_of_get_the_mean(removals):
+    """An adapter that answers at random: how hard a row was before says nothing."""
+    model = removals[0]
+    adapter = model.init_lora(jax.random.key(0), tiny.LORA)
+    drawn = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(adapter))))
+    noisy = jax.tree.map(lambda leaf: 2.0 * jax.random.normal(next(drawn), leaf.shape), adapter)
+    found = find_targets(removal_task(removals, noisy), WORKSPACE)
+    assert found.losses.explained is not None and found.losses.unknown is not None
+    assert found.losses.explained < 0.2
+    np.testing.assert_allclose(found.ends, log_odds(found.losses.unknown))
+    stated = find_targets(removal_task(removals, noisy, target_loss=1.5), WORKSPACE)
+    assert stated.losses.explained is None
+    np.testing.assert_allclose(stated.ends, log_odds(1.5))
