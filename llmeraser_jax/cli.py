@@ -288,8 +288,9 @@ class Adopt:
 class Plan:
     """Say what fits: memory of each device for finetune, erase, retrain and evaluate, mesh and micro-batch.
 
-    By arithmetic from shapes, which was checked against the TPU compiler; a model's config.json suffices, and the
-    tokenizer's files where the data is to be measured. The exit status is 3 where something does not fit.
+    By arithmetic from shapes, which was checked against the TPU compiler; --compile asks the compiler here. A
+    model's config.json suffices, and the tokenizer's files where the data is to be measured. The exit status is 3
+    where something does not fit.
 
     Attributes:
         model: directory with config.json, or a hub id.
@@ -301,6 +302,8 @@ class Plan:
         mesh: as for the other commands; default: the smallest of 1, 2, 4, ... devices that fits.
         dtype: storage of the frozen base: float32, bfloat16 or float16.
         base_quantization: see finetune.
+        compile: also compile a gradient and a Gauss-Newton product with the planned mesh and micro-batch, for the
+            devices here, and print their peaks beside the arithmetic; minutes at 7 billion parameters.
         recipe: how examples become tokens.
         lora: the adapter.
     """
@@ -314,6 +317,7 @@ class Plan:
     mesh: str = ""
     dtype: str = "bfloat16"
     base_quantization: Literal["nf4", "nf4-double", "int8"] | None = None
+    compile: bool = False
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)
     lora: tyro.conf.OmitArgPrefixes[LoraConfig] = dataclasses.field(default_factory=LoraConfig)
 
@@ -350,7 +354,7 @@ class Plan:
         gib = planning.GIB
         _say(
             f"--mesh {planning.words_of(work.mesh)}: {work.devices} devices of {memory / gib:.4g} GiB. "
-            "GiB of each, by arithmetic:"
+            "GiB of each, by arithmetic that was checked against the TPU compiler (experiments/pod):"
         )
         _say(f"  {'':<10}{'base':>8}{'fixed':>8}{'peak':>8}  {'rows':<6}")
         for need in needs:
@@ -358,7 +362,17 @@ class Plan:
             note = need.note if need.rows else "DOES NOT FIT"
             _say(f"  {need.command:<10}{sizes}  {need.rows or '-':<6}{note}".rstrip())
         _say("fixed: whatever the micro-batch is. rows: of each device in a micro-batch.")
-        return 0 if all(need.rows for need in needs) else 3
+        fits = all(need.rows for need in needs)
+        if self.compile:
+            from llmeraser_jax.compiled import compiled_peaks
+
+            for peak in compiled_peaks(work, needs):
+                fits = fits and peak.compiled <= memory
+                _say(
+                    f"{peak.program} of {peak.rows} rows: {peak.compiled / gib:.2f} GiB as compiled for "
+                    f"{jax.devices()[0].device_kind}, {peak.arithmetic / gib:.2f} by arithmetic."
+                )
+        return 0 if fits else 3
 
     def _rows(self) -> tuple[int, int, int | None]:
         """Tokens of the longest rows, those under the loss, and how many rows there are."""

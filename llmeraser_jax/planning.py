@@ -25,6 +25,7 @@ from llmeraser_jax.convert.quantization import NF4_BLOCK
 from llmeraser_jax.lora import LoraConfig, init_lora
 from llmeraser_jax.models import ModelConfig
 from llmeraser_jax.models.decoder import base_shapes
+from llmeraser_jax.models.loading import checkpoint_shapes
 from llmeraser_jax.parallel import AXES, spec_for
 
 GIB = 2**30
@@ -85,12 +86,18 @@ class Workload:
 
     @functools.cached_property
     def base_bytes(self) -> int:
-        """Of the base on each device.
+        """Of the base on each device, a vision tower included.
 
         Raises:
             ValueError: the mesh does not divide a matrix.
         """
-        return sum(self._leaf_bytes(path, shape) for path, shape in base_shapes(self.config).items())
+        return sum(self._leaf_bytes(path, shape) for path, shape in checkpoint_shapes(self.config).items())
+
+    @functools.cached_property
+    def tower_bytes(self) -> int:
+        """Of a vision tower, which lies whole on each device and enters none of the programs that are planned."""
+        shapes = checkpoint_shapes(self.config).items()
+        return sum(self._leaf_bytes(path, shape) for path, shape in shapes if path.startswith("vision/"))
 
     def _leaf_bytes(self, path: str, shape: tuple[int, ...]) -> int:
         itemsize = numpy_dtype(self.dtype).itemsize
@@ -120,8 +127,8 @@ class Workload:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Numbers of the whole base."""
-        return sum(math.prod(shape) for shape in base_shapes(self.config).values())
+        """Numbers of the whole base, a vision tower included."""
+        return sum(math.prod(shape) for shape in checkpoint_shapes(self.config).values())
 
     @functools.cached_property
     def adapter_bytes(self) -> int:
@@ -177,6 +184,14 @@ class Workload:
     def own_row_bytes(self) -> float:
         """What a row adds where each has a gradient of its own."""
         return self.gradient_row_bytes + self.adapter_bytes
+
+    def gradient_bytes(self, rows: int) -> float:
+        """Peak of the program of a gradient: the adapter and the sum, and so many rows of each device at a time."""
+        return self.still_bytes + 2 * self.adapter_bytes + rows * self.gradient_row_bytes
+
+    def product_bytes(self, rows: int) -> float:
+        """The same of a Hessian or Gauss-Newton product, with the vector that is multiplied."""
+        return self.still_bytes + 3 * self.adapter_bytes + rows * self.product_row_bytes
 
     @property
     def forward_row_bytes(self) -> float:

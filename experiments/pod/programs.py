@@ -1,37 +1,34 @@
-"""Compiles one program of the package for a TPU topology, without a TPU, and reads what the compiler made of it.
+"""Compiles one program of the package for a TPU topology, without a TPU, and keeps what the compiler made of it.
 
     python -m experiments.pod.programs SETTINGS.json RESULT.json
 
-A process of its own: libtpu is loaded once per process, and its compilations hold gigabytes.
+A process of its own: libtpu is loaded once per process, and its compilations hold gigabytes. Beside RESULT.json is
+the compiled program's text, RESULT.hlo.gz.
 """
 
 from __future__ import annotations
 
+import gzip
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from experiments.pod.collectives import collectives
-from llmeraser_jax import files, trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, example_rows
-from llmeraser_jax.curvature.row_sets import RowSet
-from llmeraser_jax.lora import LoraConfig, init_lora
-from llmeraser_jax.losses import gradient_sum, lm_objective
-from llmeraser_jax.models import ApplyDecoder, ModelConfig, llava_1_5_7b
+from llmeraser_jax import compiled, files, trees
+from llmeraser_jax.compiled import Shapes
+from llmeraser_jax.curvature import Damped
+from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet
+from llmeraser_jax.lora import LoraConfig
+from llmeraser_jax.models import ModelConfig, llava_1_5_7b
 from llmeraser_jax.models.decoder import base_shapes
-from llmeraser_jax.parallel import EXAMPLES, example_shares, make_mesh, sharding_for, spread_sharding
+from llmeraser_jax.parallel import make_mesh
+from llmeraser_jax.planning import Workload
 from llmeraser_jax.solvers import ConjugateGradients
-from llmeraser_jax.types import ExampleStack, PyTree, TokenBatch
 
 _SHAPES = {
     # vocabulary, width, mlp_width, layers, heads, kv_heads
@@ -41,7 +38,7 @@ _SHAPES = {
 }
 _LLAVA = "llava-1.5-7b"
 MODELS = (*_SHAPES, _LLAVA)
-_RANK, _SKETCH_WIDTH = 8, 64
+_RANK = 8
 # Any host of the topology will do: nothing is run.
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
@@ -65,116 +62,67 @@ def model_config(model: str, layers: int | None = None) -> ModelConfig:
     )  # fmt: skip
 
 
-class Shapes:
-    """The arguments of the programs as shapes that know their places; nothing is allocated.
-
-    Args:
-        mesh: of the topology's devices.
-        settings: `model`, `layers`, `tokens`, `response`, `examples`, `microbatch` (rows of each share).
-    """
-
-    def __init__(self, mesh: Mesh, settings: Mapping[str, Any]):
-        config, self.mesh = model_config(settings["model"], settings["layers"]), mesh
-        base = {
-            path: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding_for(path, shape, mesh))
-            for path, shape in base_shapes(config).items()
-        }
-        self.objective = lm_objective(ApplyDecoder(config), unflatten_dict(base, sep="/"), l2=1e-3)
-        adapter = LoraConfig(rank=_RANK, alpha=2.0 * _RANK, target_modules="all-linear")
-        self.lora = self._placed(jax.eval_shape(lambda: init_lora(jax.random.key(0), adapter, config)))
-        self.key = self._placed(jax.eval_shape(lambda: jax.random.key(0)))
-        batch = settings["microbatch"] * example_shares(mesh)
-        self.examples = settings["examples"]
-        lead = (-(-self.examples // batch), batch)
-
-        def of(dtype: Any, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=NamedSharding(mesh, P(None, *EXAMPLES)))
-
-        whole, end, vision = settings["tokens"], settings["response"], config.vision
-        picture = () if vision is None else (1, vision.num_features, vision.feature_width)
-        tokens = TokenBatch(
-            tokens=of(jnp.int32, whole),
-            attention_mask=of(jnp.int32, whole),
-            positions=of(jnp.int32, end),
-            targets=of(jnp.int32, end),
-            target_weights=of(jnp.float32, end),
-            images=of(jnp.bfloat16, *picture) if picture else None,
-        )
-        self.stack = ExampleStack((tokens,), (of(jnp.float32),), mesh=mesh)
-
-    def _placed(self, tree: PyTree) -> PyTree:
-        everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
-
-    def operator(self, kind: str) -> DatasetCurvature:
-        """The curvature of all examples."""
-        return DatasetCurvature(self.objective, self.lora, self.stack, CURVATURES[kind])
-
-    def stored_rows(self) -> PyTree:
-        """A row of adapter space for each example, as `example_rows` leaves them."""
-
-        def of(leaf):
-            shape = (self.examples, *leaf.shape)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=spread_sharding(shape, self.mesh))
-
-        return jax.tree.map(of, self.lora)
-
-    def row_set(self) -> RowSet:
-        """The same rows, not stored."""
-        return RowSet(self.objective, self.lora, self.stack, self.key, "log-odds")
-
-    def coefficients(self) -> PyTree:
-        """One number for each row."""
-        return self._placed(jax.ShapeDtypeStruct((self.row_set().num_rows,), jnp.float32))
+def workload(settings: Mapping[str, Any]) -> Workload:
+    """Of settings as `main.PodConfig` has them, the mesh as sizes."""
+    return Workload(
+        config=model_config(settings["model"], settings["layers"]),
+        lora=LoraConfig(rank=_RANK, alpha=2.0 * _RANK, target_modules="all-linear"),
+        mesh=settings["mesh"],
+        time=settings["tokens"],
+        response=settings["response"],
+        dtype="bfloat16",
+        quantization=settings["quantization"],
+    )
 
 
-_product = jax.jit(lambda operator, v: operator.mv(v))
 _solve = jax.jit(ConjugateGradients(rtol=0.05, max_steps=20).solve)
-_rows = jax.jit(partial(example_rows, num_roots=0, log_odds=True))
 _sketch = jax.jit(RowSet.sketch, static_argnames="width")
 
 # What each program is, lowered for shapes.
 PROGRAMS: Mapping[str, Callable[[Shapes], Any]] = MappingProxyType(
     {
-        "gradient": lambda s: gradient_sum.lower(s.objective, s.lora, s.stack),
-        "gauss-newton": lambda s: _product.lower(s.operator("gauss-newton"), s.lora),
-        "hessian": lambda s: _product.lower(s.operator("hessian"), s.lora),
+        **compiled.PROGRAMS,
         "cg": lambda s: _solve.lower(Damped(s.operator("gauss-newton"), 1e-2), s.lora),
-        "rows": lambda s: _rows.lower(s.objective, s.lora, s.stack, s.key),
         "gram": lambda s: jax.jit(trees.rows_gram).lower(s.stored_rows(), s.stored_rows()),
         "combine": lambda s: jax.jit(RowSet.combine).lower(s.row_set(), s.coefficients()),
         "products": lambda s: jax.jit(RowSet.products).lower(s.row_set(), s.lora),
-        "sketch": lambda s: _sketch.lower(s.row_set(), s.key, width=_SKETCH_WIDTH),
+        "sketch": lambda s: _sketch.lower(s.row_set(), s.key, width=SKETCH_WIDTH),
+        "sketched-roots": lambda s: _sketch.lower(s.row_set("roots"), s.key, width=SKETCH_WIDTH),
     }
 )
 
 
-def compile_program(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles `settings["program"]` and describes it; sizes in bytes on each device."""
+def compile_program(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Compiles `settings["program"]`; its memory in bytes on each device, and its text."""
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=settings["topology"], num_slices=settings["slices"]
     )
     mesh = make_mesh(**settings["mesh"], devices=topology.devices)
-    shapes = Shapes(mesh, settings)
+    work = workload(settings)
+    shapes = Shapes(work, mesh, microbatch=settings["microbatch"], examples=settings["examples"])
     started = time.monotonic()
-    compiled = PROGRAMS[settings["program"]](shapes).compile()
-    seconds, memory = time.monotonic() - started, compiled.memory_analysis()
-    costs = compiled.cost_analysis() or {}
-    outputs = zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_shardings), strict=True)
-    return {
+    program = PROGRAMS[settings["program"]](shapes).compile()
+    seconds, memory = time.monotonic() - started, program.memory_analysis()
+    outputs = zip(jax.tree.leaves(program.out_info), jax.tree.leaves(program.output_shardings), strict=True)
+    result = {
         "settings": dict(settings),
         "compile_seconds": seconds,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": costs.get("flops"),
-        "accessed_bytes": costs.get("bytes accessed"),
-        "collectives": collectives(compiled.as_text(), dict(mesh.shape)),
         "outputs": [[out.shape, sharding.shard_shape(out.shape)] for out, sharding in outputs],
-        "adapter_bytes": sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.lora)),
-        "kernels": sorted({leaf.shape[-2:] for leaf in jax.tree.leaves(shapes.objective.frozen) if leaf.ndim == 3}),
+        "adapter_bytes": work.adapter_bytes,
+        "kernels": sorted({shape[1:] for shape in base_shapes(work.config).values() if len(shape) == 3}),
     }
+    return result, program.as_text()
+
+
+def main(asked: str, wanted: str) -> None:
+    """Writes the text first: where the result is, so is the text."""
+    result, text = compile_program(files.read_json(asked))
+    Path(wanted).with_suffix(".hlo.gz").write_bytes(gzip.compress(text.encode()))
+    files.atomic_write_json(wanted, result)
 
 
 if __name__ == "__main__":
-    files.atomic_write_json(sys.argv[2], compile_program(files.read_json(sys.argv[1])))
+    main(*sys.argv[1:])
