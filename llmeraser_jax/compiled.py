@@ -115,13 +115,13 @@ def abstract_base(work: Workload, mesh: Mesh) -> BaseParams:
 _product = jax.jit(lambda operator, v: operator.mv(v))
 _rows = jax.jit(partial(example_rows, num_roots=0, log_odds=True))
 
-# What an optimiser step, a Krylov solver and target matching with stored rows spend their memory on.
+# What an optimiser step, a Krylov solver and target matching with stored rows spend their memory on, traced.
 PROGRAMS: Mapping[str, Callable[[Shapes], Any]] = MappingProxyType(
     {
-        "gradient": lambda s: gradient_sum.lower(s.objective, s.lora, s.stack),
-        "gauss-newton": lambda s: _product.lower(s.operator("gauss-newton"), s.lora),
-        "hessian": lambda s: _product.lower(s.operator("hessian"), s.lora),
-        "rows": lambda s: _rows.lower(s.objective, s.lora, s.stack, s.key),
+        "gradient": lambda s: gradient_sum.trace(s.objective, s.lora, s.stack),
+        "gauss-newton": lambda s: _product.trace(s.operator("gauss-newton"), s.lora),
+        "hessian": lambda s: _product.trace(s.operator("hessian"), s.lora),
+        "rows": lambda s: _rows.trace(s.objective, s.lora, s.stack, s.key),
     }
 )
 
@@ -154,11 +154,12 @@ def compiled_peaks(work: Workload, needs: Sequence[Need]) -> Iterator[Peak]:
         ValueError: too few devices, or a mesh that does not divide a matrix.
     """
     rows = {need.command: max(need.rows, 1) for need in needs}
+    mesh = make_mesh(data=work.mesh["data"], fsdp=work.mesh["fsdp"], model=work.mesh["model"])
     for program, count, arithmetic in (
         ("gradient", rows["finetune"], work.gradient_bytes),
         ("gauss-newton", rows["erase"], work.product_bytes),
     ):
-        shapes = Shapes(work, make_mesh(**work.mesh), microbatch=count, examples=2 * count * work.shares)
-        memory = PROGRAMS[program](shapes).compile().memory_analysis()
+        shapes = Shapes(work, mesh, microbatch=count, examples=2 * count * work.shares)
+        memory = PROGRAMS[program](shapes).lower().compile().memory_analysis()
         compiled = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         yield Peak(program, count, arithmetic(count), compiled + work.tower_bytes)

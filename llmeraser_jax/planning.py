@@ -22,6 +22,7 @@ from flax.traverse_util import unflatten_dict
 
 from llmeraser_jax.convert import numpy_dtype
 from llmeraser_jax.convert.quantization import NF4_BLOCK
+from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH
 from llmeraser_jax.lora import LoraConfig, init_lora
 from llmeraser_jax.models import ModelConfig
 from llmeraser_jax.models.decoder import base_shapes
@@ -131,12 +132,27 @@ class Workload:
         return sum(math.prod(shape) for shape in checkpoint_shapes(self.config).values())
 
     @functools.cached_property
-    def adapter_bytes(self) -> int:
-        """Of one vector of adapter space, which every device holds whole."""
+    def _adapter_leaves(self) -> list[Any]:
         leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in base_shapes(self.config).items()}
         base = unflatten_dict(leaves, sep="/")
         lora: Any = jax.eval_shape(lambda base: init_lora(jax.random.key(0), self.lora, self.config, base), base)
-        return sum(4 * leaf.size for leaf in jax.tree.leaves(lora))
+        return jax.tree.leaves(lora)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of one vector of adapter space, which every device holds whole."""
+        return sum(4 * leaf.size for leaf in self._adapter_leaves)
+
+    def sketching_bytes(self, rows: int) -> float:
+        """Of random projections, and of so many rows' sketches and the parts they are put together from."""
+        total = 0.0
+        for leaf in self._adapter_leaves:
+            longest = max(leaf.shape[1:])
+            if longest > SKETCH_WIDTH:
+                total += 4 * SKETCH_WIDTH * (leaf.shape[0] * longest + 2 * rows * leaf.size / longest)
+            else:
+                total += 4 * 2 * rows * leaf.size
+        return total
 
     @functools.cached_property
     def gathered_bytes(self) -> int:
@@ -274,10 +290,12 @@ def needs(work: Workload, memory: int | float, num_named: int, row_memory: int |
     train_rows = training.rows(memory, work.time)
     flag = f"--microbatch-size {train_rows * work.shares}" if train_rows else ""
     sampled = min(max(num_named, 96), 256)
-    # As many rows as target matching asks for with four steps and a sample for every two.
-    stored = (2 * num_named + min(max(num_named, 128), 256) + 2 * sampled) * work.adapter_bytes / work.devices
+    # As many rows as target matching asks for with four steps and a sample for every two; see its `fit`.
+    guarding = min(max(num_named, 128), 256)
+    stored = (2 * (num_named + guarding) + 2 * sampled) * work.adapter_bytes / work.devices
     fits = stored <= row_memory
-    erasing = erasing_programs(work, stored if fits else _projection_bytes(work))
+    sketched = max(num_named, guarding, sampled)
+    erasing = erasing_programs(work, stored if fits else work.sketching_bytes(sketched))
     chunk = min(program.rows(memory, work.time) for program in erasing)
     room = _USABLE * memory - erasing[1].fixed - 2 * work.product_row_bytes
     cached = int(max(room, 0) / work.cached_row_bytes) * work.shares
@@ -293,11 +311,6 @@ def needs(work: Workload, memory: int | float, num_named: int, row_memory: int |
         _need("retrain", [training], train_rows, flag),
         _need("evaluate", [scoring], evaluated),
     ]
-
-
-def _projection_bytes(work: Workload, width: int = 64) -> float:
-    """Of the matrices that sketches project rows with."""
-    return work.adapter_bytes / work.lora.rank * width
 
 
 def words_of(mesh: Mapping[str, int]) -> str:

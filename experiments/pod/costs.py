@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,11 @@ _FREE = frozenset(
         "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
     }
 )  # fmt: skip
+# By the number of operands in float32.
+_PASSES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"default": (1, 1, 1), "high": (1, 2, 3), "highest": (1, 3, 6)}
+)
+_SHORT: Mapping[str, str] = MappingProxyType({"bfloat16": "bf16", "float32": "f32"})
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "copy", "convert", "transpose")
 
@@ -107,6 +113,42 @@ def costs(program: Program, link_bytes: float) -> Costs:
     return Costs(flops, moved, link_bytes, cycles or None)
 
 
+def traced_flops(jaxpr: Any) -> float:
+    """Operations of a traced program's matrix products, counted as `costs` counts those of a compiled one.
+
+    Of branches the longest counts, and a loop without a fixed number of rounds once. Code that devices share out
+    counts as one device executes it.
+
+    Args:
+        jaxpr: of the program; a `jax.extend.core.Jaxpr`.
+    """
+    total = 0.0
+    for one in jaxpr.eqns:
+        name = one.primitive.name
+        if name in ("dot_general", "bfloat16_matmul"):
+            left, right = (Array(_SHORT.get(x.aval.dtype.name, "f32"), x.aval.shape, True) for x in one.invars)
+            axes, passes = (-1,), 1
+            if name == "dot_general":
+                axes = one.params["dimension_numbers"][0][0]
+                passes = _PASSES[_precision(one.params["precision"])][_wide(left, right)]
+            total += 2 * passes * one.outvars[0].aval.size * float(np.prod([left.shape[axis] for axis in axes]))
+            continue
+        inside = [traced_flops(part) for value in one.params.values() for part in _jaxprs_of(value)]
+        total += max(inside, default=0.0) if name == "cond" else sum(inside) * one.params.get("length", 1)
+    return total
+
+
+def _jaxprs_of(value: Any) -> list[Any]:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    inner = [getattr(part, "jaxpr", part) for part in parts]
+    return [part for part in inner if hasattr(part, "eqns")]
+
+
+def _precision(setting: Any) -> str:
+    setting = setting[0] if isinstance(setting, tuple) else setting
+    return "default" if setting is None else setting.name.lower()
+
+
 def received_bytes(collectives: list[dict], mesh: Mapping[str, int]) -> float:
     """What a device receives at least: all-reduces reduce and spread, of other results it has its own part."""
     total = 0.0
@@ -127,10 +169,11 @@ def _flops(computation: Mapping[str, Instruction], one: Instruction) -> float:
 def _passes(one: Instruction, left: Array, right: Array) -> int:
     """Of a matrix unit that multiplies bfloat16 numbers."""
     precision = re.search(r"operand_precision=\{(\w+)", one.text)
-    wide = sum(array.dtype == "f32" for array in (left, right))
-    if precision is None or precision[1] == "default":
-        return 1
-    return {"highest": (1, 3, 6), "high": (1, 2, 3)}[precision[1]][wide]
+    return _PASSES["default" if precision is None else precision[1]][_wide(left, right)]
+
+
+def _wide(left: Array, right: Array) -> int:
+    return sum(array.dtype == "f32" for array in (left, right))
 
 
 def _dot(one: Instruction, left: Array) -> float:

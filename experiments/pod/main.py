@@ -23,7 +23,7 @@ import tyro
 
 from experiments.common import log_progress
 from experiments.pod.collectives import collectives
-from experiments.pod.costs import CHIPS, Costs, costs, received_bytes
+from experiments.pod.costs import CHIPS, Chip, Costs, costs, received_bytes
 from experiments.pod.hlo import read_program
 from experiments.pod.programs import ENVIRONMENT, MODELS, PROGRAMS
 from llmeraser_jax import files
@@ -53,6 +53,7 @@ class PodConfig:
         response: tokens under the loss.
         examples: rows that each program computes with.
         microbatch: rows of one micro-batch on each device, or on each group of devices along "model".
+        compile: False only counts the operations of the traced programs, in seconds.
         effort: of the compiler in making programs fast, from -1 to 1 (`jax_exec_time_optimization_effort`); -1
             compiles sooner where memory is what matters.
     """
@@ -69,6 +70,7 @@ class PodConfig:
     response: int = 64
     examples: int = 112
     microbatch: int = 1
+    compile: bool = True
     effort: float = 0.0
 
     def __post_init__(self) -> None:
@@ -112,11 +114,14 @@ def run(config: PodConfig) -> dict[str, dict[str, Any]]:
         if not path.exists():
             logger.info("%s", program)
             _compile(settings, path)
+        results[program] = files.read_json(path)
+        if not config.compile:
+            continue
         text = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode()
         module = read_program(text)
         found = collectives(module, config.axes())
         counted = costs(module, received_bytes(found, config.axes()))
-        results[program] = {**files.read_json(path), "collectives": found, "costs": counted, "text": text}
+        results[program] |= {"collectives": found, "costs": counted, "text": text}
     return results
 
 
@@ -145,12 +150,33 @@ def collective_totals(result: dict[str, Any]) -> dict[tuple[str, str], tuple[int
     return dict(sorted(totals.items()))
 
 
+def traced_table(results: dict[str, dict[str, Any]]) -> list[Block]:
+    """One line for each program that was not compiled."""
+    rows = []
+    for program, result in results.items():
+        settings, flops = result["settings"], result["traced_flops"]
+        seconds = flops / _chip(settings).flops
+        rate = settings["examples"] / seconds
+        rows.append((program, show_number(flops / 1e12), show_number(seconds), show_number(rate)))
+    return [
+        Text(
+            "Operations of matrix products of each device, as often as the matrix unit passes over them, and the "
+            "seconds that they take at the chip's rate: a bound that nothing beats."
+        ),
+        Table(("program", "TFLOP", "s at least", "rows a second at most"), tuple(rows)),
+    ]
+
+
+def _chip(settings: dict[str, Any]) -> Chip:
+    return CHIPS[settings["topology"].split(":")[0]]
+
+
 def table(results: dict[str, dict[str, Any]]) -> list[Block]:
     """Two lines for each program: what it needs on the chip, and what devices exchange."""
     needed, exchanged = [], []
     for program, result in results.items():
         counted: Costs = result["costs"]
-        chip = CHIPS[result["settings"]["topology"].split(":")[0]]
+        chip = _chip(result["settings"])
         seconds, (bound, least) = counted.seconds(chip), counted.bound(chip)
         peak = (result["argument_bytes"] + result["temporary_bytes"]) / 2**30
         shares = (f"{show_number(100 * part / least)} %" for part in seconds.values())
@@ -186,7 +212,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[Block]:
 def main(config: PodConfig) -> None:
     """Compiles, prints the table, and writes it as `report.md` and `report.html`."""
     log_progress("pod")
-    blocks = table(run(config))
+    results = run(config)
+    blocks = table(results) if config.compile else traced_table(results)
     sys.stdout.write(render_text(blocks))
     layers = "all layers" if config.layers is None else f"{config.layers} layers"
     stored = config.quantization or "bfloat16"

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from experiments.pod.costs import traced_flops
 from llmeraser_jax import compiled, files, trees
 from llmeraser_jax.compiled import Shapes
 from llmeraser_jax.curvature import Damped
@@ -78,34 +79,39 @@ def workload(settings: Mapping[str, Any]) -> Workload:
 _solve = jax.jit(ConjugateGradients(rtol=0.05, max_steps=20).solve)
 _sketch = jax.jit(RowSet.sketch, static_argnames="width")
 
-# What each program is, lowered for shapes.
+# What each program is, traced for shapes.
 PROGRAMS: Mapping[str, Callable[[Shapes], Any]] = MappingProxyType(
     {
         **compiled.PROGRAMS,
-        "cg": lambda s: _solve.lower(Damped(s.operator("gauss-newton"), 1e-2), s.lora),
-        "gram": lambda s: jax.jit(trees.rows_gram).lower(s.stored_rows(), s.stored_rows()),
-        "combine": lambda s: jax.jit(RowSet.combine).lower(s.row_set(), s.coefficients()),
-        "products": lambda s: jax.jit(RowSet.products).lower(s.row_set(), s.lora),
-        "sketch": lambda s: _sketch.lower(s.row_set(), s.key, width=SKETCH_WIDTH),
-        "sketched-roots": lambda s: _sketch.lower(s.row_set("roots"), s.key, width=SKETCH_WIDTH),
+        "cg": lambda s: _solve.trace(Damped(s.operator("gauss-newton"), 1e-2), s.lora),
+        "gram": lambda s: jax.jit(trees.rows_gram).trace(s.stored_rows(), s.stored_rows()),
+        "combine": lambda s: jax.jit(RowSet.combine).trace(s.row_set(), s.coefficients()),
+        "products": lambda s: jax.jit(RowSet.products).trace(s.row_set(), s.lora),
+        "sketch": lambda s: _sketch.trace(s.row_set(), s.key, width=SKETCH_WIDTH),
+        "sketched-roots": lambda s: _sketch.trace(s.row_set("roots"), s.key, width=SKETCH_WIDTH),
     }
 )
 
 
 def compile_program(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Compiles `settings["program"]`; its memory in bytes on each device, and its text."""
+    """Traces and compiles `settings["program"]`; operations and bytes on each device, and the text."""
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=settings["topology"], num_slices=settings["slices"]
     )
     mesh = make_mesh(**settings["mesh"], devices=topology.devices)
     work = workload(settings)
     shapes = Shapes(work, mesh, microbatch=settings["microbatch"], examples=settings["examples"])
+    traced = PROGRAMS[settings["program"]](shapes)
+    # The axis "model" is the compiler's, which shares products out evenly.
+    counted = {"settings": dict(settings), "traced_flops": traced_flops(traced.jaxpr.jaxpr) / mesh.shape["model"]}
+    if not settings["compile"]:
+        return counted, ""
     started = time.monotonic()
-    program = PROGRAMS[settings["program"]](shapes).compile()
+    program = traced.lower().compile()
     seconds, memory = time.monotonic() - started, program.memory_analysis()
     outputs = zip(jax.tree.leaves(program.out_info), jax.tree.leaves(program.output_shardings), strict=True)
     result = {
-        "settings": dict(settings),
+        **counted,
         "compile_seconds": seconds,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -120,7 +126,8 @@ def compile_program(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def main(asked: str, wanted: str) -> None:
     """Writes the text first: where the result is, so is the text."""
     result, text = compile_program(files.read_json(asked))
-    Path(wanted).with_suffix(".hlo.gz").write_bytes(gzip.compress(text.encode()))
+    if text:
+        Path(wanted).with_suffix(".hlo.gz").write_bytes(gzip.compress(text.encode()))
     files.atomic_write_json(wanted, result)
 
 

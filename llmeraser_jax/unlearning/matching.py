@@ -184,15 +184,23 @@ class _Matching:
         default = int(np.clip(len(problem.named), 128, 256))
         self.restoration_rows = default if method.restoration_rows is None else method.restoration_rows
         self.least_constraints = min(_LEAST_CONSTRAINTS, self.restoration_rows, self.num_retained)
-        samples = math.ceil((method.num_steps or _DEFAULT_STEPS) / method.refresh_every)
-        num_rows = 2 * self.num_rows + self.restoration_rows + samples * num_sampled * method.num_roots
         options = {"damping": method.damping, "row_ridge": method.row_ridge, "num_roots": method.num_roots}
-        self.stores = rows_fit(num_rows, task.adapter, workspace.mesh, method.memory_budget_bytes)
+        self.stores = self.fit(0)
         self.rows: MatchingRows = (
             StoredRows(task.objective, workspace.mesh, **options)
             if self.stores
             else SketchedRows(task.objective, workspace.budget, seed=workspace.seed, **options)
         )
+
+    def fit(self, num_joined: int) -> bool:
+        """Whether the rows can be stored with so many samples joined to the first: all that are there at once.
+
+        Rows before and after a step, constrained ones and their copy behind the rows', and the curvature's.
+        """
+        method = self.method
+        samples = math.ceil((method.num_steps or _DEFAULT_STEPS) / method.refresh_every) + num_joined
+        num_rows = 2 * (self.num_rows + self.restoration_rows) + samples * self.num_sampled * method.num_roots
+        return rows_fit(num_rows, self.task.adapter, self.workspace.mesh, method.memory_budget_bytes)
 
     def demand(self, point: _Point) -> np.ndarray:
         """What is asked of every row, in log-odds: what is left of its way, or back where it was taken too far.
@@ -353,8 +361,8 @@ class _Matching:
     def settled(self, params: LoraParams, point: _Point, demand: np.ndarray, solved: MatchingStep) -> MatchingStep:
         """The first step, with samples joined to the curvature until its standard error is low enough.
 
-        Up to four samples in all, no more than leaves half of the budget for what follows, and none after one that
-        did not help.
+        Up to four samples in all, no more than leaves half of the budget for what follows or than fit where rows
+        are stored, and none after one that did not help.
         """
         method, budget = self.method, self.workspace.budget
         before = math.inf
@@ -364,7 +372,7 @@ class _Matching:
             another = self.curvature_cost + self.rows.solve_cost(self.num_rows, self.num_sampled)
             half_spent = budget.cost.total + another > 0.5 * budget.limit
             enough = not error > method.max_standard_error or error > _LEAST_GAIN * before
-            if enough or number == _MAX_SAMPLES or half_spent:
+            if enough or number == _MAX_SAMPLES or half_spent or (self.stores and not self.fit(number)):
                 break
             before = error
             self.add_curvature(params)

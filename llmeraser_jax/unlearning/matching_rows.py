@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -121,6 +122,18 @@ def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
     return jax.tree.map(lambda x: x[keep], rows)
 
 
+def _used_up(fn: Callable[..., jax.Array], rows: LoraParams, *others: LoraParams) -> LoraParams:
+    """`fn` of each leaf of rows that nobody reads again; its memory is free before the next leaf's turn."""
+
+    def of(*leaves):
+        found = jax.block_until_ready(fn(*leaves))
+        for leaf in leaves:
+            leaf.delete()
+        return found
+
+    return jax.tree.map(of, rows, *others)
+
+
 @jax.jit
 def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
     return trees.combine_rows(coefficients, rows)
@@ -153,7 +166,8 @@ class StoredRows:
         places = example_places(stack)
         found = _gradient_rows(self.objective, params, stack, log_odds=kind == "log-odds")
         values = to_host(found.values).astype(np.float64)[places]
-        return values, _kept_rows(found.gradients, jnp.asarray(places))
+        keep = jnp.asarray(places)
+        return values, _used_up(lambda leaf: _kept_rows(leaf, keep), found.gradients)
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
         """See `MatchingRows`.
@@ -169,10 +183,10 @@ class StoredRows:
             self.objective, params, stack, key, damping=self.damping, num_roots=self.num_roots
         )
         if self.inverse is not None:
-            before = self.inverse.operator
+            before, self.inverse = self.inverse.operator, None
             share = len(operator.weights) / (len(operator.weights) + len(before.weights))
             operator = operator.replace(
-                rows=trees.concatenate_rows(before.rows, operator.rows),
+                rows=_used_up(lambda *leaves: jnp.concatenate(leaves), before.rows, operator.rows),
                 weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
             )
         try:

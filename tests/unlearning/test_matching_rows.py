@@ -76,6 +76,16 @@ def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
     np.testing.assert_allclose(steps[1].delta["w"], steps[0].delta["w"], rtol=0.1, atol=0.01)
 
 
+def test_rows_that_were_joined_are_not_kept_besides(head):
+    rows = StoredRows(objective(), None, **OPTIONS)
+    rows.add_curvature(head[0], head[3], jax.random.key(2))
+    assert rows.inverse is not None
+    first = rows.inverse.operator
+    rows.add_curvature(head[0], head[3], jax.random.key(3))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.rows))
+    assert len(rows.inverse.operator.weights) == 2 * len(first.weights)
+
+
 def test_narrow_sketches_meet_the_constraints_all_the_same(head, monkeypatch):
     monkeypatch.setattr(matching_rows, "SKETCH_WIDTH", 24)
     rows = sketched()
