@@ -63,6 +63,7 @@ def test_the_base_takes_the_bytes_that_are_planned(text, quantization):
 COMPILED = [
     ("gradient", "data=4,model=4", {1: 3.5, 8: 4.4, 64: 12.6, 80: 14.2}),
     ("product", "data=4,model=4", {1: 3.7, 16: 7.9, 32: 12.4, 42: 13.7}),
+    ("gradient", "fsdp=16", {1: 1.756}),
     ("gradient", "", {4: 14.8}),
     ("product", "", {4: 16.8}),
 ]
@@ -74,6 +75,29 @@ def test_peaks_are_within_seven_percent_of_what_the_compiler_planned_at_7b(progr
     planned = work.gradient_bytes if program == "gradient" else work.product_bytes
     for rows, expected in compiled.items():
         assert planned(rows) / GIB == pytest.approx(expected, rel=0.07)
+
+
+def test_sketches_take_what_their_arrays_do():
+    """Projections of 14 leaves of 32 layers; of each row 8 x 64 numbers for every leaf of a layer."""
+    work = work_of("fsdp=16")
+    longest = 4 * (4096 + 4096) + 2 * (4096 + 11008) + (11008 + 4096)  # inputs of A and outputs of B
+    assert work.sketching_bytes(0) == 4 * 32 * 64 * longest
+    row = 4 * 32 * 14 * 8 * 64
+    assert work.sketching_bytes(1000) - work.sketching_bytes(0) == 2 * 1000 * row
+
+
+def test_target_matching_of_1000_rows_is_planned_below_10_gib():
+    """On 16 small chips, and on a GPU of 80 GB; rows are not stored on either."""
+    for mesh, device, most in (
+        ("fsdp=16", "v5e", 10.0),
+        ("data=4,model=4", "v5e", 10.0),
+        ("", "h100", 0.8 * 79.15),
+    ):
+        needs = planning.needs(work_of(mesh or "data=1"), planning.DEVICE_BYTES[device], 1000, 2**33)
+        erase = next(need for need in needs if need.command == "erase")
+        assert erase.rows >= 8
+        assert erase.peak < most * GIB
+        assert "rows computed when needed" in erase.note
 
 
 def test_gathered_layers_are_planned_from_above():
