@@ -63,7 +63,7 @@ def test_the_base_takes_the_bytes_that_are_planned(text, quantization):
 COMPILED = [
     ("gradient", "data=4,model=4", {1: 3.5, 8: 4.4, 64: 12.6, 80: 14.2}),
     ("product", "data=4,model=4", {1: 3.7, 16: 7.9, 32: 12.4, 42: 13.7}),
-    ("gradient", "fsdp=16", {1: 1.756}),
+    ("gradient", "fsdp=16", {1: 1.756, 4: 3.42}),
     ("gradient", "", {4: 14.8}),
     ("product", "", {4: 16.8}),
 ]

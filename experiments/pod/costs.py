@@ -76,6 +76,7 @@ class Costs:
         return longest, seconds[longest]
 
 
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Nothing is moved, or their parts are counted themselves.
 _FREE = frozenset(
@@ -101,16 +102,19 @@ def costs(program: Program, link_bytes: float) -> Costs:
         link_bytes: see `received_bytes`.
     """
     flops = moved = cycles = 0.0
+    overlapped: dict[str, float] = {}  # by channel: such a collective stands in several fusions
     for name, one, times, fused in program.executed():
         computation = program.computations[name]
         if one.opcode in ("convolution", "dot"):
             flops += times * _flops(computation, one)
         if fused:
+            if (channel := _CHANNEL.search(one.text)) and one.result[-1].in_hbm:
+                overlapped[channel[1]] = times * one.result[-1].bytes
             continue
         moved += times * _hbm_bytes(program, computation, one)
         if stated := _CYCLES.search(one.text):
             cycles += times * int(stated[1])
-    return Costs(flops, moved, link_bytes, cycles or None)
+    return Costs(flops, moved + sum(overlapped.values()), link_bytes, cycles or None)
 
 
 def traced_flops(jaxpr: Any) -> float:
@@ -210,6 +214,9 @@ def _hbm_bytes(program: Program, computation: Mapping[str, Instruction], one: In
     if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
         return 0
     written = sum(array.bytes for array in one.result if array.in_hbm)
+    if one.opcode == "slice-start":
+        source, target = one.result[:2]
+        return target.bytes * (source.in_hbm + target.in_hbm)
     if one.opcode.endswith("-start"):
         return written  # which lists the operands too
     if one.opcode == "dynamic-update-slice":
@@ -250,7 +257,7 @@ def _read_of(program: Program, inside: Mapping[str, Instruction], name: str, sou
                 continue
             if user.opcode in _SLICES and place == 0:
                 total += user.result[0].bytes
-            elif user.opcode == "dynamic-update-slice" and place == 0:
+            elif _passes_on(user, place):
                 continue
             elif user.opcode == "bitcast":
                 total += _read_of(program, inside, user.name, source)
@@ -261,9 +268,17 @@ def _read_of(program: Program, inside: Mapping[str, Instruction], name: str, sou
     return total
 
 
+def _passes_on(user: Instruction, place: int) -> bool:
+    """Whether an operand is neither read nor copied, but written in place or handed on."""
+    handed_on = user.opcode == "tuple" or (user.opcode == "custom-call" and "AsyncCollective" in user.text)
+    return handed_on or (user.opcode == "dynamic-update-slice" and place == 0)
+
+
 def _written_bytes(program: Program, fusion: Instruction) -> int:
     inside = program.computations[fusion.callees[0]]
     root = next(one for one in inside.values() if one.is_root)
+    if "AsyncCollective" in root.text:
+        return 0  # the collective is counted itself
     parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(fusion.result):
         return sum(array.bytes for array in fusion.result if array.in_hbm)
@@ -280,6 +295,8 @@ def _update_bytes(program: Program, inside: Mapping[str, Instruction], part: Ins
         part = inside[part.operands[0]]
     if part.opcode == "dynamic-update-slice":
         return inside[part.operands[1]].result[0].bytes
+    if part.opcode == "parameter" or "AsyncCollective" in part.text:
+        return 0
     if part.opcode == "fusion" and len(part.result) == 1:
         deeper = program.computations[part.callees[0]]
         return _update_bytes(program, deeper, next(one for one in deeper.values() if one.is_root), array)

@@ -217,3 +217,27 @@ ENTRY %main (p: f32[]) -> f32[] {
     assert counted.cycles == 700
     assert counted.bound(CHIPS["v5e"]) == ("links", 5e9 / 200e9)
     assert Costs(197e12, 819e9 / 2, 0.0, None).bound(CHIPS["v5e"]) == ("products", 1.0)
+
+
+def test_a_collective_that_is_overlapped_is_written_once():
+    """It stands in the fusion that starts it and in the one that ends it."""
+    text = """HloModule m
+%begin (p0: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
+  %p0 = bf16[4,8]{1,0:S(1)} parameter(0)
+  %g.1 = bf16[16,8]{1,0} all-gather(%p0), channel_id=1
+  ROOT %s.1 = (bf16[4,8]{1,0:S(1)}, bf16[16,8]{1,0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+%end (q0: bf16[4,8], q1: bf16[16,8]) -> bf16[16,8] {
+  %q0 = bf16[4,8]{1,0:S(1)} parameter(0)
+  %q1 = bf16[16,8]{1,0} parameter(1)
+  %g.2 = bf16[16,8]{1,0} all-gather(%q0), channel_id=1
+  ROOT %d.1 = bf16[16,8]{1,0} custom-call(%q0, %q1, %g.2), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (a: bf16[4,8]) -> bf16[16,8] {
+  %a.1 = bf16[4,8]{1,0:S(1)} parameter(0)
+  %f.1 = (bf16[4,8]{1,0:S(1)}, bf16[16,8]{1,0}) fusion(%a.1), calls=%begin
+  %u.1 = bf16[16,8]{1,0} get-tuple-element(%f.1), index=1
+  %f.2 = bf16[16,8]{1,0} fusion(%a.1, %u.1), calls=%end
+}
+"""
+    assert costs(read_program(text), 0.0).hbm_bytes == 2 * 16 * 8
