@@ -13,6 +13,8 @@ from llmeraser_jax.parallel.processes import is_primary, on_primary, start_proce
 from llmeraser_jax.parallel.sharding import (
     EXAMPLES,
     gathered,
+    gathered_shapes,
+    held_whole,
     looked_up,
     place_batch,
     place_stack,
@@ -33,6 +35,8 @@ __all__ = [
     "example_axes",
     "example_shares",
     "gathered",
+    "gathered_shapes",
+    "held_whole",
     "is_primary",
     "keep_on_devices",
     "looked_up",

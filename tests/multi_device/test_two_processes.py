@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -107,7 +108,7 @@ def measured(mesh) -> dict[str, list[float]]:
 def test_sums_match_those_of_one_process():
     answers = in_two_processes("sums", DEVICES)
     expected = measured(None)
-    for found in answers:
+    for found in itertools.chain(*answers):
         for name, numbers in expected.items():
             np.testing.assert_allclose(found[name], numbers, rtol=1e-4, atol=1e-5 * numbers[0])
 
@@ -259,11 +260,12 @@ def main(program: str, processes: str) -> None:
     """One of the processes: what it found is the last line that it prints, after what collectives have to say."""
     if program == "commands":
         # The first one connects the processes, as a command of its own would.
-        first, *others = commands("two", "--mesh", f"data={PROCESSES}")
+        first, *others = commands("two", "--mesh", f"fsdp={PROCESSES}")
         found = said([[*first, "--processes", processes], *others])
     else:
         start_processes(processes)
-        found = measured(make_mesh(data=PROCESSES, model=DEVICES)) if program == "sums" else _failures()
+        meshes = make_mesh(data=PROCESSES, model=DEVICES), make_mesh(fsdp=PROCESSES, model=DEVICES)
+        found = [measured(mesh) for mesh in meshes] if program == "sums" else _failures()
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
