@@ -1,5 +1,6 @@
 """Devices and processes: the base sharded by rules, examples shared out, the adapter replicated."""
 
+from llmeraser_jax.parallel.hosts import bytes_from_primary, from_primary, mirrored
 from llmeraser_jax.parallel.mesh import (
     AXES,
     example_axes,
@@ -18,6 +19,7 @@ from llmeraser_jax.parallel.sharding import (
     looked_up,
     place_batch,
     place_stack,
+    put,
     replicate,
     replicated,
     shard_base,
@@ -32,8 +34,10 @@ __all__ = [
     "AXES",
     "EXAMPLES",
     "Kept",
+    "bytes_from_primary",
     "example_axes",
     "example_shares",
+    "from_primary",
     "gathered",
     "gathered_shapes",
     "held_whole",
@@ -43,10 +47,12 @@ __all__ = [
     "make_mesh",
     "map_over_devices",
     "mesh_sizes",
+    "mirrored",
     "on_primary",
     "parse_mesh",
     "place_batch",
     "place_stack",
+    "put",
     "replicate",
     "replicated",
     "rows_over_devices",

@@ -28,7 +28,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from llmeraser_jax.parallel.processes import to_host
@@ -219,7 +219,7 @@ def shard_base(base: BaseParams, mesh: Mesh) -> BaseParams:
     """
 
     def place(path, leaf):
-        return _put(leaf, sharding_for(_path_name(path), leaf.shape, mesh))
+        return put(leaf, sharding_for(_path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, base)
 
@@ -342,10 +342,10 @@ def _place(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
 
 
 def _put_tree(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+    return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put(leaf: Any, sharding: Sharding) -> jax.Array:
     """A leaf that every process has whole, or that is where it should be already, on the devices of all of them."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,8 +51,8 @@ ERASURES = {
 }
 
 
-def in_two_processes(program: str, num_devices: int) -> list[Any]:
-    """What each of the processes finds; both must end well.
+def in_two_processes(program: str, num_devices: int, second: Path | None = None) -> list[Any]:
+    """What each of the processes finds; both must end well. The second one may have a working directory of its own.
 
     With as many threads as cores, programs that wait for the other process can keep those from running that it
     waits for, where each process has several devices: on two cores commands were seen to hang now and then.
@@ -73,6 +74,7 @@ def in_two_processes(program: str, num_devices: int) -> list[Any]:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=second if index else None,
         )
         for index in range(PROCESSES)
     ]
@@ -170,12 +172,15 @@ def said(every: list[list[str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def both(files) -> tuple[Path, Path]:
-    """Directories of all results, of one process and of two; and that only the primary process prints."""
+def both(files, tmp_path_factory) -> tuple[Path, Path]:
+    """Directories of all results, of one process and of two, of which the second has but the base; one prints."""
+    elsewhere = tmp_path_factory.mktemp("another host")
+    shutil.copytree(files / "model", elsewhere / "model")
     with contextlib.chdir(files):
         alone = said(commands("one"))
-        primary, follower = in_two_processes("commands", 1)
+        primary, follower = in_two_processes("commands", 1, elsewhere)
     assert follower == ""
+    assert [path.name for path in elsewhere.iterdir()] == ["model"]
     assert len(primary.splitlines()) == len(alone.splitlines())
     return files / "one", files / "two"
 
