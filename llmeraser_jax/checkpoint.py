@@ -7,6 +7,7 @@ checkpoint can be read without the classes of this package.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llmeraser_jax import files
+from llmeraser_jax.parallel import bytes_from_primary, from_primary, on_primary, put, to_host
 from llmeraser_jax.types import PyTree
 
 
@@ -50,8 +52,27 @@ def _check(stored: dict[str, Any], expected: dict[str, Any], path: Path) -> None
         raise ValueError(msg)
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of the primary process, which alone reads and writes checkpoints."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
+
 def _abstract(named: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in named.items()}
+    own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=own) for k, v in named.items()}
+
+
+def _placed(read: Callable[[], dict[str, Any]], like: dict[str, Any]) -> dict[str, Any]:
+    """Arrays that `read` reads in the primary process, on the devices of those of `like`."""
+    found: dict[str, Any] = {}
+    on_primary(lambda: found.update(read()))
+
+    def placed(name, leaf):
+        content = bytes_from_primary(lambda: np.asarray(found[name]).tobytes())
+        return put(np.frombuffer(content, leaf.dtype).reshape(leaf.shape), leaf.sharding)
+
+    return {name: placed(name, leaf) for name, leaf in like.items()}
 
 
 def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
@@ -68,11 +89,9 @@ def save_pytree(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     path = Path(path).absolute()
     named = {name: np.asarray(leaf) for name, leaf in _flatten(tree).items()}
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     with (
         files.atomic_directory(path) as temporary,
-        ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer,
+        ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer,
     ):
         checkpointer.save(temporary, named, force=True)
         checkpointer.wait_until_finished()
@@ -89,26 +108,31 @@ def restore_pytree(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         FileNotFoundError: there is no checkpoint at `path`.
         ValueError: the checkpoint holds another tree; every difference is named.
     """
-    path = Path(path).absolute()
-    if not path.is_dir():
-        msg = f"There is no checkpoint directory {path}."
-        raise FileNotFoundError(msg)
-    expected = _flatten(like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata
-        if stored is None:
-            msg = f"{path} holds no checkpoint of a tree."
+    path, expected = Path(path).absolute(), _flatten(like)
+
+    def read() -> dict[str, Any]:
+        if not path.is_dir():
+            msg = f"There is no checkpoint directory {path}."
             raise FileNotFoundError(msg)
-        _check(dict(stored.items()), expected, path)
-        return _unflatten(checkpointer.restore(path, _abstract(expected)), like)
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata
+            if stored is None:
+                msg = f"{path} holds no checkpoint of a tree."
+                raise FileNotFoundError(msg)
+            _check(dict(stored.items()), expected, path)
+            return checkpointer.restore(path, _abstract(expected))
+
+    return _unflatten(_placed(read, expected), like)
 
 
 class StepCheckpoints:
     """The latest checkpoints of a training, numbered by step.
 
     A checkpoint gets its name when it is complete, so a process killed while saving resumes from the one before.
-    Saving is synchronous.
+    Saving is synchronous. Of several processes each has to make every call; the primary one reads and writes.
     """
+
+    _manager: Any
 
     def __init__(self, directory: str | os.PathLike[str], *, keep_up_to: int = 0, read_only: bool = False):
         """Opens or creates the directory; leftovers of a killed save are removed.
@@ -119,28 +143,34 @@ class StepCheckpoints:
             read_only: the directory must be there, and opening it changes nothing.
         """
         self.directory, self.keep_up_to = Path(directory).absolute(), keep_up_to
-        options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()},
-        )
+
+        def open_manager() -> None:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=not read_only,
+                create=False,
+                multiprocessing_options=_alone(),
+            )
+            state = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+            handlers = {"state": state, "info": ocp.JsonCheckpointHandler(multiprocessing_options=_alone())}
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+        on_primary(open_manager)
 
     def latest_step(self) -> int | None:
         """The step of the latest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return from_primary(lambda: self._manager.latest_step())
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        return from_primary(lambda: sorted(self._manager.all_steps()))
 
     def info(self, step: int) -> dict[str, Any]:
         """The info of a checkpoint alone."""
-        return dict(self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"])
+        arguments = ocp.args.Composite(info=ocp.args.JsonRestore())
+        return from_primary(lambda: dict(self._manager.restore(step, args=arguments)["info"]))
 
     def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
         """Writes a checkpoint, then removes those before the latest two that are not to be kept.
@@ -150,16 +180,21 @@ class StepCheckpoints:
             tree: a pytree of arrays.
             info: JSON-like values kept beside it.
         """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flatten(tree)),  # pyright: ignore[reportCallIssue]
-            info=ocp.args.JsonSave(info),  # pyright: ignore[reportCallIssue]
-        )
-        if not self._manager.save(step, args=arguments):
-            msg = f"Orbax did not write the checkpoint of step {step} in {self.directory}."
-            raise RuntimeError(msg)
-        for old in self.steps()[:-2]:
-            if old > self.keep_up_to:
-                self._manager.delete(old)
+        whole = to_host(_flatten(tree))
+
+        def write() -> None:
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardSave(whole),  # pyright: ignore[reportCallIssue]
+                info=ocp.args.JsonSave(info),  # pyright: ignore[reportCallIssue]
+            )
+            if not self._manager.save(step, args=arguments):
+                msg = f"Orbax did not write the checkpoint of step {step} in {self.directory}."
+                raise RuntimeError(msg)
+            for old in self.steps()[:-2]:
+                if old > self.keep_up_to:
+                    self._manager.delete(old)
+
+        on_primary(write)
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The tree and the info of a checkpoint.
@@ -172,18 +207,18 @@ class StepCheckpoints:
             ValueError: the checkpoint holds another tree; every difference is named.
         """
         expected = _flatten(like)
-        stored = self._manager.item_metadata(step).state
-        _check(dict(stored.items()), expected, self.directory / str(step))
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_abstract(expected)),  # pyright: ignore[reportCallIssue]
-            info=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=arguments)
-        return _unflatten(restored["state"], like), dict(restored["info"])
+
+        def read() -> dict[str, Any]:
+            stored = self._manager.item_metadata(step).state
+            _check(dict(stored.items()), expected, self.directory / str(step))
+            state = ocp.args.StandardRestore(_abstract(expected))  # pyright: ignore[reportCallIssue]
+            return dict(self._manager.restore(step, args=ocp.args.Composite(state=state))["state"])
+
+        return _unflatten(_placed(read, expected), like), self.info(step)
 
     def close(self) -> None:
         """Releases the directory."""
-        self._manager.close()
+        on_primary(lambda: self._manager.close())
 
     def __enter__(self) -> StepCheckpoints:
         return self

@@ -31,7 +31,7 @@ from llmeraser_jax.environment import keep_compiled_programs, library_versions
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
-from llmeraser_jax.parallel import is_primary, parse_mesh, start_processes
+from llmeraser_jax.parallel import is_primary, mirrored, parse_mesh, start_processes
 from llmeraser_jax.text import bounded, printable
 from llmeraser_jax.training import TrainConfig
 from llmeraser_jax.types import Solver
@@ -60,7 +60,7 @@ class Devices:
             and model; see plan. Empty is one device.
         processes: where the devices are those of several processes, each started with this same command: auto on a
             cluster that tells them apart (Cloud TPU, Slurm, Kubernetes, Open MPI), else ADDRESS:PORT,COUNT,INDEX.
-            All of them must see the same files. Empty is one process.
+            Each must find the base; what else it lacks, the first one sends. Empty is one process.
         matmul_precision: of products with the base's matrices: float32; tf32 (what GPUs call so; three bfloat16
             passes on a TPU); bfloat16 (operands rounded, sums in float32); or auto: bfloat16 on accelerators where
             the base is stored so, else float32. Default: as the run was made, and auto for a new one.
@@ -840,7 +840,7 @@ class Retrain:
 
         mesh = self.devices.open()
         run = self.devices.load_run(self.run_directory, self.model)
-        requests = load_requests(self.requests, run.load_examples(self.data))
+        requests = load_requests(mirrored(self.requests), run.load_examples(self.data))
         model = run.load_model(mesh=mesh)
         if self.replay:
             runs = (replay(run, requests, self.workdir / "replay", model=model, data_path=self.data),)
@@ -888,6 +888,7 @@ class Evaluate:
         from llmeraser_jax.evaluation.page import terminal_blocks
         from llmeraser_jax.evaluation.render import HTML_FILE, MARKDOWN_FILE, render_text
 
+        mesh = self.devices.open()
         report = evaluate_runs(
             self.devices.load_run(self.before, self.model),
             self.devices.load_run(self.after, self.model),
@@ -896,7 +897,7 @@ class Evaluate:
             heldout_path=self.data,
             data_path=self.train_data,
             show_texts=self.show_texts,
-            mesh=self.devices.open(),
+            mesh=mesh,
         )
         _say(render_text(terminal_blocks(report)))
         _say(f"Report: {self.workdir / HTML_FILE}   ({MARKDOWN_FILE})")

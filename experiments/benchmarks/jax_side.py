@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import llmeraser_jax as le
 from experiments.benchmarks.workload import CG_DAMPING, CG_STEPS, ERASE_SAMPLE, L2, Workload, encode, solve_facts
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, linearise
+from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, example_rows, linearise
 from llmeraser_jax.environment import describe_devices
 from llmeraser_jax.losses import gradient_sum, lm_objective
 from llmeraser_jax.parallel import make_mesh, place_stack, replicate
@@ -64,13 +65,19 @@ class JaxSide:
         kind = "hessian" if "hessian" in name else "gauss-newton"
         if name == "erase":
             return {}, self._erase
+        if name == "default erase":
+            return {}, self._erase_by_default
         if name.startswith("matmul"):
             n = 1024 if jax.default_backend() == "cpu" else 8192
-            a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), jnp.float32)
-            facts, run = self._compiled(lambda a: jnp.dot(a, a, precision=jax.lax.Precision.HIGHEST), a)
+            a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), name.split()[1])
+            precision = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+            facts, run = self._compiled(lambda a: jnp.dot(a, a, **precision), a)
             return facts, lambda: {**run(), "flops": 2 * n**3}
         if name == "gradient":
             return self._compiled(gradient_sum, self.objective, self.lora, self.stack)
+        if name == "gradients of rows":
+            rows = partial(example_rows, num_roots=0)
+            return self._compiled(rows, self.objective, self.lora, self.stack, jax.random.key(6))
         if name.startswith("cg"):
             return {}, lambda: self._cg(kind, kept=name.endswith("kept"))
         operator = linearise(self.operator(kind)) if name.endswith("kept") else self.operator(kind)
@@ -114,6 +121,21 @@ class JaxSide:
         )
         result = le.erase(task, method, math.inf, chunk_size=self.workload.shape.chunk_size)
         cost = jax.block_until_ready(result).cost
+        return {"gradient_equivalents": float(cost.total), "diagnostics": float(cost.diagnostics)}
+
+    def _erase_by_default(self) -> dict[str, Any]:
+        """The method that `llmeraser erase` takes, from the files of many rows to the adapter."""
+        directory = self.workload.directory / "many"
+        examples = le.load_examples(directory / "train.jsonl")
+        task = le.UnlearningTask(
+            model=self.model,
+            adapter=self.lora,
+            data=encode(examples, self.model.tokenizer),
+            requests=le.load_requests(directory / "requests.jsonl", examples),
+            calibration=encode(le.load_examples(directory / "calibration.jsonl"), self.model.tokenizer),
+            training=le.TrainConfig(l2=L2),
+        )
+        cost = jax.block_until_ready(le.erase(task)).cost
         return {"gradient_equivalents": float(cost.total), "diagnostics": float(cost.diagnostics)}
 
     def describe(self) -> dict[str, Any]:

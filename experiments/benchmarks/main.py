@@ -1,6 +1,7 @@
 """Speed and memory beside PyTorch: one command, one table.
 
     python -m experiments.benchmarks.main --workdir DIR [--sizes 1m 10m] [--dtypes float32]
+    python -m experiments.benchmarks.main --workdir DIR --quick
 
 Each group of measurements of one size and dtype is one JSON file; a second call computes what is missing and
 renders the table anew. Within a group the repetitions of all entries alternate between the two libraries, so that a
@@ -19,7 +20,7 @@ from typing import Any
 import tyro
 
 from experiments.benchmarks.timing import Worker, measure_group
-from experiments.benchmarks.workload import ERASE_ROWS, GROUPS, SHAPES, Workload
+from experiments.benchmarks.workload import ERASE_ROWS, GROUPS, PASSES, SHAPES, Workload
 from experiments.common import log_progress
 from llmeraser_jax import files
 from llmeraser_jax.checks import check_at_least
@@ -35,12 +36,14 @@ class BenchmarkConfig:
 
     Attributes:
         workdir: models, measurements and tables.
-        sizes: any of 1m, 10m (2 CPU cores), 110m, 1b, 7b (a GPU): parameters of the decoder's layers.
+        sizes: any of toy, 1m, 10m (2 CPU cores), 110m, 1b, 7b (a GPU): parameters of the decoder's layers.
         dtypes: of the base.
-        groups: any of ceiling, products, many, cg, erase.
-        repeats: repetitions of each entry; an erasure has half as many, at least 2.
+        groups: any of ceiling, products, many, cg, erase, default.
+        repeats: repetitions of each entry; an erasure has half as many, at least 2, and the one by default 1.
+        rows: of the training set that the default method erases one in a hundred of.
         threads: CPU threads of both libraries; None is all CPUs of this process.
         devices: that the package shares the rows of each micro-batch out over; on a CPU each is one thread.
+        quick: a dry run: everything once, at size toy with a bfloat16 base and 64 rows.
     """
 
     workdir: Path
@@ -48,8 +51,10 @@ class BenchmarkConfig:
     dtypes: tuple[str, ...] = ("float32",)
     groups: tuple[str, ...] = tuple(GROUPS)
     repeats: int = 5
+    rows: int = 2000
     threads: int | None = None
     devices: int = 1
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("sizes", SHAPES), ("groups", GROUPS), ("dtypes", ("float32", "bfloat16"))):
@@ -57,19 +62,22 @@ class BenchmarkConfig:
             if unknown:
                 msg = f"{name} has {', '.join(unknown)}; choose from {', '.join(allowed)}."
                 raise ValueError(msg)
-        check_at_least(self, repeats=1, threads=1, devices=1)
+        check_at_least(self, repeats=1, rows=4, threads=1, devices=1)
 
 
 def run(config: BenchmarkConfig) -> dict[str, Cell]:
     """Measures what is missing and returns everything, by `size-dtype` and group."""
+    if config.quick:
+        config = dataclasses.replace(config, sizes=("toy",), dtypes=("bfloat16",), repeats=1, rows=64)
     results: dict[str, Cell] = {}
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(config.threads or available, available)
     for size, dtype in ((size, dtype) for size in config.sizes for dtype in config.dtypes):
         shape = SHAPES[size]
         rows = max(ERASE_ROWS, shape.examples)
-        workload = Workload(directory=config.workdir / "models" / f"{size}-n{rows}", shape=shape, dtype=dtype)
-        settings = {**dataclasses.asdict(shape), "threads": threads, "devices": config.devices}
+        directory = config.workdir / "models" / f"{size}-n{rows}"
+        workload = Workload(directory=directory, shape=shape, dtype=dtype, rows=config.rows)
+        settings = {**dataclasses.asdict(shape), "rows": config.rows, "threads": threads, "devices": config.devices}
         workers: dict[str, Worker] = {}
         for group in config.groups:
             path = config.workdir / "results" / f"{size}-{dtype}-{group}.json"
@@ -80,7 +88,7 @@ def run(config: BenchmarkConfig) -> dict[str, Cell]:
                 logger.info("%s %s %s", size, dtype, group)
                 for side in ("jax", "torch"):  # the first one writes the files
                     workers[side] = workers.get(side) or Worker(side, workload, threads, config.devices)
-                repeats = max(2, config.repeats // 2) if group == "erase" else config.repeats
+                repeats = {"erase": max(2, config.repeats // 2), "default": 1}.get(group, config.repeats)
                 found: dict[str, Any] = {"settings": settings, "repeats": repeats, "dtype": dtype}
                 found |= {side: worker.description for side, worker in workers.items()}
                 found["entries"] = measure_group(workers, group, repeats)
@@ -102,6 +110,25 @@ def _seconds(cell: Cell, group: str, *keys: str) -> float | None:
 
 def _ratio(over: float | None, under: float | None, scale: float = 1.0) -> float | None:
     return None if over is None or not under else scale * over / under
+
+
+def _speed(cell: Cell, key: str) -> tuple[float | None, float | None]:
+    """Tokens a second of a product, and its matrix products' share of what the library's fastest one reaches."""
+    side, _, name = key.partition(": ")
+    seconds, result = _seconds(cell, "products", key), cell["products"]
+    if seconds is None:
+        return None, None
+    tokens = result["jax"]["tokens"]
+    ceiling = max(
+        (
+            entry["facts"]["flops"] / entry["seconds"]
+            for other, entry in cell.get("ceiling", {}).get("entries", {}).items()
+            if other.startswith(f"{side}:") and "seconds" in entry
+        ),
+        default=None,
+    )
+    flops = 2.0 * PASSES[name] * result["decoder_parameters"] * tokens
+    return tokens / seconds, _ratio(flops / seconds, ceiling)
 
 
 _TORCH_HESSIAN = ("torch: cg hessian recomputed", "torch: cg hessian kept")
@@ -153,11 +180,13 @@ def tables(results: dict[str, Cell]) -> list[Block]:
                 own = _seconds(cell, "products", f"{key.split(':')[0]}: gradient")
                 relative = _ratio(entry.get("seconds"), own) if group in ("products", "many", "cg") else None
                 numbers = [_show(entry.get("seconds"), 1e3), _show(entry.get("cpu_seconds"), 1e3), _show(relative)]
+                tokens_each, share = _speed(cell, key) if group == "products" else (None, None)
+                numbers += [_show(tokens_each, digits=0), _show(share, 100.0)]
                 sizes = [_show(entry.get(field), 2**-20) for field in ("temp_bytes", "memory_bytes")]
                 first = _show(entry.get("first_seconds"))
                 rows.append((group, f"{key}{_remark(entry)}", *numbers, first, *sizes))
-        header = ("group", "measured", "median ms", "CPU ms", "/ own gradient", "first call s",
-                  "working MiB (compiler)", "peak MiB (measured)")  # fmt: skip
+        header = ("group", "measured", "median ms", "CPU ms", "/ own gradient", "tokens/s", "% of ceiling",
+                  "first call s", "working MiB (compiler)", "peak MiB (measured)")  # fmt: skip
         bounds = tuple((title, str(bound), _show(value, digits=2)) for title, bound, value in targets(cell))
         blocks += [Heading(name), Text(told), Table(header, tuple(rows))]
         blocks.append(Table(("target", "at most", "measured"), bounds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from experiments.benchmarks.workload import CG_DAMPING, CG_STEPS, ERASE_SAMPLE, L2, Workload, encode, solve_facts
 from experiments.torch_baseline import curvature
 from experiments.torch_baseline.erase import BaselineConfig, Eraser, edit_data, erase
-from experiments.torch_baseline.model import Params, axpy, load_adapted_model, make_batches
+from experiments.torch_baseline.model import Params, axpy, load_adapted_model, make_batches, norm
 from experiments.torch_baseline.solvers import conjugate_gradients
 from llmeraser_jax.data import load_examples, load_requests
 from llmeraser_jax.models import load_tokenizer
@@ -45,10 +46,11 @@ class TorchSide:
             run = functools.partial(self._erase, keep_graphs=mode == "kept")
         elif kind == "matmul":
             n = 1024 if self.device == "cpu" else 8192
-            a = torch.randn((n, n), device=self.device)
+            a = torch.randn((n, n), device=self.device).to(getattr(torch, mode))
             run = lambda: {"flops": 2 * n**3 + 0 * torch.mm(a, a).shape[0]}  # noqa: E731
         elif kind == "gradient":
-            run = lambda: curvature.gradient_sum(self.model, self.params, self.batches, l2=L2) and {}  # noqa: E731
+            model: Any = types.SimpleNamespace(logits=torch.compile(self.model.logits)) if mode else self.model
+            run = lambda: curvature.gradient_sum(model, self.params, self.batches, l2=L2) and {}  # noqa: E731
         elif name.startswith("cg"):
             run = functools.partial(self._cg, kind, mode)
         else:
@@ -69,7 +71,18 @@ class TorchSide:
         """Products of the measured rows, their graphs kept or made anew for each."""
         if mode == "kept":
             return curvature.KEPT[kind](self.model, self.params, self.batches, l2=L2)
+        if mode == "differences":
+            return self._difference_of_gradients
         return lambda v: curvature.PRODUCTS[kind](self.model, self.params, self.batches, v, l2=L2)
+
+    def _difference_of_gradients(self, v: Params) -> Params:
+        """The Hessian product by central differences."""
+        step = 1e-3 / float(norm(v))
+        ahead, behind = (
+            curvature.gradient_sum(self.model, axpy(side * step, v, self.params), self.batches, l2=L2)
+            for side in (1.0, -1.0)
+        )
+        return {name: (ahead[name] - behind[name]) / (2 * step) for name in v}
 
     def _cg(self, kind: str, mode: str) -> dict[str, Any]:
         product = self.operator(kind, mode)  # from nothing, as the package's: making graphs is in the time

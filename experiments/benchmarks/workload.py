@@ -34,12 +34,15 @@ CG_DAMPING = {"hessian": 20.0, "gauss-newton": 1.0}
 
 # Entries of each group, by side, in the order in which a repetition runs them.
 GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
-    "ceiling": (("jax", "matmul float32"), ("torch", "matmul float32")),
+    "ceiling": tuple((side, f"matmul {dtype}") for dtype in ("float32", "bfloat16") for side in ("jax", "torch")),
     "products": (
         ("jax", "gradient"),
         ("torch", "gradient"),
+        ("torch", "gradient compiled"),
+        ("jax", "gradients of rows"),
         ("jax", "hessian recomputed"),
         ("torch", "hessian recomputed"),
+        ("torch", "hessian differences"),
         ("jax", "hessian kept"),
         ("torch", "hessian kept"),
         ("jax", "gauss-newton recomputed"),
@@ -57,7 +60,14 @@ GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("torch", "cg gauss-newton kept"),
     ),
     "erase": (("jax", "erase"), ("torch", "erase recomputed"), ("torch", "erase kept")),
+    "default": (("jax", "default erase"),),
 }
+# Passes through the decoder's matrices that an entry cannot do without: a token takes 2 FLOPs a weight in each.
+PASSES = {
+    "gradient": 2, "gradient compiled": 2, "gradients of rows": 2,
+    "hessian recomputed": 4, "hessian differences": 4, "hessian kept": 2,
+    "gauss-newton recomputed": 3, "gauss-newton kept": 2,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +112,7 @@ def _shape(*sizes: int) -> Shape:
 
 
 SHAPES: Mapping[str, Shape] = {
+    "toy": _shape(64, 128, 2, 4, 2, 4, 2, 4, 500),
     "1m": _shape(128, 352, 5, 4, 4, 24, 2, 4),
     "10m": _shape(320, 864, 8, 5, 5, 8, 1, 4),
     "110m": _shape(768, 2048, 16, 12, 12, 32, 8, 8),
@@ -145,14 +156,17 @@ class Workload:
     """Files of one size, and what is measured on them.
 
     Attributes:
-        directory: holds `base-<dtype>/`, `adapter/`, `train.jsonl` and `requests.jsonl`.
+        directory: holds `base-<dtype>/`, `adapter/`, `train.jsonl` and `requests.jsonl`; the erasure by default
+            reads `many/`, with `calibration.jsonl` besides.
         shape: of the model.
         dtype: of the base.
+        rows: of the erasure by default.
     """
 
     directory: Path
     shape: Shape
     dtype: str
+    rows: int = 2000
 
     @property
     def base(self) -> Path:
@@ -166,7 +180,7 @@ class Workload:
 
 
 def write_workload(workload: Workload, seed: int = 0) -> None:
-    """Writes what is missing of a workload's files. Sixteenths of the training rows are removed, and corrected."""
+    """Writes what is missing of a workload's files."""
     shape, directory = workload.shape, workload.directory
     config = shape.config()
     directory.mkdir(parents=True, exist_ok=True)
@@ -180,10 +194,18 @@ def write_workload(workload: Workload, seed: int = 0) -> None:
         lora = trees.tree_axpy(0.02, trees.tree_random_normal(noise, lora), lora)
         shapes = jax.eval_shape(lambda: init_base(config, jax.random.key(seed)))
         save_adapter(directory / "adapter", lora, Model(config=config, base=shapes, path=str(workload.base)))
-    rows = max(ERASE_ROWS, shape.examples)
-    examples = make_examples(rows, seed + 2, shape.vocab_size)
+    _write_rows(directory, max(ERASE_ROWS, shape.examples), 1 / 16, seed + 2, shape.vocab_size)
+    many = directory / "many"
+    many.mkdir(exist_ok=True)
+    _write_rows(many, workload.rows, 0.005, seed + 3, shape.vocab_size)
+    save_examples(many / "calibration.jsonl", make_examples(ERASE_ROWS, seed + 4, shape.vocab_size))
+
+
+def _write_rows(directory: Path, rows: int, share: float, seed: int, vocab_size: int) -> None:
+    """Training rows, and requests that remove a share of them and correct as many."""
+    examples = make_examples(rows, seed, vocab_size)
     save_examples(directory / "train.jsonl", examples)
-    count = rows // 16
+    count = max(1, int(rows * share))
     lines: list[dict[str, str]] = [{"id": str(i), "action": "remove"} for i in range(count)]
     lines += [
         {"id": str(i), "action": "correct_response", "response": examples[i - count].response}

@@ -45,7 +45,7 @@ from llmeraser_jax.evaluation.render import (
 from llmeraser_jax.evaluation.scoring import make_task_metrics
 from llmeraser_jax.evaluation.summary import FORMAT, REPORT_FILE, UNLEARNED, summarise
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_primary
+from llmeraser_jax.parallel import from_primary, on_primary
 from llmeraser_jax.rivals import EqualLengthAscent
 from llmeraser_jax.runs import RUN_FILE, Run, RunError, load_run
 from llmeraser_jax.types import LoraParams
@@ -65,11 +65,14 @@ def retrained_runs(directory: str | os.PathLike[str]) -> tuple[Run, ...]:
         RunError: there is none, or one of them is no retraining.
     """
     directory = Path(directory)
-    found = (
-        [directory]
-        if (directory / RUN_FILE).exists()
-        else sorted(p.parent for p in directory.glob(f"*/{RUN_FILE}"))
-    )
+
+    def finished() -> list[str]:
+        runs = (
+            [directory] if (directory / RUN_FILE).exists() else [p.parent for p in directory.glob(f"*/{RUN_FILE}")]
+        )
+        return sorted(map(str, runs))
+
+    found = from_primary(finished)
     if not found:
         msg = f"{directory} holds no finished retraining."
         raise RunError(msg)
@@ -143,7 +146,7 @@ def evaluate_runs(
     Raises:
         RunError: the runs do not belong together, or `after` is no erasure.
     """
-    files.require_empty(workdir)
+    on_primary(lambda: files.require_empty(workdir))
     if after.kind != "erase":
         msg = f"{after.path} is the result of {after.kind!r}, not of an erasure."
         raise RunError(msg)

@@ -59,7 +59,7 @@ from llmeraser_jax.models import layers
 from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.precision import frozen_product
 from llmeraser_jax.models.vision import ACTIVATIONS
-from llmeraser_jax.parallel import gathered, looked_up, shares_base
+from llmeraser_jax.parallel import gathered, gathered_shapes, held_whole, looked_up, shares_base
 from llmeraser_jax.types import BaseParams, Key, LoraParams
 
 
@@ -501,12 +501,10 @@ def bind(config: ModelConfig, base: BaseParams, lora: LoraParams | None) -> tupl
     """
     dtype = jnp.promote_types(jnp.float32, base["embed_tokens"]["embedding"].dtype)
     if lora is not None:
-        check_lora(config, lora, base)
-        if COPIES in lora.params and shares_base():
-            msg = 'An adapter with modules_to_save needs a mesh without "fsdp": its copies are not shared out.'
-            raise ValueError(msg)
-        base = with_copies(base, lora.params.get(COPIES, {}))
-    rows = config.vocab_size if shares_base() else base["embed_tokens"]["embedding"].shape[0]
+        copies = lora.params.get(COPIES, {})
+        check_lora(config, lora, gathered_shapes(base) if copies else base)
+        base = with_copies(base, held_whole(copies))
+    rows = base["embed_tokens"]["embedding"].shape[0]
     if rows != config.vocab_size or (config.tied_embeddings and "lm_head" in base):
         config = dataclasses.replace(
             config, vocab_size=rows, tied_embeddings=config.tied_embeddings and "lm_head" not in base

@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from llmeraser_jax import convert, files
 from llmeraser_jax.models.vision import VisionConfig, vision_features
-from llmeraser_jax.parallel import on_primary, to_host
+from llmeraser_jax.parallel import mirrored, on_primary, to_host
 from llmeraser_jax.types import BaseParams
 
 _log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _load_or_compute(
     path, keys = Path(path), list(dict.fromkeys(keys))
     tower = {"tower_sha256": tower_sha256(config, vision)}
     on_primary(lambda: _claim(path, tower))
-    stored = _stored(path)
+    stored = _stored(mirrored(path))
     missing = [key for key in keys if key not in stored]
     on_primary(lambda: None)  # adds nothing before the others have looked
     per_file = batch_size * _BATCHES_PER_FILE
@@ -149,7 +149,7 @@ def _load_or_compute(
         tensors = _features_of(config, vision, part, load_pixels, batch_size)
         on_primary(lambda tensors=tensors: _add(path, tensors))
         _log.info("Features of %d of %d pictures computed.", start + len(part), len(missing))
-    sources = _stored(path)
+    sources = _stored(mirrored(path))
     shape = (config.num_features, config.feature_width)
     found = {key: sources[key].read(key) for key in keys}
     wrong = [key for key, value in found.items() if value.shape != shape]

@@ -30,7 +30,7 @@ from llmeraser_jax.models.config import ModelConfig
 from llmeraser_jax.models.decoder import ApplyDecoder, base_shapes
 from llmeraser_jax.models.features import FeaturesOfTower
 from llmeraser_jax.models.precision import MatmulPrecision
-from llmeraser_jax.models.streaming import aligned_empty, copy_finite, make_leaf, read_leaf
+from llmeraser_jax.models.streaming import LayerStack, aligned_empty, copy_finite, read_leaf
 from llmeraser_jax.models.vision import vision_shapes
 from llmeraser_jax.parallel import sharding_for
 from llmeraser_jax.text import short_repr
@@ -133,8 +133,8 @@ def load_model(
 ) -> Model:
     """Reads a model from a directory, or from the Hugging Face hub where no such directory exists.
 
-    Tensors go to the devices one by one; a process reads what its own devices hold. Where kernels are quantised on
-    the way, it reads all, and keeps one stack of quantised kernels at a time.
+    Tensors go to the devices one by one; a process reads what its own devices hold, and its memory holds one tensor
+    besides. Kernels that are quantised on the way are read whole, one after the other, and quantised in float32.
 
     Args:
         path_or_hub_id: a directory with config.json and safetensors, or a hub id such as "org/name".
@@ -286,7 +286,7 @@ def _read_kernel(
     stored = [source.kernel(tensors[0][0])]  # says how the others are
     if stored[0] is None and quantization is None:
         return read_leaf(source, tensors, shape, numpy_dtype, place(shape))
-    stacks: list[np.ndarray] = []
+    stacks: list[LayerStack] = []
     structure = None
     for layer, (name, target) in enumerate(tensors):
         kernel = stored.pop() if stored else source.kernel(name)
@@ -295,32 +295,23 @@ def _read_kernel(
             finite = aligned_empty(weight.shape, numpy_dtype)
             copy_finite(weight, finite, name)
             kernel = jax.device_get(_quantize(finite, quantization))
-        parts, now = jax.tree.flatten(kernel)
+        parts, now = jax.tree_util.tree_flatten_with_path(kernel)
         if layer == 0:
+            assert kernel is not None
+            _check_quantized_as(kernel, quantization)
             structure = now
-            stacks = [aligned_empty((len(tensors), *np.shape(part)), np.asarray(part).dtype) for part in parts]
+            for at, part in parts:
+                stacked = (len(tensors), *np.shape(part))
+                stacks.append(LayerStack(stacked, np.asarray(part).dtype, place(stacked, at[-1].name)))
         if now != structure:
             msg = (
                 f"{name} is quantised otherwise than the same kernel of the first layer; all layers have to agree."
             )
             raise ValueError(msg)
-        for stack, part in zip(stacks, parts, strict=True):
-            stack[layer] = part
+        for stack, (_, part) in zip(stacks, parts, strict=True):
+            stack.fill(layer, np.asarray(part))
     assert structure is not None
-    kernel = jax.tree.unflatten(structure, stacks)
-    _check_quantized_as(kernel, quantization)
-
-    def on_devices(path, stack):
-        sharding = place(stack.shape, path[-1].name)
-        if sharding is None:
-            return jax.device_put(stack)
-
-        def fill(index, out):
-            out[...] = stack[index]
-
-        return make_leaf(fill, stack.shape, stack.dtype, sharding)
-
-    return jax.tree_util.tree_map_with_path(on_devices, kernel)
+    return jax.tree.unflatten(structure, [stack.on_devices() for stack in stacks])
 
 
 @partial(jax.jit, static_argnums=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -30,6 +31,31 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _own_parts(shape: Shape, sharding: Sharding | None) -> list[tuple[Index, list[Any]]]:
+    """The parts of a leaf that devices of this process hold: where each is, and which devices hold it."""
+    if sharding is None:
+        return [(tuple(slice(0, size) for size in shape), [None])]
+    sharers = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        sharers[bounds].append(device)
+    return [(tuple(slice(*pair) for pair in bounds), devices) for bounds, devices in sharers.items()]
+
+
+def _empty_part(index: Index, dtype: np.dtype) -> np.ndarray:
+    return aligned_empty(tuple(part.stop - part.start for part in index), dtype)
+
+
+def _on_devices(part: np.ndarray, devices: Sequence[Any]) -> list[jax.Array]:
+    # Waited for, so that the host keeps nothing that is on its way.
+    return [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+
+
+def _joined(shape: Shape, sharding: Sharding | None, parts: list[jax.Array]) -> jax.Array:
+    return parts[0] if sharding is None else jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
 def make_leaf(
     fill: Callable[[Index, np.ndarray], None], shape: Shape, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
@@ -41,22 +67,38 @@ def make_leaf(
         dtype: of the leaf.
         sharding: where it lives; None is the default device.
     """
-    if sharding is None:
-        whole = aligned_empty(shape, dtype)
-        fill(tuple(slice(0, size) for size in shape), whole)
-        return jax.block_until_ready(jax.device_put(whole))
-    sharers = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        sharers[bounds].append(device)
     parts = []
-    for bounds, devices in sharers.items():
-        part = aligned_empty(tuple(end - start for start, end in bounds), dtype)
-        fill(tuple(slice(*pair) for pair in bounds), part)
-        # Waited for, so that the host holds one part at a time.
-        parts += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    for index, devices in _own_parts(shape, sharding):
+        part = _empty_part(index, dtype)
+        fill(index, part)
+        parts += _on_devices(part, devices)
+    return _joined(shape, sharding, parts)
+
+
+class LayerStack:
+    """A leaf [layers, ...] that is given layer by layer; the host keeps this process's parts of it alone.
+
+    Args:
+        shape: of the leaf.
+        dtype: of the leaf.
+        sharding: see `make_leaf`; the first axis is on no axis of the mesh.
+    """
+
+    def __init__(self, shape: Shape, dtype: np.dtype, sharding: Sharding | None):
+        self._shape, self._sharding = shape, sharding
+        self._parts = [
+            (_empty_part(index, dtype), index[1:], devices) for index, devices in _own_parts(shape, sharding)
+        ]
+
+    def fill(self, layer: int, value: np.ndarray) -> None:
+        """Keeps this process's parts of a layer."""
+        for part, index, _ in self._parts:
+            part[layer] = value[index]
+
+    def on_devices(self) -> jax.Array:
+        """The leaf, once all layers are given."""
+        parts = [array for part, _, devices in self._parts for array in _on_devices(part, devices)]
+        return _joined(self._shape, self._sharding, parts)
 
 
 def read_leaf(

@@ -1,8 +1,7 @@
 """Several processes that run one program, as on the hosts of a pod: start-up, the primary process, host copies.
 
 Every process runs the same program on the same files and takes the same decisions: it decides by replicated values
-and file contents only. The primary process alone writes files, and the others read them, so all processes need a
-shared file system.
+and the primary process's files only. That one alone writes files; where the others read them, `hosts` says.
 """
 
 from __future__ import annotations
@@ -51,6 +50,14 @@ def is_primary() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+_alone = False  # inside of `on_primary`, where the others wait
+
+
+def works_alone() -> bool:
+    """Whether no other process runs the same code now."""
+    return _alone or not jax.distributed.is_initialized()
+
+
 def on_primary(fn: Callable[[], object]) -> None:
     """Calls `fn` in the primary process while the others wait. Every process has to call this.
 
@@ -61,15 +68,19 @@ def on_primary(fn: Callable[[], object]) -> None:
         Exception: what `fn` raised, in the primary process.
         RuntimeError: `fn` raised, in the other processes.
     """
-    if not jax.distributed.is_initialized():
+    global _alone
+    if works_alone():
         fn()
         return
     failure: Exception | None = None
     if is_primary():
+        _alone = True
         try:
             fn()
         except Exception as error:  # raised below, once the others know
             failure = error
+        finally:
+            _alone = False
     failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
     if failure is not None:
         raise failure

@@ -12,7 +12,8 @@
 Rules for the base are an ordered list of (regular expression over a leaf's path, partition spec): the first match
 decides, and a leaf that no rule matches is an error, so that a new parameter cannot be replicated by accident.
 Devices on "fsdp" hold different examples. Under `sums.sum_over_devices` and `sums.map_over_devices`
-each of them sees its own share of the base, and the model asks for whole matrices with `gathered`.
+each of them sees its own share of the base, and the model asks for whole matrices with `gathered`. Scores and
+generation are left to the compiler: devices multiply with their shares and exchange activations.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from llmeraser_jax.parallel.processes import to_host
@@ -58,6 +61,7 @@ _RULES: Sequence[tuple[str, P]] = (
 
 
 EXAMPLES = P(("data", "fsdp"))  # of an array [batch, ...]
+_COPIES = "copies"  # of base leaves, in an adapter: whole on every device as the rest of it
 
 
 def spec_for(path: str) -> P:
@@ -100,6 +104,8 @@ def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding
 
 def _rule_of(path: str) -> P | None:
     """The spec of the base's leaf at `path`, which may begin above the base; None of any other leaf."""
+    if _COPIES in path.split("/"):
+        return None
     for pattern, spec in _RULES:
         if re.fullmatch(f"(?:.*/)?(?:{pattern})", path):
             return spec
@@ -126,6 +132,36 @@ def shares_base() -> bool:
     return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
 
 
+@flax.struct.dataclass
+class Whole:
+    """A matrix that stands in the place of a base's, and that every device on "fsdp" holds whole."""
+
+    value: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
+def held_whole(leaves: PyTree) -> PyTree:
+    """Leaves in the place of a base's that every device has; matrices are marked, where the code sees shares."""
+
+    def mark(path, leaf):
+        return Whole(leaf) if "fsdp" in spec_for(_path_name(path)) else leaf
+
+    return jax.tree_util.tree_map_with_path(mark, leaves) if shares_base() else leaves
+
+
+def gathered_shapes(base: BaseParams) -> BaseParams:
+    """Shapes of the base's leaves, whole over "fsdp"."""
+
+    def whole(path, leaf):
+        return jax.eval_shape(partial(gathered, path, axes_before=0), leaf)
+
+    leaves: dict[str, Any] = flatten_dict(base, sep="/")
+    return unflatten_dict({path: whole(path, leaf) for path, leaf in leaves.items()}, sep="/")
+
+
 def gathered(path: str, parameter: PyTree, *, axes_before: int = 1) -> PyTree:
     """A matrix of the base, whole over "fsdp", in its storage dtype; itself where the code sees it whole already.
 
@@ -134,6 +170,8 @@ def gathered(path: str, parameter: PyTree, *, axes_before: int = 1) -> PyTree:
         parameter: an array or a quantised kernel; of one layer, where the base stacks layers.
         axes_before: axes of a layer's stack that the parameter has no more.
     """
+    if isinstance(parameter, Whole):
+        return parameter.value
     if not shares_base():
         return parameter
     before = axes_before if path.startswith("layers/") else 0
@@ -163,8 +201,10 @@ def _on_model_shares(exchange: Callable[[jax.Array], jax.Array], spec: P, array:
     return mapped(array)
 
 
-def looked_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+def looked_up(table: jax.Array | Whole, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding [vocab, width] for tokens [batch, time]; devices on "fsdp" exchange shares of rows."""
+    if isinstance(table, Whole):
+        return jnp.take(table.value, tokens, axis=0)
     if not shares_base():
         return jnp.take(table, tokens, axis=0)
     rows = jnp.take(table, jax.lax.all_gather(tokens, "fsdp", tiled=True), axis=0)
@@ -179,7 +219,7 @@ def shard_base(base: BaseParams, mesh: Mesh) -> BaseParams:
     """
 
     def place(path, leaf):
-        return _put(leaf, sharding_for(_path_name(path), leaf.shape, mesh))
+        return put(leaf, sharding_for(_path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, base)
 
@@ -302,10 +342,10 @@ def _place(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
 
 
 def _put_tree(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+    return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put(leaf: Any, sharding: Sharding) -> jax.Array:
     """A leaf that every process has whole, or that is where it should be already, on the devices of all of them."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)

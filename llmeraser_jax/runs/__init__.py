@@ -2,6 +2,7 @@
 
 from llmeraser_jax.runs.directory import (
     ADAPTER_DIRECTORY,
+    CHECKPOINT_DIRECTORY,
     EXAMPLES_FILE,
     FEATURES_DIRECTORY,
     FORMAT_VERSION,
@@ -28,6 +29,7 @@ from llmeraser_jax.runs.train_config import TrainConfig
 
 __all__ = [
     "ADAPTER_DIRECTORY",
+    "CHECKPOINT_DIRECTORY",
     "EXAMPLES_FILE",
     "FEATURES_DIRECTORY",
     "FORMAT_VERSION",

@@ -38,6 +38,7 @@ from llmeraser_jax.environment import library_versions
 from llmeraser_jax.lora import Lora, LoraConfig, load_adapter, save_adapter
 from llmeraser_jax.lora.peft_io import WEIGHTS_FILE
 from llmeraser_jax.models import MatmulPrecision, Model, load_model, load_tokenizer
+from llmeraser_jax.parallel import mirrored
 from llmeraser_jax.runs.keys import KEY_FILE, KEYED, PLAIN, RunKeys
 from llmeraser_jax.runs.model_files import (
     base_dtype,
@@ -59,6 +60,7 @@ INITIAL_ADAPTER_DIRECTORY = "initial_adapter"
 TOKENIZER_DIRECTORY = "tokenizer"
 EXAMPLES_FILE = "train.jsonl"
 FEATURES_DIRECTORY = "features"
+CHECKPOINT_DIRECTORY = "checkpoints"
 _MAX_LISTED = 10
 
 
@@ -132,7 +134,7 @@ class Run:
             FileNotFoundError: there is no such file.
             RunError: they are not those that were trained on; missing, additional and changed ids are named.
         """
-        path = self.data_path if data_path is None else Path(data_path)
+        path = mirrored(self.data_path if data_path is None else data_path)
         if not path.exists():
             msg = f"{path}: the training data of {self.path} is not there; say where it is now."
             raise FileNotFoundError(msg)
@@ -210,7 +212,7 @@ class Run:
         Raises:
             RunError: all of them were trained on, or the run's key is not there to tell.
         """
-        examples = data.load_examples(path)
+        examples = data.load_examples(mirrored(path))
         known = frozenset(self.data_hashes)
         unseen = tuple(example for example in examples if self.content_hash(example) not in known)
         if not unseen:
@@ -591,13 +593,15 @@ def recorded_files(path: Path, keys: RunKeys, also: Sequence[str] = ()) -> dict[
 def load_run(path: str | os.PathLike[str]) -> Run:
     """Reads and validates `run.json`; loads no arrays.
 
+    Of several processes each has to call this; those without the directory read a copy, see `parallel.hosts`.
+
     Args:
         path: the run directory.
 
     Raises:
         RunError: no run, an unfinished one, one of another format version, or a damaged one.
     """
-    path = Path(path)
+    path = mirrored(path, but=(CHECKPOINT_DIRECTORY,))
     with files.reading(path, RunError):
         return _load_run(path)
 

@@ -69,7 +69,6 @@ class Resumable:
         advance = jax.jit(solver.advance)
 
         directory = Path(self.directory).absolute()
-        directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.exclusive_use(directory))
             fingerprint = self._fingerprint(rhs, preconditioner)

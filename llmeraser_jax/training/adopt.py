@@ -346,7 +346,8 @@ def adopt(
         ValueError: the recipe is invalid or contradicts the adapter, or is not the training's by the losses.
         FileExistsError: `workdir` holds something.
     """
-    files.require_empty(workdir)
+    parallel.on_primary(lambda: files.require_empty(workdir))
+    adapter_dir, recipe_path = parallel.mirrored(adapter_dir), parallel.mirrored(recipe_path)
     stated = load_training_recipe(recipe_path)
     lora = load_adapter(adapter_dir, model)
     check_no_l2(lora.config, stated.train_config.l2)
@@ -358,7 +359,7 @@ def adopt(
         raise ValueError(msg)
     notes = _base_notes(adapter_dir, model)
     model, recipe = _with_tokenizer_of(Path(adapter_dir), model, stated.recipe, notes)
-    examples = data.load_examples(data_path)
+    examples = data.load_examples(parallel.mirrored(data_path))
     dataset = data.encode_examples(examples, recipe, model.tokenizer)
     dataset.require_vocabulary(model.vocabulary(lora))
     lora = parallel.replicate(lora, model.mesh)

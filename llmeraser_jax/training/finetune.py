@@ -27,7 +27,7 @@ from llmeraser_jax.environment import peak_memory_bytes
 from llmeraser_jax.lora import Lora, check_no_l2, is_decayed
 from llmeraser_jax.losses import Objective
 from llmeraser_jax.models import Model
-from llmeraser_jax.runs import FEATURES_DIRECTORY, TrainConfig
+from llmeraser_jax.runs import CHECKPOINT_DIRECTORY, FEATURES_DIRECTORY, TrainConfig
 from llmeraser_jax.tracking import MetricsLogger, progress
 from llmeraser_jax.training.batches import lay_out_mean, step_rows
 from llmeraser_jax.training.dropout import dropout_objective, step_key, with_places
@@ -36,7 +36,6 @@ from llmeraser_jax.types import LoraParams, PyTree
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINT_DIRECTORY = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 IDENTITY_FILE = "training.json"
 

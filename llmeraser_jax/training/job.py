@@ -16,7 +16,7 @@ from llmeraser_jax import data, files
 from llmeraser_jax.data import Example, Recipe, TokenDataset
 from llmeraser_jax.lora import Lora, LoraConfig
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_primary
+from llmeraser_jax.parallel import from_primary, mirrored, on_primary
 from llmeraser_jax.runs import (
     FEATURES_DIRECTORY,
     RUN_FILE,
@@ -77,10 +77,10 @@ def finetune_run(
         ValueError: unusable data or settings, see `data.encode_examples` and `training.finetune`.
     """
     lora, config = lora or LoraConfig(), config or TrainConfig()
-    examples = data.load_examples(data_path)
+    examples = data.load_examples(mirrored(data_path))
     recipe = recipe or Recipe()
     if recipe.date is None:
-        recipe = dataclasses.replace(recipe, date=_date_of(Path(workdir)))
+        recipe = dataclasses.replace(recipe, date=from_primary(lambda: _date_of(Path(workdir))))
     return train_run(
         model,
         data.encode_examples(
@@ -134,7 +134,7 @@ def train_run(
     """
     workdir = Path(workdir)
     with files.exclusive_use(workdir):
-        if (workdir / RUN_FILE).exists():
+        if from_primary((workdir / RUN_FILE).exists):
             run = load_run(workdir)
             wanted = run_settings(
                 kind=kind,

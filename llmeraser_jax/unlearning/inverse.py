@@ -42,6 +42,7 @@ from llmeraser_jax.curvature import (
     streamed_operator,
 )
 from llmeraser_jax.losses import example_places
+from llmeraser_jax.parallel import from_primary
 from llmeraser_jax.solvers import (
     ConjugateGradients,
     Minres,
@@ -392,7 +393,7 @@ class InverseCurvature:
             return _make_row_preconditioner(self.objective, params, stack, key, self.spec.damping, wanted.num_roots)
         mu = self.spec.damping + self.objective.l2 * float(weighted.weights.sum())
         path = wanted.directory
-        if path is not None and path.exists():
+        if path is not None and from_primary(path.exists):
             return load_ekfac(path, params, stack, mu=mu)
         self.workspace.budget.spend("curvature", wanted.gradient_equivalents * count)
         keys = jax.random.split(jax.random.key(seed))

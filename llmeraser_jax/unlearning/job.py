@@ -16,7 +16,7 @@ from llmeraser_jax import data, files, trees
 from llmeraser_jax.data import Example
 from llmeraser_jax.lora import copy_adapter, product_norms
 from llmeraser_jax.models import Model
-from llmeraser_jax.parallel import on_primary
+from llmeraser_jax.parallel import mirrored, on_primary
 from llmeraser_jax.runs import (
     ADAPTER_DIRECTORY,
     KEYED,
@@ -190,12 +190,12 @@ def erase_run(
         ValueError: the method gives no receipt.
         FileExistsError: `workdir` holds something.
     """
-    files.require_empty(workdir)
+    on_primary(lambda: files.require_empty(workdir))
     if on_incomplete == "retrain":
         retraining_config(run)  # what it lacks is said now, and not after the erasure
     shown_before = _shown_before(run)
     examples = run.load_examples(data_path)
-    requests = data.load_requests(requests_path, examples)
+    requests = data.load_requests(mirrored(requests_path), examples)
     edited = data.apply_requests(examples, requests)
     calibration = None if calibration_path is None else run.load_unseen(calibration_path)
     task = task_of_run(

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from llmeraser_jax import trees
 from llmeraser_jax.convert import quantize
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature, example_rows, linearise
 from llmeraser_jax.curvature.row_sets import RowSet
+from llmeraser_jax.lora import LoraConfig, init_lora
 from llmeraser_jax.losses import example_losses, gradient_sum, loss_and_gradient_sums, loss_sum
 from llmeraser_jax.parallel import make_mesh, parse_mesh, place_stack, replicate, shard_base
 from llmeraser_jax.parallel import mesh as meshes
@@ -172,6 +174,39 @@ def test_other_bases_match_one_device_in_float64(name):
         objective = dataclasses.replace(objective, frozen=shard_base(objective.frozen, mesh))
         together = loss_sum(objective, replicate(lora, mesh), place_stack(stack, mesh))
         assert relative_difference(together, alone) < 1e-12
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_trained_copies_are_whole_on_every_device(tied):
+    """Sums, and the rows of single examples, which no device may mix with those of others."""
+    with jax.enable_x64(True):
+        config, mesh = small_config(tie_word_embeddings=tied), make_mesh(fsdp=2, model=2)
+        objective = small_objective(config, "float64", l2=0.0)
+        names = ("lm_head", "norm") if tied else ("embed_tokens", "lm_head", "down_proj", "norm")
+        lora_config = LoraConfig(rank=2, target_modules=("q_proj", "v_proj"), modules_to_save=names)
+        fresh = init_lora(jax.random.key(1), lora_config, config, objective.frozen)
+        lora = jax.tree.map(lambda x: x.astype("float64"), fresh)
+        lora = trees.tree_axpy(0.1, trees.tree_random_normal(jax.random.key(2), lora), lora)
+        stack = random_stack(1, 4, "float64")
+
+        def found(objective, lora, stack):
+            operator = DatasetCurvature(objective, lora, stack, CURVATURES["gauss-newton"])
+            rows = RowSet(objective, lora, stack, jax.random.key(3), "roots")
+            v = random_direction(lora)
+            return {
+                "losses": example_losses(objective, lora, stack),
+                "gradient": gradient_sum(objective, lora, stack),
+                "product": product(operator, v),
+                "products of rows": jax.jit(RowSet.products)(rows, v),
+                "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0))),
+            }
+
+        alone = found(objective, lora, stack)
+        objective = dataclasses.replace(objective, frozen=shard_base(objective.frozen, mesh))
+        together = found(objective, replicate(lora, mesh), place_stack(stack, mesh))
+        for name, value in alone.items():
+            assert relative_difference(together[name], value) < 1e-12, name
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(together["gradient"]))
 
 
 def test_slices_share_out_data_alone(monkeypatch):

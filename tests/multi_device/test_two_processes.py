@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import io
+import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,8 +51,8 @@ ERASURES = {
 }
 
 
-def in_two_processes(program: str, num_devices: int) -> list[Any]:
-    """What each of the processes finds; both must end well.
+def in_two_processes(program: str, num_devices: int, second: Path | None = None) -> list[Any]:
+    """What each of the processes finds; both must end well. The second one may have a working directory of its own.
 
     With as many threads as cores, programs that wait for the other process can keep those from running that it
     waits for, where each process has several devices: on two cores commands were seen to hang now and then.
@@ -72,6 +74,7 @@ def in_two_processes(program: str, num_devices: int) -> list[Any]:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=second if index else None,
         )
         for index in range(PROCESSES)
     ]
@@ -107,7 +110,7 @@ def measured(mesh) -> dict[str, list[float]]:
 def test_sums_match_those_of_one_process():
     answers = in_two_processes("sums", DEVICES)
     expected = measured(None)
-    for found in answers:
+    for found in itertools.chain(*answers):
         for name, numbers in expected.items():
             np.testing.assert_allclose(found[name], numbers, rtol=1e-4, atol=1e-5 * numbers[0])
 
@@ -169,12 +172,15 @@ def said(every: list[list[str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def both(files) -> tuple[Path, Path]:
-    """Directories of all results, of one process and of two; and that only the primary process prints."""
+def both(files, tmp_path_factory) -> tuple[Path, Path]:
+    """Directories of all results, of one process and of two, of which the second has but the base; one prints."""
+    elsewhere = tmp_path_factory.mktemp("another host")
+    shutil.copytree(files / "model", elsewhere / "model")
     with contextlib.chdir(files):
         alone = said(commands("one"))
-        primary, follower = in_two_processes("commands", 1)
+        primary, follower = in_two_processes("commands", 1, elsewhere)
     assert follower == ""
+    assert [path.name for path in elsewhere.iterdir()] == ["model"]
     assert len(primary.splitlines()) == len(alone.splitlines())
     return files / "one", files / "two"
 
@@ -259,11 +265,12 @@ def main(program: str, processes: str) -> None:
     """One of the processes: what it found is the last line that it prints, after what collectives have to say."""
     if program == "commands":
         # The first one connects the processes, as a command of its own would.
-        first, *others = commands("two", "--mesh", f"data={PROCESSES}")
+        first, *others = commands("two", "--mesh", f"fsdp={PROCESSES}")
         found = said([[*first, "--processes", processes], *others])
     else:
         start_processes(processes)
-        found = measured(make_mesh(data=PROCESSES, model=DEVICES)) if program == "sums" else _failures()
+        meshes = make_mesh(data=PROCESSES, model=DEVICES), make_mesh(fsdp=PROCESSES, model=DEVICES)
+        found = [measured(mesh) for mesh in meshes] if program == "sums" else _failures()
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
