@@ -130,7 +130,7 @@ class Shapes:
 
 _product = jax.jit(lambda operator, v: operator.mv(v))
 _solve = jax.jit(ConjugateGradients(rtol=0.05, max_steps=20).solve)
-_rows = jax.jit(partial(example_rows, num_roots=0, log_odds=True))
+_rows = jax.jit(partial(example_rows, kind="log-odds"))
 _sketch = jax.jit(RowSet.sketch, static_argnames="width")
 
 # What each program is, lowered for shapes.

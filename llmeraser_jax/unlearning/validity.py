@@ -303,7 +303,7 @@ class Validity:
             task, probe = self.task, self._probe
             self.workspace.budget.spend("diagnostics", FORWARD_WITH_TANGENT * len(probe))
             delta = trees.tree_sub(moved, task.adapter)
-            stack = self.workspace.stack(task.problem.examples, probe)
+            stack = self.workspace.micro_batches(task.problem.examples, probe)
             predicted = float(per_example(_quadratic, stack, task.objective, task.adapter, delta).mean())
         return GroupChange(
             num_rows=len(before),

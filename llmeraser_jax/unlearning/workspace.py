@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from llmeraser_jax.losses import Objective, gradient_sum, losses_and_log_odds, per_example
+from llmeraser_jax.losses import Objective, forward_values, gradient_sum, per_example
 from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import FORWARD, Budget
@@ -75,6 +76,26 @@ class Workspace:
         stack = examples.stack(indices.indices, indices.weights, chunk_size=chunk_size or self.chunk_size)
         return place_stack(stack, self.mesh)
 
+    def micro_batches(self, examples: ExampleSet, indices: np.ndarray | Weighted) -> ExampleStack:
+        """Like `stack`, with an entry for every micro-batch: what is compiled for one serves any number of rows.
+
+        For values and rows of single examples, which are computed entry by entry.
+        """
+        if not isinstance(indices, Weighted):
+            indices = Weighted(indices, np.ones(len(indices)))
+        buckets = np.array([examples.bucket_of(int(index)) for index in indices.indices])
+        parts = []
+        for bucket in np.unique(buckets):
+            of_bucket = np.flatnonzero(buckets == bucket)
+            for chosen in np.split(of_bucket, np.arange(self.chunk_size, len(of_bucket), self.chunk_size)):
+                part = examples.stack(indices.indices[chosen], indices.weights[chosen], chunk_size=self.chunk_size)
+                assert part.places is not None  # of a set's stack
+                inside = np.asarray(part.places[0])
+                places = np.where(inside >= 0, chosen[inside], -1).astype(np.int32)
+                parts.append((part.batches[0], part.weights[0], jax.device_put(places)))
+        batches, weights, places = zip(*parts, strict=True)
+        return place_stack(ExampleStack(batches, weights, places), self.mesh)
+
     def gradient(
         self, objective: Objective, params: LoraParams, examples: ExampleSet, weighted: Weighted
     ) -> LoraParams:
@@ -87,7 +108,8 @@ class Workspace:
         """Losses and log-odds of rows, in the order of `indices`."""
         if len(indices) == 0:
             return RowValues(np.zeros(0), np.zeros(0))
-        return RowValues(*per_example(losses_and_log_odds, self.stack(examples, indices), objective, params))
+        values = per_example(forward_values, self.micro_batches(examples, indices), objective, params)
+        return RowValues(values.losses, values.log_odds)
 
     def trained_values(
         self,

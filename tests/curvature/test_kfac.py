@@ -93,9 +93,7 @@ def test_a_linear_layer_has_its_blocks_inverted_exactly(linear):
 def test_eigenvalues_are_the_dense_diagonal_in_the_eigenbasis(decoder):
     """For the very same random roots, on every matrix of a decoder's adapter."""
     objective, lora, stack, found = decoder
-    rows = jax.jit(partial(example_rows, gradients=False, num_roots=2))(
-        objective, lora, stack, jax.random.key(4)
-    ).roots
+    rows = jax.jit(partial(example_rows, kind="roots", num_roots=2))(objective, lora, stack, jax.random.key(4)).rows
     weights = np.repeat(np.asarray(stacked_weights(stack)) / 2, 2)
     checked = 0
     for g, left, right, s in zip(
