@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, forward_values, gradient_sum, per_example
 from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
@@ -79,11 +81,17 @@ class Workspace:
     def micro_batches(self, examples: ExampleSet, indices: np.ndarray | Weighted) -> ExampleStack:
         """Like `stack`, with an entry for every micro-batch: what is compiled for one serves any number of rows.
 
-        For values and rows of single examples, which are computed entry by entry.
+        For what is computed entry by entry: values and rows of single examples, gradients.
+
+        Raises:
+            ValueError: there are no rows.
         """
         if not isinstance(indices, Weighted):
             indices = Weighted(indices, np.ones(len(indices)))
         buckets = np.array([examples.bucket_of(int(index)) for index in indices.indices])
+        if not len(buckets):
+            msg = "There are no examples to lay out."
+            raise ValueError(msg)
         parts = []
         for bucket in np.unique(buckets):
             of_bucket = np.flatnonzero(buckets == bucket)
@@ -100,7 +108,8 @@ class Workspace:
         self, objective: Objective, params: LoraParams, examples: ExampleSet, weighted: Weighted
     ) -> LoraParams:
         """`sum_i c_i grad l_i`."""
-        return gradient_sum(objective, params, self.stack(examples, weighted))
+        parts = [gradient_sum(objective, params, entry) for entry in self.micro_batches(examples, weighted).entries]
+        return functools.reduce(trees.tree_add, parts)
 
     def row_values(
         self, objective: Objective, params: LoraParams, examples: ExampleSet, indices: np.ndarray

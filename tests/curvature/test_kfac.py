@@ -99,8 +99,8 @@ def test_eigenvalues_are_the_dense_diagonal_in_the_eigenbasis(decoder):
     for g, left, right, s in zip(
         *(jax.tree.leaves(tree) for tree in (rows, found.left, found.right, found.eigenvalues)), strict=True
     ):
-        for layer in range(g.shape[2]):
-            flat = np.asarray(g)[:, :, layer].reshape(len(weights), -1)
+        for layer in range(g.shape[1]):
+            flat = np.asarray(g)[:, layer].reshape(len(weights), -1)
             block = flat.T @ (weights[:, None] * flat)
             basis = np.kron(np.asarray(left[layer]), np.asarray(right[layer]))
             np.testing.assert_allclose(basis.T @ basis, np.eye(len(block)), atol=1e-10)
