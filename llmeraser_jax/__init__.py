@@ -28,6 +28,8 @@ from llmeraser_jax import interrupts
 if interrupts.is_console():  # before the imports that take seconds
     interrupts.install()
 
+from typing import TYPE_CHECKING, Any
+
 from llmeraser_jax import curvature, evaluation, rivals, solvers
 from llmeraser_jax.data import (
     Action,
@@ -43,7 +45,6 @@ from llmeraser_jax.data import (
     load_requests,
     save_examples,
 )
-from llmeraser_jax.evaluation.job import evaluate_runs, write_report
 from llmeraser_jax.lora import Lora, LoraConfig, add_delta, load_adapter, merge_lora, save_adapter
 from llmeraser_jax.losses import Objective, lm_objective
 from llmeraser_jax.models import Model, ModelConfig, generate, init_base, load_model, save_model
@@ -76,6 +77,20 @@ from llmeraser_jax.unlearning import (
     erase_run,
     task_of_run,
 )
+
+if TYPE_CHECKING:
+    from llmeraser_jax.evaluation.job import evaluate_runs, write_report
+
+
+def __getattr__(name: str) -> Any:
+    """What draws pages is imported where it is asked for: matplotlib takes as long as JAX."""
+    if name not in ("evaluate_runs", "write_report"):
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from llmeraser_jax.evaluation import job
+
+    return getattr(job, name)
+
 
 __all__ = [
     "PAPER_DESCENT",

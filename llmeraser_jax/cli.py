@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from llmeraser_jax import interrupts
 from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.data import Recipe
-from llmeraser_jax.environment import keep_compiled_programs, library_versions
+from llmeraser_jax.environment import compile_quickly, keep_compiled_programs, library_versions
 from llmeraser_jax.lora import LoraConfig
 from llmeraser_jax.models.precision import MatmulPrecision
 from llmeraser_jax.notation import read_method, read_solver, read_trust_region, write
@@ -1177,6 +1177,7 @@ def main(arguments: list[str] | None = None) -> int:
         own = versions.pop("llmeraser-jax") or "(from its source tree)"
         _say(f"llmeraser {own}   ({', '.join(f'{name} {v}' for name, v in versions.items())})")
         return 0
+    compile_quickly()
     keep_compiled_programs()
     command = _parse(arguments)
     return guarded(command.run, out_of_memory=_out_of_memory(command))

@@ -113,7 +113,7 @@ def abstract_base(work: Workload, mesh: Mesh) -> BaseParams:
 
 
 _product = jax.jit(lambda operator, v: operator.mv(v))
-_rows = jax.jit(partial(example_rows, num_roots=0, log_odds=True))
+_rows = jax.jit(partial(example_rows, kind="log-odds"))
 
 # What an optimiser step, a Krylov solver and target matching with stored rows spend their memory on, traced.
 PROGRAMS: Mapping[str, Callable[[Shapes], Any]] = MappingProxyType(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -315,7 +316,8 @@ def per_example(fn: Callable[..., PyTree], stack: ExampleStack, *args: PyTree) -
         arrays of integers).
     """
     places = example_places(stack)
-    parts = [jax.tree.map(_flat, part) for part in to_host(_per_chunk(fn, stack, *args))]
+    found = [part for entry in stack.entries for part in _per_chunk(fn, entry, *args)]
+    parts = [jax.tree.map(_flat, part) for part in to_host(found)]
     return jax.tree.map(lambda *leaves: _joined(leaves)[places], *parts)
 
 
@@ -355,12 +357,23 @@ def data_losses(objective: Objective, params: LoraParams, batch: Batch) -> Float
     return objective.data_losses(params, batch)
 
 
-def losses_and_log_odds(
-    objective: Objective, params: LoraParams, batch: Batch
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Data losses and their log-odds from one forward pass, for `per_example`."""
+class ForwardValues(NamedTuple):
+    """What one forward pass tells of a micro-batch; one program for all who ask for some of it."""
+
+    losses: Float[Array, " batch"]
+    log_odds: Float[Array, " batch"]
+    # Of each loss token its id and its loss, nan where there is none; None where examples have no tokens.
+    tokens: tuple[Int[Array, "batch tokens"], Float[Array, "batch tokens"]] | None
+
+
+def forward_values(objective: Objective, params: LoraParams, batch: Batch) -> ForwardValues:
+    """Data losses, their log-odds, and what they are made of, for `per_example`."""
     outputs = objective.outputs(params, batch)
-    return objective.output_loss_fn(outputs, batch), objective.output_log_odds(outputs, batch)
+    of_tokens = objective.token_losses_fn
+    tokens = None if of_tokens is None else (batch.targets, of_tokens(outputs, batch))
+    return ForwardValues(
+        objective.output_loss_fn(outputs, batch), objective.output_log_odds(outputs, batch), tokens
+    )
 
 
 def example_losses(objective: Objective, params: LoraParams, stack: ExampleStack) -> Float[np.ndarray, " examples"]:

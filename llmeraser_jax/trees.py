@@ -1,14 +1,15 @@
 """Vector-space operations on pytrees.
 
 Reductions run in at least float32 and leaf by leaf. Flattening into one vector (`ravel_pytree`) would gather
-sharded leaves, so the package does not use it.
+sharded leaves, so the package does not use it. What is called outside of compiled functions is one program itself,
+and not several for each shape of a leaf.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,28 @@ from jaxtyping import Array, Float
 from llmeraser_jax.parallel import to_host
 from llmeraser_jax.types import PyTree
 
+_as_one_program = partial(jax.jit, inline=True)
 
+
+@_as_one_program
 def tree_add(a: PyTree, b: PyTree) -> PyTree:
     """`a + b`, leaf by leaf."""
     return jax.tree.map(jnp.add, a, b)
 
 
+@_as_one_program
 def tree_sub(a: PyTree, b: PyTree) -> PyTree:
     """`a - b`, leaf by leaf."""
     return jax.tree.map(jnp.subtract, a, b)
 
 
+@_as_one_program
 def tree_scale(scalar: float | Array, a: PyTree) -> PyTree:
     """`scalar * a`; keeps each leaf's dtype."""
     return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), a)
 
 
+@_as_one_program
 def tree_axpy(scalar: float | Array, x: PyTree, y: PyTree) -> PyTree:
     """`scalar * x + y`; keeps the dtype of `y`."""
     return jax.tree.map(lambda xi, yi: (scalar * xi + yi).astype(yi.dtype), x, y)
@@ -44,6 +51,7 @@ def tree_zeros_like(a: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, a)
 
 
+@_as_one_program
 def tree_vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Inner product of two real pytrees, accumulated in at least float32."""
 
@@ -54,6 +62,7 @@ def tree_vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_vdot, a, b)))
 
 
+@_as_one_program
 def tree_norm(a: PyTree) -> Float[Array, ""]:
     """Euclidean norm."""
     return jnp.sqrt(tree_vdot(a, a))

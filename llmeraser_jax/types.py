@@ -73,6 +73,15 @@ class ExampleStack:
     places: tuple[Int[Array, "_chunks _batch"], ...] | None = None
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # "data" and "fsdp" share each batch out
 
+    @property
+    def entries(self) -> tuple[ExampleStack, ...]:
+        """Each entry as a stack of its own; programs for one do not know how many there are."""
+        places = [None] * len(self.batches) if self.places is None else [(place,) for place in self.places]
+        return tuple(
+            ExampleStack((batches,), (weights,), place, self.mesh)
+            for batches, weights, place in zip(self.batches, self.weights, places, strict=True)
+        )
+
 
 @runtime_checkable
 class ExampleSet(Protocol):

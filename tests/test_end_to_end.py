@@ -82,6 +82,35 @@ def traces(run):
     return traces_of(examples, ['"colour of s1"', '"colour of s4"', "colour of s7 grey"], dataset)
 
 
+def test_an_erasure_compiles_few_programs_and_one_of_another_size_none(run, work, unseen, tmp_path):
+    compiled: list[str] = []
+
+    def note(event, seconds, **details):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(details["fun_name"]))
+
+    def erase_with(name, requests):
+        path = write_lines(tmp_path / f"{name}.jsonl", requests)
+        arguments = ["--run", str(run.path), "--requests", str(path), "--calibration", str(unseen)]
+        status = main(["erase", *arguments, "--workdir", str(tmp_path / name), *MATCHING])
+        assert status in (0, 3)
+        found = compiled.copy()
+        compiled.clear()
+        return found
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        first = erase_with("first", REQUESTS)
+        second = erase_with(
+            "second", [{"id": "r2", "action": "remove"}, {"id": "r5", "action": "remove"}, *REQUESTS]
+        )
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert 0 < len(first) <= 24, first
+    assert second == []
+
+
 def test_no_file_and_no_line_of_an_erasure_holds_what_was_erased(run, work, traces, monkeypatch, capfd, tmp_path):
     """Neither texts nor tokens nor hashes without a key; solver states that a kill leaves behind included."""
     monkeypatch.setattr(unlearning_job, "shutil", types.SimpleNamespace(rmtree=lambda *a, **k: None))

@@ -76,7 +76,7 @@ class JaxSide:
         if name == "gradient":
             return self._compiled(gradient_sum, self.objective, self.lora, self.stack)
         if name == "gradients of rows":
-            rows = partial(example_rows, num_roots=0)
+            rows = partial(example_rows, kind="loss")
             return self._compiled(rows, self.objective, self.lora, self.stack, jax.random.key(6))
         if name.startswith("cg"):
             return {}, lambda: self._cg(kind, kept=name.endswith("kept"))

@@ -9,7 +9,7 @@ from llmeraser_jax.curvature.damping import (
     relative_damping,
     stacked_axes,
 )
-from llmeraser_jax.curvature.dual import DualInverse, factorise
+from llmeraser_jax.curvature.dual import BlockCurvature, DualInverse, factorise
 from llmeraser_jax.curvature.empirical_fisher import empirical_fisher_product
 from llmeraser_jax.curvature.factor import (
     ExampleRows,
@@ -28,6 +28,7 @@ from llmeraser_jax.curvature.linearised import (
     linearise,
 )
 from llmeraser_jax.curvature.operators import CURVATURES, Curvature, DatasetCurvature, product_asymmetry
+from llmeraser_jax.curvature.row_blocks import RowBlocks
 from llmeraser_jax.curvature.spectrum import largest_term_eigenvalue
 from llmeraser_jax.curvature.streamed import StreamedOperator, streamed_operator
 from llmeraser_jax.curvature.taps import token_factors
@@ -36,6 +37,7 @@ __all__ = [
     "CACHED_PRODUCT_COST",
     "CURVATURES",
     "Bfloat16Products",
+    "BlockCurvature",
     "Curvature",
     "Damped",
     "DatasetCurvature",
@@ -45,6 +47,7 @@ __all__ = [
     "FactoredCurvature",
     "KroneckerFactors",
     "LinearisedCurvature",
+    "RowBlocks",
     "StreamedOperator",
     "block_mean_eigenvalues",
     "damping_product",

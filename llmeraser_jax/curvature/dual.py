@@ -10,26 +10,57 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jaxtyping import Bool, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.factor import FactoredCurvature
-from llmeraser_jax.parallel import to_host
+from llmeraser_jax.curvature.row_blocks import RowBlocks
 from llmeraser_jax.types import LoraParams
 
-_gram = jax.jit(trees.rows_gram)
-_vdot = jax.jit(trees.rows_vdot)
+
+@dataclasses.dataclass(frozen=True)
+class BlockCurvature:
+    """`sum_j w_j u_j u_j' + mu I`, its rows in blocks and their Gram matrix at hand.
+
+    Attributes:
+        rows: `u_j`.
+        weights: `w_j` [m], at least 0.
+        mu: above 0: the share of the L2 term and the damping.
+        gram: `U U'` [m, m].
+    """
+
+    rows: RowBlocks
+    weights: np.ndarray
+    mu: float
+    gram: np.ndarray
+
+    @classmethod
+    def of(cls, rows: RowBlocks, weights: np.ndarray, mu: float) -> BlockCurvature:
+        """Computes the Gram matrix: `m^2 p` multiplications and no pass through the network."""
+        return cls(rows, weights, mu, rows.gram(rows))
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        return True
+
+    def mv(self, v: LoraParams) -> LoraParams:
+        """The product with `v`."""
+        return self.rows.combine(self.weights * self.rows.products(v), _scaled(float(self.mu), v))
+
+    def joined(self, others: BlockCurvature) -> BlockCurvature:
+        """Both samples as one, each with its share of the rows; only products across are new."""
+        share = len(others.rows) / (len(self.rows) + len(others.rows))
+        across = self.rows.gram(others.rows)
+        return BlockCurvature(
+            rows=self.rows.joined(others.rows),
+            weights=np.concatenate([(1 - share) * self.weights, share * others.weights]),
+            mu=others.mu,
+            gram=np.block([[self.gram, across], [across.T, others.gram]]),
+        )
 
 
-@jax.jit
-def _difference(
-    mu: jax.Array, plus: jax.Array, plus_rows: LoraParams, minus: jax.Array, minus_rows: LoraParams
-) -> LoraParams:
-    return jax.tree.map(
-        lambda a, b: (a - b) / mu, trees.combine_rows(plus, plus_rows), trees.combine_rows(minus, minus_rows)
-    )
+_scaled = jax.jit(trees.tree_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +68,12 @@ class DualInverse:
     """`(sum_j w_j u_j u_j' + mu I)^-1`. Make it with `factorise`.
 
     Attributes:
-        operator: the curvature.
+        curvature: the matrix.
         root_weights: `sqrt(w)` [m].
         cholesky: the lower factor of `S G S + mu I` [m, m].
     """
 
-    operator: FactoredCurvature
+    curvature: BlockCurvature
     root_weights: np.ndarray
     cholesky: np.ndarray
 
@@ -53,55 +84,43 @@ class DualInverse:
 
     def solve(self, v: LoraParams) -> LoraParams:
         """The inverse times one vector."""
-        coefficients = self._small_solve(to_host(_vdot(self.operator.rows, v)).astype(np.float64))
-        one = jax.tree.map(lambda x: x[None], v)
-        dtype = jax.tree.leaves(v)[0].dtype
-        return _difference(
-            jnp.asarray(self.operator.mu, dtype),
-            jnp.ones(1, dtype),
-            one,
-            jnp.asarray(coefficients, dtype),
-            self.operator.rows,
-        )
+        rows, mu = self.curvature.rows, self.curvature.mu
+        coefficients = self._small_solve(rows.products(v))
+        return rows.combine(-coefficients / mu, _scaled(1 / float(mu), v))
 
-    def metric(self, others: LoraParams) -> tuple[np.ndarray, np.ndarray]:
-        """`V A^-1 V'` of a set of rows `V` (leaves [k, ...]).
+    def metric(
+        self, inner: Float[np.ndarray, "m k"], plain: Float[np.ndarray, "k k"]
+    ) -> tuple[Float[np.ndarray, "k k"], Float[np.ndarray, "m k"]]:
+        """`V A^-1 V'` of a set of rows `V`.
+
+        Args:
+            inner: `U V'`.
+            plain: `V V'`.
 
         Returns:
-            The matrix [k, k], and [m, k] what `combination` needs again.
+            The matrix, and `w` such that `A^-1 V' a = (V' a - U' w a) / mu`.
         """
-        inner = to_host(_gram(self.operator.rows, others)).astype(np.float64)
         solved = self._small_solve(inner)
-        plain = to_host(_gram(others, others)).astype(np.float64)
-        matrix = (plain - inner.T @ solved) / float(self.operator.mu)
+        matrix = (plain - inner.T @ solved) / self.curvature.mu
         return 0.5 * (matrix + matrix.T), solved
 
-    def combination(self, coefficients: np.ndarray, others: LoraParams, solved: np.ndarray) -> LoraParams:
-        """`A^-1 V' a`, with the second value of `metric`."""
-        dtype = jax.tree.leaves(others)[0].dtype
-        return _difference(
-            jnp.asarray(self.operator.mu, dtype),
-            jnp.asarray(coefficients, dtype),
-            others,
-            jnp.asarray(solved @ coefficients, dtype),
-            self.operator.rows,
-        )
 
+def factorise(curvature: BlockCurvature, half: Bool[np.ndarray, " m"] | None = None) -> DualInverse:
+    """The inverse of a factored curvature.
 
-def factorise(operator: FactoredCurvature) -> DualInverse:
-    """The inverse of a factored curvature; costs `m^2 p` multiplications and no pass through the network.
+    Args:
+        curvature: the matrix.
+        half: which half of the rows counts, twice; None is all of them.
 
     Raises:
         ValueError: `mu` is not above 0, or some weight is negative.
     """
-    weights = to_host(operator.weights).astype(np.float64)
-    mu = float(operator.mu)
+    weights, mu = curvature.weights, curvature.mu
     if not mu > 0 or np.any(weights < 0):
         msg = f"mu is {mu} and the least weight {weights.min()}; mu must be above 0 and weights at least 0."
         raise ValueError(msg)
-    root = np.sqrt(weights)
-    gram = to_host(_gram(operator.rows, operator.rows)).astype(np.float64)
-    small = root[:, None] * gram * root
+    root = np.sqrt(weights if half is None else np.where(half, 2 * weights, 0))
+    small = root[:, None] * curvature.gram * root
     small[np.diag_indices_from(small)] += mu
     factor, _ = scipy.linalg.cho_factor(small, lower=True)
-    return DualInverse(operator, root, factor)
+    return DualInverse(curvature, root, factor)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, weight_sum
 from llmeraser_jax.parallel import rows_over_devices
-from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, PyTree
+from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams, Outputs, PyTree
 
 
 @flax.struct.dataclass
@@ -48,19 +50,20 @@ class FactoredCurvature:
         )
 
 
-@flax.struct.dataclass
-class ExampleRows:
-    """Examples in stacking order (bucket by bucket, padding included with weight 0).
+RowKind = Literal["loss", "log-odds", "roots"]
+ROW_KINDS: tuple[RowKind, ...] = ("loss", "log-odds", "roots")
+
+
+class ExampleRows(NamedTuple):
+    """Examples in stacking order (bucket by bucket, padding included).
 
     Attributes:
         values: data loss, or its log-odds [m].
-        gradients: of the values, leaves [m, ...]; None where not asked for.
-        roots: `J' c` of each example, leaves [m, roots, ...]; None where not asked for.
+        rows: gradients of the values, or curvature rows `J' c`; leaves [m * roots, ...].
     """
 
     values: Float[Array, " m"]
-    gradients: PyTree | None
-    roots: PyTree | None
+    rows: PyTree
 
 
 def example_rows(
@@ -68,12 +71,10 @@ def example_rows(
     params: LoraParams,
     stack: ExampleStack,
     key: Key,
-    *,
-    gradients: bool = True,
+    kind: RowKind | Int[Array | np.ndarray, ""],
     num_roots: int = 1,
-    log_odds: bool = False,
 ) -> ExampleRows:
-    """Loss, gradient and curvature rows of every example, from one forward pass each.
+    """A row of adapter space for every example, from one forward and one backward pass.
 
     On a mesh every device ends with a share of the numbers of each row (`parallel.rows_over_devices`).
 
@@ -82,43 +83,60 @@ def example_rows(
         params: where.
         stack: the examples; its weights do not enter.
         key: of the random roots.
-        gradients: whether to compute them, at one backward pass.
-        num_roots: random roots per example, at one backward pass each.
-        log_odds: whether values and gradients are those of the log-odds `log(exp(l) - 1)` of the loss `l`.
+        kind: gradients of the loss or of its log-odds, or random curvature rows. A place in `ROW_KINDS`, traced,
+            leaves it open: one program computes all kinds.
+        num_roots: random roots per example, at one backward pass each; 1 for gradients.
 
     Raises:
         ValueError: roots of an objective that has none.
     """
-    if num_roots and objective.output_root_fn is None:
-        msg = "This objective has no output_root_fn; its curvature cannot be factored. Use a product instead."
-        raise ValueError(msg)
+    if isinstance(kind, str):
+        kinds, kind = (kind,), np.zeros((), np.int32)
+    else:
+        kinds = ROW_KINDS if objective.output_root_fn is not None else ROW_KINDS[:2]
 
-    value_fn = objective.output_log_odds if log_odds else objective.output_loss_fn
+    def one(objective: Objective, params: LoraParams, kind: Array | np.ndarray, batch: Batch, key: Key):
+        def slopes(kind: RowKind, outputs: Outputs, batch: Batch, key: Key):
+            value_of = partial(values_of, objective, kind)
+            value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
+            if kind == "roots":
+                return value, roots_of(objective, outputs, batch, key, num_roots)
+            return value, jax.tree.map(lambda x: jnp.broadcast_to(x, (num_roots, *x.shape)), slope)
 
-    def one(objective: Objective, params: LoraParams, batch: Batch, key: Key):
         outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-        value, slope = jax.value_and_grad(lambda o: jnp.sum(value_fn(o, batch)))(outputs)
-        gradient = pull_back(slope)[0] if gradients else None
-        roots = None
-        root_fn = objective.output_root_fn
-        if num_roots and root_fn is not None:
-            roots = jax.vmap(lambda k: pull_back(root_fn(outputs, batch, k))[0])(jax.random.split(key, num_roots))
-        return value, gradient, roots
+        value, cotangents = jax.lax.switch(kind, [partial(slopes, k) for k in kinds], outputs, batch, key)
+        return value, jax.vmap(lambda c: pull_back(c)[0])(cotangents)
 
-    def of_batch(keyed, objective, params):
-        return jax.vmap(partial(one, objective, params))(*keyed)
+    def of_batch(keyed, objective, params, kind):
+        return jax.vmap(partial(one, objective, params, kind))(*keyed)
 
     keyed = tuple(
         # Micro-batches of batches of one, with a key each.
-        (
-            jax.tree.map(lambda x: x[:, :, None], batches),
-            jax.random.split(jax.random.fold_in(key, position), weights.shape),
-        )
-        for position, (batches, weights) in enumerate(zip(stack.batches, stack.weights, strict=True))
+        (jax.tree.map(lambda x: x[:, :, None], batches), keys)
+        for batches, keys in zip(stack.batches, example_keys(key, stack), strict=True)
     )
-    rows = rows_over_devices(of_batch, dataclasses.replace(stack, batches=keyed), objective, params)
-    parts = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part) for part in rows]
-    return ExampleRows(*jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
+    parts = rows_over_devices(of_batch, dataclasses.replace(stack, batches=keyed), objective, params, kind)
+    values = [value.reshape(-1) for value, _ in parts]
+    rows = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), row) for _, row in parts]
+    return ExampleRows(jnp.concatenate(values), trees.concatenate_rows(*rows))
+
+
+def values_of(objective: Objective, kind: RowKind, outputs: Outputs, batch: Batch) -> Float[Array, " batch"]:
+    """What rows of a kind are gradients of; of curvature rows the loss."""
+    return (objective.output_log_odds if kind == "log-odds" else objective.output_loss_fn)(outputs, batch)
+
+
+def roots_of(objective: Objective, outputs: Outputs, batch: Batch, key: Key, num_roots: int) -> Outputs:
+    """`num_roots` random roots of one example, on a leading axis.
+
+    Raises:
+        ValueError: the objective has none.
+    """
+    root_fn = objective.output_root_fn
+    if root_fn is None:
+        msg = "This objective has no output_root_fn; its curvature cannot be factored. Use a product instead."
+        raise ValueError(msg)
+    return jax.vmap(lambda k: root_fn(outputs, batch, k))(jax.random.split(key, num_roots))
 
 
 def factored_curvature(
@@ -140,10 +158,23 @@ def factored_curvature(
         damping: rho.
         num_roots: rows per example; more of them lower the variance where responses have several tokens.
     """
-    found = example_rows(objective, params, stack, key, gradients=False, num_roots=num_roots)
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.roots)
+    rows = example_rows(objective, params, stack, key, "roots", num_roots).rows
     weights = jnp.repeat(stacked_weights(stack) / num_roots, num_roots)
     return FactoredCurvature(rows, weights, damping + objective.l2 * weight_sum(stack))
+
+
+def example_keys(key: Key, stack: ExampleStack) -> tuple[Key, ...]:
+    """A key for every example, [chunks, batch] of each bucket.
+
+    They follow the places of the examples where the stack knows them: another layout draws the same.
+    """
+    key, start, keys = jax.random.fold_in(key, 0), 0, []
+    for position, weights in enumerate(stack.weights):
+        running = start + jnp.arange(weights.size, dtype=jnp.int32).reshape(weights.shape)
+        numbers = running if stack.places is None else stack.places[position]
+        keys.append(jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(numbers))
+        start += weights.size
+    return tuple(keys)
 
 
 def stacked_weights(stack: ExampleStack) -> Float[Array, " m"]:

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from llmeraser_jax import checkpoint, trees
+from llmeraser_jax.curvature.factor import example_keys
 from llmeraser_jax.lora import COPIES, Lora
 from llmeraser_jax.losses import Objective, weight_sum
 from llmeraser_jax.parallel import on_primary, to_host
@@ -210,8 +211,7 @@ def _sum_over_rows(
         return fn(jax.vmap(rows_of)(alone, keys), weights)
 
     parts = []
-    for position, (batches, weights) in enumerate(zip(stack.batches, stack.weights, strict=True)):
-        keys = jax.random.split(jax.random.fold_in(key, position), weights.shape)
+    for batches, weights, keys in zip(stack.batches, stack.weights, example_keys(key, stack), strict=True):
         alone = jax.tree.map(lambda x: x[:, :, None], batches)  # micro-batches of batches of one
         parts.append((alone, weights, keys))
     return sum_over_chunks(chunk_sum, parts)

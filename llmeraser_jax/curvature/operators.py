@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import flax.struct
@@ -177,5 +178,9 @@ def product_asymmetry(operator: Operator, u: LoraParams, v: LoraParams) -> Float
         u: a vector of adapter space, drawn at random (`trees.tree_random_normal`).
         v: another one.
     """
-    av, au = operator.mv(v), operator.mv(u)
+    return _asymmetry(u, v, operator.mv(u), operator.mv(v))
+
+
+@partial(jax.jit, inline=True)
+def _asymmetry(u: LoraParams, v: LoraParams, au: LoraParams, av: LoraParams) -> Float[Array, ""]:
     return abs(trees.tree_vdot(u, av) - trees.tree_vdot(v, au)) / (trees.tree_norm(u) * trees.tree_norm(av))

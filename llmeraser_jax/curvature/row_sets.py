@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
+from llmeraser_jax.curvature.factor import RowKind, example_keys, roots_of, values_of
 from llmeraser_jax.losses import Objective, sum_over_examples
 from llmeraser_jax.parallel import map_over_devices
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
 
 _EXACT = jax.lax.Precision.HIGHEST
 
-RowKind = Literal["loss", "log-odds", "roots"]
 ROW_MEMORY_BYTES = 2**33  # per device, for rows that are stored
 SKETCH_WIDTH = 64  # numbers that the longest axis of each leaf's rows is projected to
 
@@ -72,10 +72,7 @@ class RowSet:
 
     def _keyed_batches(self) -> tuple[Any, ...]:
         """Each bucket's batches with a key for every example, [chunks, batch]."""
-        return tuple(
-            (batches, jax.random.split(jax.random.fold_in(self.key, place), weights.shape))
-            for place, (batches, weights) in enumerate(zip(self.stack.batches, self.stack.weights, strict=True))
-        )
+        return tuple(zip(self.stack.batches, example_keys(self.key, self.stack), strict=True))
 
     def sketch(self, key: Key, width: int) -> tuple[Float[Array, " examples"], Float[Array, "rows size"]]:
         """Values (loss or log-odds) of the examples, and random projections of the rows; a backward pass each.
@@ -87,11 +84,11 @@ class RowSet:
 
         def of_example(objective, params, projections, batch: Batch, key: Key):
             outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-            value_of = partial(_values, objective, self.kind)
+            value_of = partial(values_of, objective, self.kind)
             value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
             cotangents = jax.tree.map(lambda x: x[None], slope)
             if self.kind == "roots":
-                cotangents = _roots(objective, outputs, batch, key, self.num_roots)
+                cotangents = roots_of(objective, outputs, batch, key, self.num_roots)
             return value, jax.vmap(lambda c: _project(axes, projections, pull_back(c)[0]))(cotangents)
 
         def of_stack(stack, *args):
@@ -131,7 +128,7 @@ class RowSet:
             if self.kind == "roots":
                 roots = _roots_of_batch(objective, outputs, batch, keys, self.num_roots)
                 return _inner_products(roots, tangent)
-            values = partial(_values, objective, self.kind)
+            values = partial(values_of, objective, self.kind)
             return jax.jvp(lambda o: values(o, batch), (outputs,), (tangent,))[1][:, None]
 
         def of_stack(stack, *args):
@@ -142,24 +139,11 @@ class RowSet:
         return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
-def _values(objective: Objective, kind: RowKind, outputs, batch: Batch) -> Float[Array, " batch"]:
-    return (objective.output_log_odds if kind == "log-odds" else objective.output_loss_fn)(outputs, batch)
-
-
-def _roots(objective: Objective, outputs, batch: Batch, key: Key, num_roots: int):
-    """`num_roots` random roots of one example, on a leading axis; those of `factor.example_rows` for its key."""
-    root_fn = objective.output_root_fn
-    if root_fn is None:
-        msg = "This objective has no output_root_fn; its curvature cannot be factored. Use a product instead."
-        raise ValueError(msg)
-    return jax.vmap(lambda k: root_fn(outputs, batch, k))(jax.random.split(key, num_roots))
-
-
 def _roots_of_batch(objective: Objective, outputs, batch: Batch, keys: Key, num_roots: int):
     """Roots of each example of a micro-batch, leaves [batch, roots, ...]."""
 
     def of_example(outputs, batch, key):
-        return jax.tree.map(lambda x: x[:, 0], _roots(objective, outputs, batch, key, num_roots))
+        return jax.tree.map(lambda x: x[:, 0], roots_of(objective, outputs, batch, key, num_roots))
 
     outputs, batch = (jax.tree.map(lambda x: x[:, None], tree) for tree in (outputs, batch))  # batches of one
     return jax.vmap(of_example)(outputs, batch, keys)
@@ -188,7 +172,7 @@ def _combine_chunk(
             lambda r: jnp.einsum("bk,bk...->b...", coefficients.astype(r.dtype), r, precision=_EXACT), roots
         )
     else:
-        cotangent = jax.grad(lambda o: jnp.sum(coefficients[:, 0] * _values(objective, kind, o, batch)))(outputs)
+        cotangent = jax.grad(lambda o: jnp.sum(coefficients[:, 0] * values_of(objective, kind, o, batch)))(outputs)
     return pull_back(cotangent)[0]
 
 

@@ -335,7 +335,8 @@ class TokenDataset:
         row_weights[: len(weights)] = weights
 
         def chunked(array: np.ndarray, dtype: Any) -> jax.Array:
-            return jnp.asarray(array.reshape(num_chunks, chunk_size, *array.shape[1:]), dtype)
+            # NumPy converts: JAX would compile a program for every shape.
+            return jax.device_put(array.reshape(num_chunks, chunk_size, *array.shape[1:]).astype(dtype))
 
         batch = TokenBatch(
             tokens=chunked(tokens, jnp.int32),
@@ -511,7 +512,7 @@ def place_rows(places: np.ndarray, num_chunks: int, chunk_size: int) -> jax.Arra
     """`ExampleStack.places` of one bucket: the places given, then -1 for padding."""
     padded = np.full(num_chunks * chunk_size, -1, np.int32)
     padded[: len(places)] = places
-    return jnp.asarray(padded.reshape(num_chunks, chunk_size))
+    return jax.device_put(padded.reshape(num_chunks, chunk_size))
 
 
 def epoch_batches(

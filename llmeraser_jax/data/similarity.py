@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 from jaxtyping import Int
-from sklearn.preprocessing import normalize
 
 from llmeraser_jax.data.encoding import TokenDataset
 
@@ -49,5 +48,7 @@ def _text_vectors(dataset: TokenDataset) -> scipy.sparse.csr_array:
     inverse_frequency = np.log(len(tokens) / document_counts)
     # Sublinear term frequency times inverse document frequency, entry by entry.
     values = (1 + np.log(counts.data)) * inverse_frequency[counts.indices]
-    weighted = scipy.sparse.csr_array((values, counts.indices, counts.indptr), shape=shape)
-    return scipy.sparse.csr_array(normalize(weighted))
+    row_of = np.repeat(np.arange(len(tokens)), np.diff(counts.indptr))
+    norms = np.sqrt(np.bincount(row_of, values**2, minlength=len(tokens)))
+    values /= np.where(norms > 0, norms, 1)[row_of]
+    return scipy.sparse.csr_array((values, counts.indices, counts.indptr), shape=shape)

@@ -66,7 +66,7 @@ class TokenSubsets:
             for row, place in enumerate(np.asarray(places).reshape(-1)):
                 if place >= 0:
                     flat[row] = self._masked(int(indices[place]), flat[row])
-            batches.append(batch.replace(target_weights=jax.numpy.asarray(kept)))
+            batches.append(batch.replace(target_weights=jax.device_put(kept)))
         return dataclasses.replace(stack, batches=tuple(batches))
 
     def _masked(self, index: int, weights: np.ndarray) -> np.ndarray:

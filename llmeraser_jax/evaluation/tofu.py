@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.stats import hmean, ks_2samp
 
 from llmeraser_jax.data import Example, TokenDataset
 from llmeraser_jax.evaluation.scoring import answer, score_examples
@@ -103,6 +103,8 @@ def forget_quality(
     if 0 in (ours.size, theirs.size) or np.isnan(ours).any() or np.isnan(theirs).any():
         msg = f"Got {ours.size} and {theirs.size} truth ratios; both sides need some, and none may be nan."
         raise ValueError(msg)
+    from scipy.stats import ks_2samp  # slow to import, and only this test needs it
+
     test: Any = ks_2samp(ours, theirs)
     return float(test.pvalue), float(test.statistic)
 
@@ -142,7 +144,7 @@ class UtilityPart:
 
 def model_utility(parts: Sequence[UtilityPart]) -> float:
     """Harmonic mean of all numbers, 0 as soon as one is; TOFU's own is of retained and real authors and facts."""
-    return float(hmean([number for part in parts for number in dataclasses.astuple(part)]))
+    return statistics.harmonic_mean([float(number) for part in parts for number in dataclasses.astuple(part)])
 
 
 def rouge_l_recall(generated: str, reference: str) -> float:

@@ -13,11 +13,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmeraser_jax import trees
 from llmeraser_jax.convert import dequantized
 from llmeraser_jax.lora.config import LoraConfig, adaptable_stacks, adapted_modules, resolve_config
 from llmeraser_jax.lora.copies import COPIES, check_copies, fresh_copies, with_copies
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.text import short_repr
 from llmeraser_jax.types import AdaptableConfig, BaseParams, Key
 
@@ -173,11 +175,12 @@ def merge_lora(base: BaseParams, lora: Lora) -> BaseParams:
     return merged
 
 
-def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
+def product_norms(lora: Lora, delta: Lora) -> tuple[float, float]:
     """Frobenius norms of `scaling * B A` over all modules, and of its change when the adapter moves by `delta`.
 
     The network sees `B A` only, which `(A, B) -> (M A, B M^-1)` does not change. The change is computed as
-    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices. Trained copies are no part.
+    `dB (A + dA) + B dA`, without cancellation, and each norm from r x r Gram matrices, on the host in float64.
+    Trained copies are no part.
 
     Returns:
         The norm of the change, and that of the product before.
@@ -185,14 +188,18 @@ def product_norms(lora: Lora, delta: Lora) -> tuple[jax.Array, jax.Array]:
 
     def squared(bs, as_):
         """`||sum_k B_k A_k||^2` over layers, for lists of factors."""
-        b, a = jnp.concatenate(bs, axis=2), jnp.concatenate(as_, axis=1)
-        gram_b, gram_a = jnp.einsum("lor,los->lrs", b, b), jnp.einsum("lri,lsi->lrs", a, a)
-        return jnp.maximum(jnp.sum(gram_b * gram_a), 0)
+        b, a = np.concatenate(bs, axis=2), np.concatenate(as_, axis=1)
+        return float(np.sum((b.transpose(0, 2, 1) @ b) * (a @ a.transpose(0, 2, 1))))
 
-    change = product = jnp.zeros(())
+    def factors(name, leaves):
+        b, a = (to_host(leaves[side]).astype(np.float64) for side in ("b", "a"))
+        scales = lora.config.row_scales(name, len(a))
+        return b, a if scales is None else a * scales[..., None]
+
+    change = product = 0.0
     for group, name, leaves in low_rank_updates(lora):
-        step = delta.params[group][name]
-        a, step_a = (lora.config.scaled_rows(name, x["a"]) for x in (leaves, step))
-        change += squared((step["b"], leaves["b"]), (a + step_a, step_a))
-        product += squared((leaves["b"],), (a,))
-    return lora.config.scaling * jnp.sqrt(change), lora.config.scaling * jnp.sqrt(product)
+        (b, a), (step_b, step_a) = factors(name, leaves), factors(name, delta.params[group][name])
+        change += squared((step_b, b), (a + step_a, step_a))
+        product += squared((b,), (a,))
+    scaling = lora.config.scaling
+    return scaling * math.sqrt(max(change, 0.0)), scaling * math.sqrt(max(product, 0.0))

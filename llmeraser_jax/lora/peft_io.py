@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -133,7 +132,7 @@ def _load_adapter(directory: Path, model: AdaptableModel) -> Lora:
             f"({len(broken)} of {len(leaves)} matrices); its training diverged or the file is damaged."
         )
         raise ValueError(msg)
-    return Lora(params=jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/")), config=config)
+    return Lora(params=jax.tree.map(jax.device_put, unflatten_dict(leaves, sep="/")), config=config)
 
 
 def _weights(directory: Path) -> convert.SafetensorsSource:

@@ -108,7 +108,7 @@ def nystroem_from_products(
 def factored_preconditioner(curvature: WeightedRows) -> SpectralPreconditioner:
     """The inverse of a factored curvature, as a preconditioner for the curvature that it estimates.
 
-    Equal to `curvature.factorise(curvature).solve` up to rounding, but traceable. Directions whose eigenvalue is
+    Equal to the `solve` of `curvature.factorise` up to rounding, but traceable. Directions whose eigenvalue is
     below rounding of the largest one keep `mu`.
 
     Args:

@@ -196,13 +196,12 @@ _mean_eigenvalue = jax.jit(mean_eigenvalue, static_argnames="num_probes")
 _matrix_eigenvalues = jax.jit(block_mean_eigenvalues, static_argnames="num_probes")
 _largest_term_eigenvalue = jax.jit(largest_term_eigenvalue, static_argnames=("num_terms", "num_products"))
 _asymmetry = jax.jit(product_asymmetry)
-# A program of its own: inside of another, XLA draws again in every operation that reads a leaf.
-_random_normal = jax.jit(trees.tree_random_normal)
 
 
 def measure_asymmetry(operator: Operator, like: LoraParams, *, seed: int, jitted: bool = True) -> float:
     """`|u'Av - v'Au| / (||u|| ||Av||)` for random u and v; costs two products."""
-    u, v = (_random_normal(key, like) for key in jax.random.split(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    u, v = (jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), like) for _ in range(2))
     return float((_asymmetry if jitted else product_asymmetry)(operator, u, v))
 
 

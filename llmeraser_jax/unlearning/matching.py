@@ -32,7 +32,7 @@ import numpy as np
 from llmeraser_jax import trees
 from llmeraser_jax.checks import check_at_least, check_positive
 from llmeraser_jax.curvature.row_sets import ROW_MEMORY_BYTES, rows_fit
-from llmeraser_jax.losses import data_losses, per_example
+from llmeraser_jax.losses import forward_values, per_example
 from llmeraser_jax.types import ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, GRADIENT, BudgetSpent
 from llmeraser_jax.unlearning.inverse import measure_asymmetry
@@ -168,7 +168,6 @@ class _Matching:
 
     def __init__(self, method: TargetMatching, task: UnlearningTask, workspace: Workspace, targets: RowTargets):
         self.method, self.task, self.workspace, self.targets = method, task, workspace, targets
-        self.stack = workspace.stack(targets.examples, targets.indices)
         self.way = targets.way
         self.asked = targets.roles != Role.STAYS
         self.rng = workspace.rng(3)
@@ -191,6 +190,8 @@ class _Matching:
             if self.stores
             else SketchedRows(task.objective, workspace.budget, seed=workspace.seed, **options)
         )
+        self.lay_out = workspace.micro_batches if self.stores else workspace.stack
+        self.stack = self.lay_out(targets.examples, targets.indices)
 
     def fit(self, num_joined: int) -> bool:
         """Whether the rows can be stored with so many samples joined to the first: all that are there at once.
@@ -246,9 +247,9 @@ class _Matching:
         spare = budget.left - self.restoration_cost(0)
         size = min(self.restoration_rows, int(min(spare / _CONSTRAINT_COST, 1e9)))
         chosen = problem.trained_mean(size, self.rng, without_named=True).indices
-        stack = self.workspace.stack(problem.examples, chosen)
+        stack = self.lay_out(problem.examples, chosen)
         budget.spend("trust_region", (FORWARD + GRADIENT) * len(chosen))
-        trained = per_example(data_losses, stack, objective, self.task.adapter)
+        trained = per_example(forward_values, stack, objective, self.task.adapter)[0]
         return _RetainConstraints(stack, trained, *self.rows.measure(params, stack, "loss"))
 
     def add_curvature(self, params: LoraParams) -> None:
@@ -270,7 +271,7 @@ class _Matching:
         per_row = FORWARD + self.method.num_roots * BACKWARD
         workspace.budget.spend("curvature", per_row * len(sample.indices))
         key = jax.random.key(int(self.rng.integers(2**31)))
-        self.rows.add_curvature(params, workspace.stack(problem.examples, sample), key)
+        self.rows.add_curvature(params, self.lay_out(problem.examples, sample), key)
 
     def restoration_cost(self, num_constraints: int) -> float:
         """Gradient equivalents of a last restoration step that is accepted at once; its gradients are there."""
@@ -337,7 +338,8 @@ class _Matching:
                 stopped = str(error)
                 break
             if not records and isinstance(self.rows, StoredRows) and self.rows.inverse is not None:
-                asymmetry = measure_asymmetry(self.rows.inverse.operator, params, seed=self.workspace.seed)
+                curvature = self.rows.inverse.curvature
+                asymmetry = measure_asymmetry(curvature, params, seed=self.workspace.seed, jitted=False)
             params = trees.tree_axpy(scale, solved.delta, params)
             record = self.record(solved, point, after, scale, constraints)
             records.append(record)
@@ -406,7 +408,7 @@ class _Matching:
                 good = 0 < moved <= _MAX_OVERSHOOT * hoped
             else:
                 self.workspace.budget.spend("trust_region", FORWARD * len(constraints.losses))
-                losses = per_example(data_losses, constraints.stack, self.task.objective, trial)
+                losses = per_example(forward_values, constraints.stack, self.task.objective, trial)[0]
                 harm = float((losses - constraints.trained).mean())
                 good = harm <= max(constraints.harm, _HARM_BELOW)
                 good = good and self.off(after) <= max(self.off(before), ARRIVED)

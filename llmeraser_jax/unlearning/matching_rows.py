@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -29,15 +27,9 @@ import scipy.linalg
 from jax.sharding import Mesh
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature import (
-    DualInverse,
-    ExampleRows,
-    FactoredCurvature,
-    example_rows,
-    factored_curvature,
-    factorise,
-)
-from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowKind, RowSet
+from llmeraser_jax.curvature import BlockCurvature, DualInverse, RowBlocks, example_rows, factorise
+from llmeraser_jax.curvature.factor import ROW_KINDS, RowKind
+from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet
 from llmeraser_jax.losses import Objective, example_places
 from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
@@ -104,46 +96,33 @@ class MatchingRows(Protocol):
         ...
 
 
-@partial(jax.jit, static_argnames="log_odds")
-def _gradient_rows(objective, params, stack, log_odds: bool) -> ExampleRows:
-    return example_rows(objective, params, stack, jax.random.key(0), num_roots=0, log_odds=log_odds)
+_rows = jax.jit(example_rows, static_argnames="num_roots")
+
+
+def stored_rows(
+    objective: Objective, params: LoraParams, stack: ExampleStack, kind: RowKind, key: jax.Array, num_roots: int = 1
+) -> tuple[np.ndarray, RowBlocks]:
+    """Values of a stack's examples in the order asked for, and their rows, a block for every entry."""
+    which = np.asarray(ROW_KINDS.index(kind), np.int32)
+    found = [_rows(objective, params, entry, key, which, num_roots) for entry in stack.entries]
+    places = example_places(stack)
+    values = np.concatenate(to_host([part.values for part in found])).astype(np.float64)
+    return values[places], RowBlocks(tuple(part.rows for part in found), root_places(places, num_roots))
 
 
 @jax.jit
-def _joined(rows: LoraParams, others: LoraParams) -> LoraParams:
-    return trees.concatenate_rows(rows, others)
-
-
-_factored_curvature = jax.jit(factored_curvature, static_argnames="num_roots")
-
-
-@jax.jit
-def _kept_rows(rows: LoraParams, keep: jax.Array) -> LoraParams:
-    return jax.tree.map(lambda x: x[keep], rows)
-
-
-def _used_up(fn: Callable[..., jax.Array], rows: LoraParams, *others: LoraParams) -> LoraParams:
-    """`fn` of each leaf of rows that nobody reads again; its memory is free before the next leaf's turn."""
-
-    def of(*leaves):
-        found = jax.block_until_ready(fn(*leaves))
-        for leaf in leaves:
-            leaf.delete()
-        return found
-
-    return jax.tree.map(of, rows, *others)
-
-
-@jax.jit
-def _combined(coefficients: jax.Array, rows: LoraParams) -> LoraParams:
-    return trees.combine_rows(coefficients, rows)
-
-
-@jax.jit
-def _norms(operator: FactoredCurvature, delta: LoraParams, rhs: LoraParams) -> tuple[jax.Array, ...]:
+def _norms(product: LoraParams, rhs: LoraParams, delta: LoraParams) -> tuple[jax.Array, ...]:
     """Of `b`, `C delta - b` and `delta`."""
-    residual = trees.tree_sub(operator.mv(delta), rhs)
-    return tuple(trees.tree_norm(tree) for tree in (rhs, residual, delta))
+    return tuple(trees.tree_norm(tree) for tree in (rhs, trees.tree_sub(product, rhs), delta))
+
+
+def root_places(examples: np.ndarray, num_roots: int) -> np.ndarray:
+    """Where the roots of examples at these places are, several for each."""
+    return (examples[:, None] * num_roots + np.arange(num_roots)).reshape(-1)
+
+
+def _combined(rows: RowBlocks, own: np.ndarray, curvature_rows: RowBlocks, others: np.ndarray) -> LoraParams:
+    return curvature_rows.combine(others, rows.combine(own))
 
 
 class StoredRows:
@@ -161,13 +140,9 @@ class StoredRows:
         """Whether there is one to solve with."""
         return self.inverse is not None
 
-    def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, LoraParams]:
+    def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, RowBlocks]:
         """See `MatchingRows`; one backward pass each."""
-        places = example_places(stack)
-        found = _gradient_rows(self.objective, params, stack, log_odds=kind == "log-odds")
-        values = to_host(found.values).astype(np.float64)[places]
-        keep = jnp.asarray(places)
-        return values, _used_up(lambda leaf: _kept_rows(leaf, keep), found.gradients)
+        return stored_rows(self.objective, params, stack, kind, jax.random.key(0))
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
         """See `MatchingRows`.
@@ -176,49 +151,45 @@ class StoredRows:
             NoStepError: the damping is too small for float32.
         """
         if stack is None:
-            none = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), params)
-            self.inverse = factorise(FactoredCurvature(none, jnp.zeros(1), self.damping + self.objective.l2))
-            return
-        operator = _factored_curvature(
-            self.objective, params, stack, key, damping=self.damping, num_roots=self.num_roots
-        )
+            none = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), params)
+            rows, weights, total = RowBlocks.whole(none), np.zeros(1), 1.0
+        else:
+            _, rows = stored_rows(self.objective, params, stack, "roots", key, self.num_roots)
+            weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)]).astype(np.float64)
+            total = float(weights.sum())
+            weights = np.repeat(weights[example_places(stack)], self.num_roots) / self.num_roots
+        curvature = BlockCurvature.of(rows, weights, self.damping + self.objective.l2 * total)
         if self.inverse is not None:
-            before, self.inverse = self.inverse.operator, None
-            share = len(operator.weights) / (len(operator.weights) + len(before.weights))
-            operator = operator.replace(
-                rows=_used_up(lambda *leaves: jnp.concatenate(leaves), before.rows, operator.rows),
-                weights=jnp.concatenate([(1 - share) * before.weights, share * operator.weights]),
-            )
+            curvature = self.inverse.curvature.joined(curvature)
         try:
-            self.inverse = factorise(operator)
+            self.inverse = factorise(curvature)
         except np.linalg.LinAlgError as error:
             msg = f"Rounding made the damped curvature indefinite ({error}); raise damping."
             raise NoStepError(msg) from error
 
-    def _delta(
-        self,
-        inverse: DualInverse,
-        rows: LoraParams,
-        demand: np.ndarray,
-        constraints: tuple[LoraParams, np.ndarray] | None,
-    ) -> tuple[LoraParams, np.ndarray, np.ndarray, LoraParams]:
-        """The step, the coefficients `a`, the predicted moves, and the rows that were constrained."""
-        count = len(demand)
-        if constraints is not None:
-            rows = _joined(rows, constraints[0])
-            demand = np.concatenate([demand, constraints[1]])
-        metric, solved = inverse.metric(rows)
+    def _coefficients(
+        self, inverse: DualInverse, inner: np.ndarray, plain: np.ndarray, demand: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those of the constrained rows and of the curvature's in the step, and the moves that they predict.
+
+        Args:
+            inverse: of the curvature.
+            inner: inner products of curvature rows and constrained rows.
+            plain: of constrained rows with each other.
+            demand: of the constrained rows.
+            count: how many of them are targets.
+        """
+        metric, solved = inverse.metric(inner, plain)
         ridge = _softness(np.diag(metric), count, self.row_ridge)
         try:
             coefficients = np.linalg.solve(metric + np.diag(ridge), demand)
         except np.linalg.LinAlgError as error:
             msg = f"The rows' gradients depend on each other ({error}); give them a row_ridge above 0."
             raise NoStepError(msg) from error
-        delta = inverse.combination(coefficients, rows, solved)
-        return delta, coefficients, (metric @ coefficients)[:count], rows
+        return coefficients, -(solved @ coefficients), metric @ coefficients
 
     def solve(
-        self, rows: LoraParams, demand: np.ndarray, constraints: tuple[LoraParams, np.ndarray] | None
+        self, rows: RowBlocks, demand: np.ndarray, constraints: tuple[RowBlocks, np.ndarray] | None
     ) -> MatchingStep:
         """See `MatchingRows`.
 
@@ -226,30 +197,36 @@ class StoredRows:
             NoStepError: the rows depend on each other.
         """
         assert self.inverse is not None  # made before
-        delta, coefficients, predicted, rows = self._delta(self.inverse, rows, demand, constraints)
-        operator, rhs = self.inverse.operator, _combined(jnp.asarray(coefficients), rows)
-        rhs_norm, residual, norm = map(float, _norms(operator, delta, rhs))
+        curvature, count = self.inverse.curvature, len(demand)
+        if constraints is not None:
+            rows = rows.joined(constraints[0])
+            demand = np.concatenate([demand, constraints[1]])
+        inner, plain = curvature.rows.gram(rows), rows.gram(rows)
+        own, others, moves = self._coefficients(self.inverse, inner, plain, demand, count)
+        delta = _combined(rows, own / curvature.mu, curvature.rows, others / curvature.mu)
+        rhs_norm, residual, norm = map(float, _norms(curvature.mv(delta), rows.combine(own), delta))
         return MatchingStep(
             delta=replicate(delta, self.mesh),
-            predicted=predicted,
+            predicted=moves[:count],
             rhs_norm=rhs_norm,
             relative_residual=residual / rhs_norm,
-            error_bound=residual / float(operator.mu) / norm,
+            error_bound=residual / curvature.mu / norm,
         )
 
-    def standard_error(self, rows: LoraParams, demand: np.ndarray, step: MatchingStep) -> float:
+    def standard_error(self, rows: RowBlocks, demand: np.ndarray, step: MatchingStep) -> float:
         """Half the distance of the steps that two half samples give, over the step's norm."""
         assert self.inverse is not None  # made before
-        operator = self.inverse.operator
-        half = np.arange(len(operator.weights)) // self.num_roots % 2 == 0
+        curvature = self.inverse.curvature
+        half = np.arange(len(curvature.rows)) // self.num_roots % 2 == 0
         if half.all():
             return math.nan
-        steps = []
-        for chosen in (half, ~half):
-            places = jnp.asarray(np.flatnonzero(chosen))
-            part = FactoredCurvature(_kept_rows(operator.rows, places), 2 * operator.weights[places], operator.mu)
-            steps.append(self._delta(factorise(part), rows, demand, None)[0])
-        distance = float(trees.tree_norm(trees.tree_sub(*steps)))
+        inner, plain = curvature.rows.gram(rows), rows.gram(rows)
+        steps = [
+            self._coefficients(factorise(curvature, chosen), inner, plain, demand, len(demand))
+            for chosen in (half, ~half)
+        ]
+        own, others = ((one - other) / curvature.mu for one, other in zip(*(s[:2] for s in steps), strict=True))
+        distance = float(trees.tree_norm(_combined(rows, own, curvature.rows, others)))
         return 0.5 * distance / float(trees.tree_norm(step.delta))
 
     def solve_cost(self, num_examples: int, num_sampled: int) -> float:
@@ -290,7 +267,7 @@ class _Sketched:
 
 _combine = jax.jit(RowSet.combine)
 _products = jax.jit(RowSet.products)
-_sketch = jax.jit(RowSet.sketch, static_argnames="width")
+sketch_rows = jax.jit(RowSet.sketch, static_argnames="width")
 
 
 class SketchedRows:
@@ -311,9 +288,9 @@ class SketchedRows:
         self, params: LoraParams, stack: ExampleStack, kind: RowKind, key: jax.Array, num_roots: int = 1
     ) -> tuple[np.ndarray, _Sketched]:
         rows = RowSet(self.objective, params, stack, key, kind, num_roots)
-        values, sketches = _sketch(rows, self.sketch_key, width=SKETCH_WIDTH)
+        values, sketches = sketch_rows(rows, self.sketch_key, width=SKETCH_WIDTH)
         examples = example_places(stack)
-        places = (examples[:, None] * num_roots + np.arange(num_roots)).reshape(-1)
+        places = root_places(examples, num_roots)
         values = to_host(values).astype(np.float64)[examples]
         return values, _Sketched(rows, places, to_host(sketches).astype(np.float64)[places])
 

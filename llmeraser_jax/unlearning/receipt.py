@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmeraser_jax import files, trees
 from llmeraser_jax.environment import library_versions, peak_memory_bytes
 from llmeraser_jax.lora import Lora, product_norms
+from llmeraser_jax.parallel import to_host
 from llmeraser_jax.runs import Run
 from llmeraser_jax.solvers import Status, describe
 from llmeraser_jax.text import short_repr
@@ -280,9 +282,9 @@ def make_receipt(
         delta_norm=delta_norm,
         adapter_norm_before=float(trees.tree_norm(task.adapter)),
         adapter_norm_after=float(trees.tree_norm(moved.params)),
-        product_change_norm=None if products is None else float(products[0]),
-        product_norm_before=None if products is None else float(products[1]),
-        bf16_survival=float(bf16_survival(task.adapter, delta)),
+        product_change_norm=None if products is None else products[0],
+        product_norm_before=None if products is None else products[1],
+        bf16_survival=bf16_survival(task.adapter, delta),
         edited_gradient_norm_before=norms[0],
         edited_gradient_norm_after=norms[1],
         gradient_norm_examples=num_sampled,
@@ -320,16 +322,14 @@ def _edited_gradient_norms(
     return norms, len(weighted.indices)
 
 
-@jax.jit
-def bf16_survival(old: LoraParams, delta: LoraParams) -> jax.Array:
+def bf16_survival(old: LoraParams, delta: LoraParams) -> float:
     """`<round(old + delta) - round(old), delta> / ||delta||^2`, rounding to bfloat16: 1 where nothing is lost."""
-
-    def rounded(tree):
-        return jax.tree.map(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7), tree)
-
-    survived = trees.tree_sub(rounded(trees.tree_add(old, delta)), rounded(old))
-    size = trees.tree_vdot(delta, delta)
-    return jnp.where(size > 0, trees.tree_vdot(survived, delta) / size, 1.0)
+    survived = size = 0.0
+    for before, step in zip(*map(jax.tree.leaves, to_host((old, delta))), strict=True):
+        after, rounded = ((x.astype(jnp.bfloat16).astype(np.float64)) for x in (before + step, before))
+        survived += float(np.vdot(after - rounded, step.astype(np.float64)))
+        size += float(np.vdot(step, step))
+    return survived / size if size > 0 else 1.0
 
 
 def _outcome(moved: Moved, check: ValidityCheck | None, attempts: tuple[str, ...]) -> str:

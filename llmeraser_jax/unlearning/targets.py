@@ -27,20 +27,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from functools import partial
 from typing import Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from llmeraser_jax import trees
-from llmeraser_jax.curvature import example_rows
 from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet, rows_fit
 from llmeraser_jax.data.token_subsets import TokenSubsets, align_tokens
-from llmeraser_jax.losses import Objective, example_places, per_example
+from llmeraser_jax.losses import example_places, forward_values, per_example
 from llmeraser_jax.parallel import replicate, to_host
-from llmeraser_jax.types import Batch, ExampleSet, LoraParams
+from llmeraser_jax.types import ExampleSet
 from llmeraser_jax.unlearning.budget import FORWARD, GRADIENT
+from llmeraser_jax.unlearning.matching_rows import sketch_rows, stored_rows
 from llmeraser_jax.unlearning.problem import EditProblem
 from llmeraser_jax.unlearning.task import UnlearningTask
 from llmeraser_jax.unlearning.workspace import RowValues, Workspace
@@ -401,12 +400,6 @@ def _references(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "
     return known, unknown
 
 
-def _tokens_and_losses(objective: Objective, params: LoraParams, batch: Batch):
-    token_losses = objective.token_losses_fn
-    assert token_losses is not None  # asked for objectives of tokens only
-    return batch.targets, token_losses(objective.outputs(params, batch), batch)
-
-
 def _parts(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> list[_Part]:
     """Named rows and replacements; of an edit the tokens that differ, and those that stay."""
     problem, objective = task.problem, task.objective
@@ -416,8 +409,8 @@ def _parts(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagn
     if by_tokens:
         pairs = np.concatenate([problem.edited, problem.wanted])
         workspace.budget.spend(on, FORWARD * len(pairs))
-        stack = workspace.stack(problem.examples, pairs)
-        found = per_example(_tokens_and_losses, stack, objective, task.adapter)
+        stack = workspace.micro_batches(problem.examples, pairs)
+        found = per_example(forward_values, stack, objective, task.adapter).tokens
         for row, ids, losses in zip(pairs.tolist(), *found, strict=True):
             tokens[row] = (ids[~np.isnan(losses)], losses[~np.isnan(losses)])
     for owner, (old, new) in enumerate(zip(problem.named.tolist(), problem.replacements.tolist(), strict=True)):
@@ -479,15 +472,17 @@ def _exchange(old: np.ndarray, new: np.ndarray, known: float) -> tuple[np.ndarra
     return old_ends, new_ends
 
 
-@partial(jax.jit, static_argnames="stored")
-def _gradient_gram(objective, params, stack, stored: bool) -> jax.Array:
-    """Inner products of the gradients of a stack's examples, padding included; of rows or of their sketches."""
+def _gradient_gram(task: UnlearningTask, workspace: Workspace, rows: np.ndarray) -> Float[np.ndarray, "rows rows"]:
+    """Inner products of the gradients of examples, or of their sketches where gradients do not fit."""
+    objective, params, examples = task.objective, task.adapter, task.problem.examples
     key = jax.random.key(0)
-    if stored:
-        rows = example_rows(objective, params, stack, key, num_roots=0).gradients
-        return trees.rows_gram(rows, rows)
-    _, sketches = RowSet(objective, params, stack, key, "loss").sketch(key, SKETCH_WIDTH)
-    return trees.rows_gram(sketches, sketches)
+    if rows_fit(len(rows), params, workspace.mesh):
+        _, found = stored_rows(objective, params, workspace.micro_batches(examples, rows), "loss", key)
+        return found.gram(found)
+    stack = workspace.stack(examples, rows)
+    _, sketches = sketch_rows(RowSet(objective, params, stack, key, "loss"), key, width=SKETCH_WIDTH)
+    sketches = to_host(sketches).astype(np.float64)[example_places(stack)]
+    return sketches @ sketches.T
 
 
 def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", "diagnostics"]) -> tuple[Copy, ...]:
@@ -498,10 +493,8 @@ def _find_copies(task: UnlearningTask, workspace: Workspace, on: Literal["rhs", 
         return ()
     rows = np.unique([*(int(problem.named[s]) for s, _ in pairs), *(j for _, j in pairs)])
     workspace.budget.spend(on, GRADIENT * len(rows))
-    stack = workspace.stack(problem.examples, rows)
-    stored = rows_fit(len(rows), task.adapter, workspace.mesh)
-    place = dict(zip(rows.tolist(), example_places(stack).tolist(), strict=True))
-    gram = to_host(_gradient_gram(task.objective, task.adapter, stack, stored=stored)).astype(np.float64)
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    gram = _gradient_gram(task, workspace, rows)
     length = np.sqrt(np.maximum(np.diag(gram), np.finfo(np.float64).tiny))
     copies = []
     for s, j in pairs:

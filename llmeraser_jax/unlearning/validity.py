@@ -27,7 +27,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import binom, norm
+from scipy.special import bdtr, ndtr
 
 from llmeraser_jax import trees
 from llmeraser_jax.losses import Objective, per_example
@@ -303,7 +303,7 @@ class Validity:
             task, probe = self.task, self._probe
             self.workspace.budget.spend("diagnostics", FORWARD_WITH_TANGENT * len(probe))
             delta = trees.tree_sub(moved, task.adapter)
-            stack = self.workspace.stack(task.problem.examples, probe)
+            stack = self.workspace.micro_batches(task.problem.examples, probe)
             predicted = float(per_example(_quadratic, stack, task.objective, task.adapter, delta).mean())
         return GroupChange(
             num_rows=len(before),
@@ -413,7 +413,9 @@ def _judge_group(
         if rows.beyond[has_way].mean() > max(_OVERSHOOT_LOG_ODDS, error):
             beyond.append(f"went too far ({nats})")
     lagging = int(((rows.short > _LAGGING_SPREADS * spreads) & ~rows.near & ~rows.enough).sum())
-    by_chance = binom.ppf(_CHANCE, len(spreads), norm.sf(_LAGGING_SPREADS))
+    # The quantile of a binomial distribution: how many of so many normal numbers lie that far out by chance.
+    at_most = bdtr(np.arange(len(spreads) + 1.0), len(spreads), ndtr(-_LAGGING_SPREADS))
+    by_chance = int(np.argmax(at_most >= _CHANCE))
     if not short and lagging > max(by_chance, len(spreads) // ROWS_PER_LAGGARD):
         short.append(f"lag: {lagging} of {len(spreads)} are far from their targets ({nats})")
     return short, beyond, unclear

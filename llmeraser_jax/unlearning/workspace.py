@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from llmeraser_jax.losses import Objective, gradient_sum, losses_and_log_odds, per_example
+from llmeraser_jax import trees
+from llmeraser_jax.losses import Objective, forward_values, gradient_sum, per_example
 from llmeraser_jax.parallel import place_stack
 from llmeraser_jax.types import ExampleSet, ExampleStack, LoraParams
 from llmeraser_jax.unlearning.budget import FORWARD, Budget
@@ -75,11 +78,38 @@ class Workspace:
         stack = examples.stack(indices.indices, indices.weights, chunk_size=chunk_size or self.chunk_size)
         return place_stack(stack, self.mesh)
 
+    def micro_batches(self, examples: ExampleSet, indices: np.ndarray | Weighted) -> ExampleStack:
+        """Like `stack`, with an entry for every micro-batch: what is compiled for one serves any number of rows.
+
+        For what is computed entry by entry: values and rows of single examples, gradients.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        if not isinstance(indices, Weighted):
+            indices = Weighted(indices, np.ones(len(indices)))
+        buckets = np.array([examples.bucket_of(int(index)) for index in indices.indices])
+        if not len(buckets):
+            msg = "There are no examples to lay out."
+            raise ValueError(msg)
+        parts = []
+        for bucket in np.unique(buckets):
+            of_bucket = np.flatnonzero(buckets == bucket)
+            for chosen in np.split(of_bucket, np.arange(self.chunk_size, len(of_bucket), self.chunk_size)):
+                part = examples.stack(indices.indices[chosen], indices.weights[chosen], chunk_size=self.chunk_size)
+                assert part.places is not None  # of a set's stack
+                inside = np.asarray(part.places[0])
+                places = np.where(inside >= 0, chosen[inside], -1).astype(np.int32)
+                parts.append((part.batches[0], part.weights[0], jax.device_put(places)))
+        batches, weights, places = zip(*parts, strict=True)
+        return place_stack(ExampleStack(batches, weights, places), self.mesh)
+
     def gradient(
         self, objective: Objective, params: LoraParams, examples: ExampleSet, weighted: Weighted
     ) -> LoraParams:
         """`sum_i c_i grad l_i`."""
-        return gradient_sum(objective, params, self.stack(examples, weighted))
+        parts = [gradient_sum(objective, params, entry) for entry in self.micro_batches(examples, weighted).entries]
+        return functools.reduce(trees.tree_add, parts)
 
     def row_values(
         self, objective: Objective, params: LoraParams, examples: ExampleSet, indices: np.ndarray
@@ -87,7 +117,8 @@ class Workspace:
         """Losses and log-odds of rows, in the order of `indices`."""
         if len(indices) == 0:
             return RowValues(np.zeros(0), np.zeros(0))
-        return RowValues(*per_example(losses_and_log_odds, self.stack(examples, indices), objective, params))
+        values = per_example(forward_values, self.micro_batches(examples, indices), objective, params)
+        return RowValues(values.losses, values.log_odds)
 
     def trained_values(
         self,

@@ -10,13 +10,15 @@ from jax.flatten_util import ravel_pytree
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import CURVATURES, Damped, DatasetCurvature
-from llmeraser_jax.curvature.dual import factorise
+from llmeraser_jax.curvature.dual import BlockCurvature, factorise
 from llmeraser_jax.curvature.factor import (
+    ROW_KINDS,
     FactoredCurvature,
     example_rows,
     factored_curvature,
     stacked_weights,
 )
+from llmeraser_jax.curvature.row_blocks import RowBlocks
 from llmeraser_jax.losses import (
     gradient_sum,
     half_squared_error_root,
@@ -37,6 +39,14 @@ def _float64():
 def random_rows(num_rows: int, seed: int):
     rng = np.random.default_rng(seed)
     return {"a": jnp.asarray(rng.normal(size=(num_rows, 3))), "b": jnp.asarray(rng.normal(size=(num_rows, 2, 2)))}
+
+
+def in_blocks(rows, size: int) -> RowBlocks:
+    """The rows backwards, in blocks of one size with another row as padding; their places give the order back."""
+    count = len(rows["a"])
+    order = np.concatenate([np.arange(count)[::-1], np.zeros(-count % size, int)]).reshape(-1, size)
+    blocks = tuple(jax.tree.map(lambda x, o=o: x[o], rows) for o in order)
+    return RowBlocks(blocks, np.arange(count)[::-1])
 
 
 def dense_rows(rows) -> np.ndarray:
@@ -90,8 +100,8 @@ def test_rows_of_a_decoder_are_unbiased_and_gradients_add_up():
         small_lora(config, "float64", targets=("q_proj", "down_proj")),
     )
     stack = random_stack(2, 3, "float64")
-    found = example_rows(objective, lora, stack, jax.random.key(0), num_roots=0)
-    weighted = jax.tree.map(lambda g: jnp.einsum("m,m...->...", stacked_weights(stack), g), found.gradients)
+    found = example_rows(objective, lora, stack, jax.random.key(0), "loss")
+    weighted = jax.tree.map(lambda g: jnp.einsum("m,m...->...", stacked_weights(stack), g), found.rows)
     whole = trees.tree_axpy(objective.l2 * float(stacked_weights(stack).sum()), lora, weighted)
     np.testing.assert_allclose(
         ravel_pytree(whole)[0], ravel_pytree(gradient_sum(objective, lora, stack))[0], rtol=1e-9, atol=1e-12
@@ -124,21 +134,59 @@ def test_dual_inverse_is_the_dense_inverse(num_rows):
     dense = u.T @ (np.asarray(weights)[:, None] * u) + mu * np.eye(7)
     one = jax.tree.map(lambda x: x[0], random_rows(1, 9))
     np.testing.assert_allclose(materialise(operator, one), dense, atol=1e-12)
-    inverse = factorise(operator)
+    inverse = factorise(BlockCurvature.of(RowBlocks.whole(rows), np.asarray(weights), mu))
+    np.testing.assert_allclose(ravel_pytree(inverse.curvature.mv(one))[0], ravel_pytree(operator.mv(one))[0])
     flat = np.asarray(ravel_pytree(one)[0])
     np.testing.assert_allclose(ravel_pytree(inverse.solve(one))[0], np.linalg.solve(dense, flat), rtol=1e-9)
     np.testing.assert_allclose(trees.rows_vdot(rows, one), u @ flat, rtol=1e-12)
 
 
+def test_rows_in_blocks_are_the_rows():
+    rows, others, rng = random_rows(5, 0), random_rows(3, 1), np.random.default_rng(2)
+    both = in_blocks(rows, 2).joined(in_blocks(others, 2))
+    dense, coefficients = np.concatenate([dense_rows(rows), dense_rows(others)]), rng.normal(size=8)
+    one = jax.tree.map(lambda x: x[0], random_rows(1, 9))
+    flat = np.asarray(ravel_pytree(one)[0])
+    np.testing.assert_allclose(both.gram(both), dense @ dense.T, rtol=1e-12)
+    np.testing.assert_allclose(both.gram(in_blocks(rows, 3)), dense @ dense_rows(rows).T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(both.products(one), dense @ flat, rtol=1e-12, atol=1e-12)
+    for start, expected in ((None, 0.0), (one, flat)):
+        found = ravel_pytree(both.combine(coefficients, start))[0]
+        np.testing.assert_allclose(found, coefficients @ dense + expected, rtol=1e-12, atol=1e-12)
+
+
+def test_joined_curvatures_are_the_curvature_of_joined_rows():
+    first, second = (BlockCurvature.of(in_blocks(random_rows(m, m), 2), np.full(m, 1 / m), 0.1) for m in (2, 6))
+    both = first.joined(second)
+    np.testing.assert_allclose(both.gram, both.rows.gram(both.rows), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(both.weights, np.full(8, 1 / 8), rtol=1e-12)
+
+
+def test_one_program_computes_every_kind_of_row_and_a_layout_does_not_change_the_draws():
+    config = small_config()
+    objective, lora = small_objective(config, "float64"), small_lora(config, "float64", targets=("q_proj",))
+    stack, key = random_stack(2, 3, "float64"), jax.random.key(0)
+    stack = dataclasses.replace(stack, places=(jnp.arange(6, dtype=jnp.int32).reshape(2, 3),))
+    halves = [jax.tree.map(lambda x, k=k: x[k : k + 1], stack) for k in range(2)]
+    program = jax.jit(example_rows, static_argnames="num_roots")
+    for place, kind in enumerate(ROW_KINDS):
+        expected = example_rows(objective, lora, stack, key, kind)
+        parts = [program(objective, lora, half, key, np.asarray(place, np.int32)) for half in halves]
+        found = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        for leaf, like in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(leaf, like, rtol=1e-9, atol=1e-12)
+
+
 def test_constrained_step_solves_the_dense_quadratic_program():
     """minimise 1/2 d'Ad subject to Hd = t, by its KKT system."""
     rows, normals = random_rows(5, 0), random_rows(3, 1)
-    operator = FactoredCurvature(rows, jnp.full(5, 0.5), 0.01)
+    blocks, others = in_blocks(rows, 2), in_blocks(normals, 2)
     t = np.array([1.0, -2.0, 0.5])
-    inverse = factorise(operator)
-    metric, solved = inverse.metric(normals)
-    coefficients = np.linalg.solve(metric, t)
-    step = np.asarray(ravel_pytree(inverse.combination(coefficients, normals, solved))[0])
+    inverse = factorise(BlockCurvature.of(blocks, np.full(5, 0.5), 0.01))
+    metric, solved = inverse.metric(blocks.gram(others), others.gram(others))
+    coefficients = np.linalg.solve(metric, t) / 0.01
+    found = blocks.combine(-solved @ coefficients, others.combine(coefficients))
+    step = np.asarray(ravel_pytree(found)[0])
     u, h = dense_rows(rows), dense_rows(normals)
     a = 0.5 * u.T @ u + 0.01 * np.eye(7)
     kkt = np.block([[a, h.T], [h, np.zeros((3, 3))]])
@@ -149,16 +197,16 @@ def test_constrained_step_solves_the_dense_quadratic_program():
 
 def test_singular_and_negative_factors_are_refused():
     rows = random_rows(2, 0)
-    for weights, mu in ((jnp.ones(2), 0.0), (jnp.asarray([1.0, -1.0]), 0.1)):
+    for weights, mu in ((np.ones(2), 0.0), (np.asarray([1.0, -1.0]), 0.1)):
         with pytest.raises(ValueError, match="mu"):
-            factorise(FactoredCurvature(rows, weights, mu))
+            factorise(BlockCurvature.of(RowBlocks.whole(rows), weights, mu))
 
 
 def test_an_objective_without_a_root_says_so():
     examples = ArrayExamples(np.ones((3, 2)), np.ones(3))
     stack = examples.stack(np.arange(3), np.ones(3), chunk_size=3)
     with pytest.raises(ValueError, match="output_root_fn"):
-        example_rows(ridge_objective(0.0), split_params(np.ones(2)), stack, jax.random.key(0))
+        example_rows(ridge_objective(0.0), split_params(np.ones(2)), stack, jax.random.key(0), "roots")
 
 
 def test_rows_concatenate_in_order():

@@ -93,16 +93,14 @@ def test_a_linear_layer_has_its_blocks_inverted_exactly(linear):
 def test_eigenvalues_are_the_dense_diagonal_in_the_eigenbasis(decoder):
     """For the very same random roots, on every matrix of a decoder's adapter."""
     objective, lora, stack, found = decoder
-    rows = jax.jit(partial(example_rows, gradients=False, num_roots=2))(
-        objective, lora, stack, jax.random.key(4)
-    ).roots
+    rows = jax.jit(partial(example_rows, kind="roots", num_roots=2))(objective, lora, stack, jax.random.key(4)).rows
     weights = np.repeat(np.asarray(stacked_weights(stack)) / 2, 2)
     checked = 0
     for g, left, right, s in zip(
         *(jax.tree.leaves(tree) for tree in (rows, found.left, found.right, found.eigenvalues)), strict=True
     ):
-        for layer in range(g.shape[2]):
-            flat = np.asarray(g)[:, :, layer].reshape(len(weights), -1)
+        for layer in range(g.shape[1]):
+            flat = np.asarray(g)[:, layer].reshape(len(weights), -1)
             block = flat.T @ (weights[:, None] * flat)
             basis = np.kron(np.asarray(left[layer]), np.asarray(right[layer]))
             np.testing.assert_allclose(basis.T @ basis, np.eye(len(block)), atol=1e-10)

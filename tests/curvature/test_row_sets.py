@@ -28,18 +28,7 @@ def problem():
 def stored(problem, kind: str, num_roots: int):
     """The rows, leaves [rows, ...], by `example_rows`."""
     objective, lora, stack = problem
-    gradients = kind != "roots"
-    found = example_rows(
-        objective,
-        lora,
-        stack,
-        KEY,
-        gradients=gradients,
-        num_roots=0 if gradients else num_roots,
-        log_odds=kind == "log-odds",
-    )
-    rows = found.gradients if gradients else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.roots)
-    return found.values, rows
+    return example_rows(objective, lora, stack, KEY, kind, num_roots)
 
 
 @pytest.mark.parametrize(("kind", "num_roots"), KINDS)

@@ -30,7 +30,7 @@ def product(operator, v):
     return jax.jit(lambda op, v: op.mv(v))(operator, v)
 
 
-_rows = jax.jit(partial(example_rows, num_roots=2, log_odds=True))
+_rows = jax.jit(partial(example_rows, num_roots=2))
 
 
 def solve(objective, lora, stack):
@@ -64,7 +64,7 @@ def rows(mesh):
         "cached": product(linearise(operator), v),
         "products": jax.jit(RowSet.products)(row_set, v),
         "sketches": jax.jit(RowSet.sketch, static_argnames="width")(row_set, jax.random.key(4), 4),
-        "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0))),
+        "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0), np.asarray(2, np.int32))),
     }
 
 
@@ -198,7 +198,7 @@ def test_trained_copies_are_whole_on_every_device(tied):
                 "gradient": gradient_sum(objective, lora, stack),
                 "product": product(operator, v),
                 "products of rows": jax.jit(RowSet.products)(rows, v),
-                "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0))),
+                "rows": jax.tree.leaves(_rows(objective, lora, stack, jax.random.key(0), np.asarray(2, np.int32))),
             }
 
         alone = found(objective, lora, stack)

@@ -42,15 +42,19 @@ def test_the_validity_check_looks_at_other_rows_than_any_step_protected(monkeypa
     rng = np.random.default_rng(0)
     examples = ArrayExamples(rng.normal(size=(400, D)), rng.normal(size=400), 1)
     problem = EditProblem(examples, 400, np.arange(4), np.full(4, -1))
-    looked_at, stack = {64: [], 128: []}, Workspace.stack
+    looked_at = {64: [], 128: []}
 
-    def noted(self, examples, indices, **options):
-        rows = np.setdiff1d(indices.indices if isinstance(indices, Weighted) else indices, problem.named)
-        if len(rows):
-            looked_at[len(rows)].append(rows)
-        return stack(self, examples, indices, **options)
+    def noting(lay_out):
+        def noted(self, examples, indices, **options):
+            rows = np.setdiff1d(indices.indices if isinstance(indices, Weighted) else indices, problem.named)
+            if len(rows):
+                looked_at[len(rows)].append(rows)
+            return lay_out(self, examples, indices, **options)
 
-    monkeypatch.setattr(Workspace, "stack", noted)
+        return noted
+
+    for name in ("stack", "micro_batches"):
+        monkeypatch.setattr(Workspace, name, noting(getattr(Workspace, name)))
     path = Path(curvature=CurvatureSpec(sample_size=64, damping=0.1), solver=SOLVER, trust_region=None)
     result = erase_ridge(problem, np.zeros(D) + 0.1, path)
     protected, (probe, *again) = looked_at[64], looked_at[128]

@@ -8,17 +8,10 @@ import pytest
 
 from llmeraser_jax.data import TokenSubsets, align_tokens, encode_examples, find_look_alikes, load_examples
 from llmeraser_jax.data.requests import parse_requests
-from llmeraser_jax.losses import lm_objective, per_example
+from llmeraser_jax.losses import forward_values, lm_objective, per_example
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import UnlearningTask, Workspace, make_problem
-from llmeraser_jax.unlearning.targets import (
-    Role,
-    _regress,
-    _tokens_and_losses,
-    differing_tokens,
-    find_targets,
-    log_odds,
-)
+from llmeraser_jax.unlearning.targets import Role, _regress, differing_tokens, find_targets, log_odds
 from tests.training import tiny
 
 
@@ -86,7 +79,7 @@ def task_of(problem) -> UnlearningTask:
 def token_values(task: UnlearningTask, rows) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and losses of each row's loss tokens."""
     stack = WORKSPACE.stack(task.problem.examples, rows)
-    found = per_example(_tokens_and_losses, stack, task.objective, task.adapter)
+    found = per_example(forward_values, stack, task.objective, task.adapter).tokens
     return [(ids[~np.isnan(losses)], losses[~np.isnan(losses)]) for ids, losses in zip(*found, strict=True)]
 
 
