@@ -85,9 +85,9 @@ def traces(run):
 def test_an_erasure_compiles_few_programs_and_one_of_another_size_none(run, work, unseen, tmp_path):
     compiled: list[str] = []
 
-    def note(event, seconds, **details):
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append(str(details["fun_name"]))
+            compiled.append(str(kwargs["fun_name"]))
 
     def erase_with(name, requests):
         path = write_lines(tmp_path / f"{name}.jsonl", requests)

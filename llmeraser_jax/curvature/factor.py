@@ -90,6 +90,7 @@ def example_rows(
     Raises:
         ValueError: roots of an objective that has none.
     """
+    kinds: tuple[RowKind, ...]
     if isinstance(kind, str):
         kinds, kind = (kind,), np.zeros((), np.int32)
     else:

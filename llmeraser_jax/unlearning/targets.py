@@ -343,8 +343,8 @@ def _difficulty(
     if not (np.isfinite(shown.losses).all() and np.isfinite(asked.losses).all()):
         return None
     seen = values.losses[chosen]
-    losses, explained, _ = _regress(shown.losses, seen, asked.losses)
-    centres, _, spread = _regress(shown.log_odds, values.log_odds[chosen], asked.log_odds)
+    losses, explained, _ = regress_on_difficulty(shown.losses, seen, asked.losses)
+    centres, _, spread = regress_on_difficulty(shown.log_odds, values.log_odds[chosen], asked.log_odds)
     # Nothing is extrapolated beyond what calibration rows show.
     ends = log_odds(np.clip(losses, seen.min(), seen.max()))
     bounds = values.log_odds[chosen].min(), values.log_odds[chosen].max()
@@ -353,8 +353,13 @@ def _difficulty(
     )  # fmt: skip
 
 
-def _regress(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, float, float]:
+def regress_on_difficulty(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, float, float]:
     """A least squares line through [n] points at other places.
+
+    Args:
+        x: [n] losses or log-odds of rows under the model before training.
+        y: [n] the same under the adapter as trained, which was not trained on them.
+        at: [m] values of other rows under the model before training.
 
     Returns:
         Its values at `at`; 1 - (squared residuals of points that the line was not fitted to) / (squared deviations

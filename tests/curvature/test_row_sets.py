@@ -7,6 +7,7 @@ import pytest
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import example_rows
+from llmeraser_jax.curvature.factor import RowKind
 from llmeraser_jax.curvature.row_sets import RowSet
 from tests.curvature.problem import decoder_problem, relative_difference
 
@@ -25,7 +26,7 @@ def problem():
     return decoder_problem("float64", rank=2)
 
 
-def stored(problem, kind: str, num_roots: int):
+def stored(problem, kind: RowKind, num_roots: int):
     """The rows, leaves [rows, ...], by `example_rows`."""
     objective, lora, stack = problem
     return example_rows(objective, lora, stack, KEY, kind, num_roots)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tyro
 
 from experiments import study
+from experiments.real_model import difficulty
 from experiments.real_model import main as experiment
 from experiments.real_model.main import KINDS, RealModelConfig, choose_rows, make_requests
-from llmeraser_jax.data import Action
+from llmeraser_jax.data import Action, Example
 from llmeraser_jax.evaluation.records import read_comparison
+from llmeraser_jax.evaluation.scoring import score_examples
+from llmeraser_jax.runs import load_run
 from tests.training import tiny
 
 
@@ -109,3 +113,22 @@ def test_a_cell_keeps_seconds_and_answers_and_a_second_call_adds_what_is_missing
     assert len(lines) == 4 and "| before | finetune-edited | msa | retrained |" in page
     told = capsys.readouterr().out
     assert "with its measures" in told and "msa, seed 0" in told
+
+
+def test_difficulty_is_measured_on_rows_that_were_not_trained_on(directory, capsys):
+    config = config_of(directory, workdir=directory / "hard", kinds=("scattered",), num_scattered=1, methods=())
+    experiment.main(config)
+    capsys.readouterr()
+    run = load_run(config.workdir / "trained")
+    difficulty.main(difficulty.DifficultyConfig(run=run.path, data=config.data, num_rows=10))
+    known, others = (line.split()[-4:] for line in capsys.readouterr().out.splitlines()[-2:])
+    assert (known[0], others[0]) == ("10", "10")
+    drawn = np.sort(np.random.default_rng(0).permutation([*range(4, 20), *range(24, 40)])[:10])
+    rows = [json.loads(line) for line in config.data.read_text().splitlines()]
+    examples = [
+        Example(id=str(k), instruction=rows[k]["question"], response=rows[k]["answer"], format="question")
+        for k in drawn
+    ]
+    model = run.load_model()
+    losses = score_examples(model, run.load_adapter(model), run.encode(examples, model.tokenizer)).losses
+    assert float(known[2]) == pytest.approx(losses.mean(), rel=5e-3)

@@ -11,7 +11,7 @@ from llmeraser_jax.data.requests import parse_requests
 from llmeraser_jax.losses import forward_values, lm_objective, per_example
 from llmeraser_jax.models import load_model
 from llmeraser_jax.unlearning import UnlearningTask, Workspace, make_problem
-from llmeraser_jax.unlearning.targets import Role, _regress, differing_tokens, find_targets, log_odds
+from llmeraser_jax.unlearning.targets import Role, differing_tokens, find_targets, log_odds, regress_on_difficulty
 from tests.training import tiny
 
 
@@ -138,7 +138,7 @@ def test_a_row_left_out_is_predicted_by_the_line_through_the_others():
     rng = np.random.default_rng(0)
     x = rng.normal(size=12)
     y = 0.5 - 2 * x + 0.3 * rng.normal(size=12)
-    at, explained, spread = _regress(x, y, np.array([0.0, 1.0]))
+    at, explained, spread = regress_on_difficulty(x, y, np.array([0.0, 1.0]))
     slope, intercept = np.polyfit(x, y, 1)
     np.testing.assert_allclose(at, [intercept, intercept + slope])
     assert spread == pytest.approx((y - intercept - slope * x).std())
