@@ -20,6 +20,7 @@ ORDER = (
     ("models",),
     ("planning",),
     ("curvature", "solvers"),
+    ("compiled",),
     ("runs",),
     ("training",),
     ("unlearning",),

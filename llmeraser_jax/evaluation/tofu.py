@@ -144,7 +144,7 @@ class UtilityPart:
 
 def model_utility(parts: Sequence[UtilityPart]) -> float:
     """Harmonic mean of all numbers, 0 as soon as one is; TOFU's own is of retained and real authors and facts."""
-    return statistics.harmonic_mean([float(number) for part in parts for number in dataclasses.astuple(part)])
+    return float(statistics.harmonic_mean([float(x) for part in parts for x in dataclasses.astuple(part)]))
 
 
 def rouge_l_recall(generated: str, reference: str) -> float:
