@@ -25,7 +25,6 @@ from experiments.study import Study, check_methods
 from llmeraser_jax import files
 from llmeraser_jax.checks import check_at_least
 from llmeraser_jax.convert import dequantized, quantize
-from llmeraser_jax.data import TokenDataset
 from llmeraser_jax.evaluation.attacks import Attack, classifier_attack, likelihood_ratio_attack
 from llmeraser_jax.evaluation.klom import response_margins
 from llmeraser_jax.evaluation.records import BEFORE, RETRAINED, read_comparison, write_plan
@@ -34,6 +33,7 @@ from llmeraser_jax.evaluation.robustness import relearn
 from llmeraser_jax.evaluation.scoring import score_examples
 from llmeraser_jax.lora import Lora, merge_lora
 from llmeraser_jax.models import Model
+from llmeraser_jax.unlearning.task import take
 
 PARTS = ("named", "retained", "heldout")  # of a KLOM record
 STEPS = (1, 5, 20, 100)
@@ -66,13 +66,6 @@ class AttacksConfig:
             raise ValueError(msg)
 
 
-def subset(data: TokenDataset, rows: np.ndarray) -> TokenDataset:
-    """Some rows of a data set."""
-    return TokenDataset(
-        [data.encoded[k] for k in rows], data.recipe, buckets=data.buckets, normalizer=data.normalizer
-    )
-
-
 def probe(cell: Study, params: Lora) -> dict[str, Any]:
     """Mean losses on removed rows after rounding the merged weights, and after training goes on.
 
@@ -89,7 +82,7 @@ def probe(cell: Study, params: Lora) -> dict[str, Any]:
     def curve(on: np.ndarray, tested: np.ndarray) -> list[float]:
         batch_size = len(on) // STEPS[-1] or len(on)  # fresh rows in every step, or all of them
         config = dataclasses.replace(cell.scenario.train, batch_size=batch_size, microbatch_size=None)
-        again = (relearn(model, params, subset(data, on), config, num_steps=steps) for steps in STEPS)
+        again = (relearn(model, params, take(data, on), config, num_steps=steps) for steps in STEPS)
         return [loss(model, params, tested), *(loss(model, lora, tested) for lora in again)]
 
     mixed = np.random.default_rng(0).permutation(problem.named)
