@@ -270,6 +270,9 @@ FORGETTING = (
     Column("extraction", "retrained", _scalar("extraction_strength"),
            "extraction strength: the share of a response that the model says by itself once the beginning was "
            "given away. 1: the question suffices; 0: nothing."),
+    Column("R^2, forget rows", "retrained", _scalar("forget_r2"),
+           "how well the losses on single rows of the forget set predict those of the (other) retrained models: "
+           "1 is exactly, 0 as well as their mean does, below 0 worse than that."),
     Column("AUC, loss", "retrained", _auc("loss"),
            "membership inference: how well the forget set is told from examples that were never trained on, by "
            "the loss (0.5 is chance, 1 perfectly, 0 the wrong way round). The target is the retrained row, not "

@@ -57,6 +57,7 @@ QUALITY_MEANINGS = {
 _NOT_FINITE = "the value is"
 _NO_RETRAINED = "no retrained model was given"
 _ONE_SEED = "one retraining seed: no deviation between seeds is known"
+_LEAST_ROWS = 3  # whose differences an R^2 can speak of
 
 
 class _Node:
@@ -131,7 +132,8 @@ class _Summary:
                         "wanted": np.asarray([a for a in comparison.actions if a != "remove"])}  # fmt: skip
         self.klom = klom_of(comparison)
         measured = {key for record in comparison.records for key in record.scores}
-        self.keys = ["forget_loss", "wanted_loss", "forget_probability", "extraction_strength", "heldout_loss",
+        self.keys = ["forget_loss", "wanted_loss", "forget_r2", "forget_probability", "extraction_strength",
+                     "heldout_loss",
                      "heldout_kl_to_retrained", *(["retained_loss"] if "retained" in measured else []),
                      *(key for key in PROBES if key in measured)]  # fmt: skip
         kls = [record.scores.get("heldout_kl") for record in self.retrained]
@@ -140,6 +142,17 @@ class _Summary:
     def own_place(self, record: Record) -> int | None:
         """Its place among the retrained models, which it must not be held against."""
         return next((k for k, other in enumerate(self.retrained) if other is record), None)
+
+    def forget_r2(self, record: Record) -> Number | None:
+        """R^2 of a model's losses on single forget rows as a prediction of the (other) retrained models' means."""
+        own = self.own_place(record)
+        seeds = [_list(other.scores, "named") for k, other in enumerate(self.retrained) if k != own]
+        losses = _list(record.scores, "named")
+        if not seeds or len(losses) < _LEAST_ROWS:
+            return None
+        target = np.mean(seeds, axis=0)
+        spread = float(np.sum((target - target.mean()) ** 2))
+        return 1 - float(np.sum((losses - target) ** 2)) / spread if spread > 0 else None
 
     def why_no_kl(self) -> str:
         if len(self.retrained) < 2:
@@ -161,6 +174,7 @@ class _Summary:
         found = {
             "forget_loss": _mean(_list(scores, "named")),
             "wanted_loss": _mean(_list(scores, "wanted")),
+            "forget_r2": self.forget_r2(record),
             "forget_probability": _mean(np.exp(-_list(scores, "named"))),
             "extraction_strength": _mean(_list(scores, "named", "extraction")),
             "heldout_loss": _mean(_list(scores, "heldout")),
@@ -174,6 +188,7 @@ class _Summary:
     def reasons(self) -> dict[str, str]:
         return {
             "wanted_loss": "no edit was requested",
+            "forget_r2": f"it takes another retrained model and {_LEAST_ROWS} forget rows that differ under it",
             "heldout_loss": "no held-out example was given",
             "heldout_kl_to_retrained": self.why_no_kl(),
         }

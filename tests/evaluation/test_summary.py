@@ -228,6 +228,19 @@ def test_closures_by_hand_overall_per_action_and_for_controls():
     assert closure["controls"]["gradient ascent"]["forget_loss"] == pytest.approx(1 - 2.75 / 1.25)
 
 
+def test_r_squared_of_forget_rows_is_of_the_other_retrained_models():
+    report = summarise(_comparison())
+    # Retrained means are 1, 1, 1 and 2: their squared deviations sum to 0.75, the errors' squares to 0 and 3.
+    assert report["models"]["before"]["forget_r2"] == pytest.approx(1 - 7 / 0.75)
+    assert report["models"]["unlearned"]["forget_r2"] == pytest.approx(1 - 3 / 0.75)
+    # Seeds lie 0.15, 0 and 0.15 from the mean of the other two.
+    seeds = [entry["forget_r2"] for entry in report["models"]["retrained"]["per_seed"]]
+    assert seeds == pytest.approx([1 - 4 * 0.0225 / 0.75, 1, 1 - 4 * 0.0225 / 0.75])
+    report = summarise(_comparison(seeds=1))
+    assert report["models"]["unlearned"]["forget_r2"] == pytest.approx(1 - (0.16 + 0.36 + 0.16 + 2.56) / 0.75)
+    assert report["models"]["retrained"]["forget_r2"] is None
+
+
 def test_held_out_kl_of_the_retrained_column_is_the_seed_floor():
     comparison = _comparison()
     report = summarise(comparison)
