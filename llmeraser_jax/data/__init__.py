@@ -6,7 +6,6 @@ from llmeraser_jax.data.encoding import (
     TokenDataset,
     choose_buckets,
     encode_examples,
-    epoch_batches,
 )
 from llmeraser_jax.data.examples import DataError, Example, content_hash, load_examples, save_examples
 from llmeraser_jax.data.pictures import Picture, PicturePlaces, PictureProcessor, attach_places, places_of
@@ -49,7 +48,6 @@ __all__ = [
     "content_hash",
     "edited_example",
     "encode_examples",
-    "epoch_batches",
     "find_look_alikes",
     "load_examples",
     "load_requests",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -513,31 +513,6 @@ def place_rows(places: np.ndarray, num_chunks: int, chunk_size: int) -> jax.Arra
     padded = np.full(num_chunks * chunk_size, -1, np.int32)
     padded[: len(places)] = places
     return jax.device_put(padded.reshape(num_chunks, chunk_size))
-
-
-def epoch_batches(
-    dataset: TokenDataset, order: np.ndarray, *, batch_size: int, chunk_size: int
-) -> Iterator[ExampleStack]:
-    """One epoch of optimiser batches, all of one shape; each is accumulated over its micro-batches.
-
-    Args:
-        dataset: the training set.
-        order: positions to visit, usually a permutation [n].
-        batch_size: examples per optimiser step.
-        chunk_size: examples per micro-batch; at most `batch_size`.
-
-    Yields:
-        `ceil(n / batch_size)` stacks whose weights sum to 1; the last may hold fewer examples, each then
-        weighing more, so that every step follows a mean gradient.
-    """
-    if not 1 <= chunk_size <= batch_size:
-        msg = f"chunk_size is {chunk_size}; it must lie between 1 and batch_size = {batch_size}."
-        raise ValueError(msg)
-    num_chunks = -(-batch_size // chunk_size)
-    for start in range(0, len(order), batch_size):
-        indices = np.asarray(order[start : start + batch_size])
-        weights = np.full(len(indices), 1.0 / len(indices))
-        yield dataset.stack_uniform(indices, weights, chunk_size=chunk_size, num_chunks=num_chunks)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -196,7 +196,7 @@ class _Matching:
     def fit(self, num_joined: int) -> bool:
         """Whether the rows can be stored with so many samples joined to the first: all that are there at once.
 
-        Rows before and after a step, constrained ones and their copy behind the rows', and the curvature's.
+        Rows before and after a step, constrained ones of this step and of the one before, and the curvature's.
         """
         method = self.method
         samples = math.ceil((method.num_steps or _DEFAULT_STEPS) / method.refresh_every) + num_joined

@@ -15,7 +15,6 @@ from llmeraser_jax.data import (
     TokenDataset,
     choose_buckets,
     encode_examples,
-    epoch_batches,
 )
 from llmeraser_jax.types import ExampleSet
 
@@ -406,18 +405,3 @@ def test_padding_and_bucket_do_not_change_an_examples_loss(word_tokenizer):
         batch = jax.tree.map(lambda x: x[0], chosen.stack(np.arange(1), np.ones(1), chunk_size=1).batches[0])
         logits = jnp.asarray(table, jnp.float32)[jnp.take_along_axis(batch.tokens, batch.positions, axis=1)]
         np.testing.assert_allclose(response_cross_entropy(logits, batch), [wanted], rtol=1e-6)
-
-
-# -- training batches ------------------------------------------------------------------------------
-
-
-def test_an_epoch_visits_every_example_once_in_one_shape():
-    dataset = make_dataset([5, 40, 6, 7, 8])
-    batches = list(epoch_batches(dataset, np.array([4, 1, 0, 3, 2]), batch_size=3, chunk_size=2))
-    assert len(batches) == 2
-    assert shapes(batches[0]) == shapes(batches[1])
-    visited = [np.asarray(b.batches[0].tokens[..., 0] // 100)[np.asarray(b.weights[0]) > 0] for b in batches]
-    assert [v.tolist() for v in visited] == [[4, 1, 0], [3, 2]]
-    assert [float(b.weights[0].sum()) for b in batches] == [1.0, 1.0]
-    with pytest.raises(ValueError, match="chunk_size is 4"):
-        next(epoch_batches(dataset, np.arange(5), batch_size=3, chunk_size=4))
