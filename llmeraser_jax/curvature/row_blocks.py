@@ -24,6 +24,17 @@ def _with_combination(total: LoraParams, coefficients: jax.Array, rows: LoraPara
     return trees.tree_add(total, trees.combine_rows(coefficients, rows))
 
 
+@jax.jit
+def scale_rows(rows: LoraParams, scale: LoraParams) -> LoraParams:
+    """Every row times `scale`, number by number; leaves [m, ...]."""
+    return jax.tree.map(lambda x, s: x * s, rows, scale)
+
+
+@jax.jit
+def _with_squares(total: LoraParams, weights: jax.Array, rows: LoraParams) -> LoraParams:
+    return trees.tree_add(total, trees.combine_rows(weights, jax.tree.map(lambda x: x * x, rows)))
+
+
 @dataclasses.dataclass(frozen=True)
 class RowBlocks:
     """`u_i` as blocks.
@@ -73,12 +84,27 @@ class RowBlocks:
 
     def combine(self, coefficients: Float[np.ndarray, " m"], start: LoraParams | None = None) -> LoraParams:
         """`sum_i c_i u_i`, added to `start` where there is one."""
-        leaves = jax.tree.leaves(self.blocks[0])
-        whole = np.zeros(sum(self.sizes), leaves[0].dtype)
-        whole[self.places] = coefficients
-        total = start
-        if total is None:
-            total = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self.blocks[0])
-        for block, part in zip(self.blocks, np.split(whole, np.cumsum(self.sizes)[:-1]), strict=True):
+        total = self._zero() if start is None else start
+        for block, part in zip(self.blocks, self._by_block(coefficients), strict=True):
             total = _with_combination(total, part, block)
         return total
+
+    def squares(self, weights: Float[np.ndarray, " m"]) -> LoraParams:
+        """`sum_i w_i u_i^2`, number by number: the diagonal of `U'WU`."""
+        total = self._zero()
+        for block, part in zip(self.blocks, self._by_block(weights), strict=True):
+            total = _with_squares(total, part, block)
+        return total
+
+    def scaled(self, scale: LoraParams) -> RowBlocks:
+        """Every row times `scale`, number by number."""
+        return RowBlocks(tuple(scale_rows(block, scale) for block in self.blocks), self.places)
+
+    def _zero(self) -> LoraParams:
+        return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self.blocks[0])
+
+    def _by_block(self, coefficients: np.ndarray) -> list[np.ndarray]:
+        """Coefficients of each block's rows, 0 for rows that belong to nothing."""
+        whole = np.zeros(sum(self.sizes), jax.tree.leaves(self.blocks[0])[0].dtype)
+        whole[self.places] = coefficients
+        return np.split(whole, np.cumsum(self.sizes)[:-1])

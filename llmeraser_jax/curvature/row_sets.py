@@ -74,22 +74,38 @@ class RowSet:
         """Each bucket's batches with a key for every example, [chunks, batch]."""
         return tuple(zip(self.stack.batches, example_keys(self.key, self.stack), strict=True))
 
-    def sketch(self, key: Key, width: int) -> tuple[Float[Array, " examples"], Float[Array, "rows size"]]:
+    def _rows_of_example(self, objective: Objective, params: LoraParams, batch: Batch, key: Key):
+        """The value of a batch of one, and its rows, leaves [roots, ...]."""
+        outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
+        value_of = partial(values_of, objective, self.kind)
+        value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
+        cotangents = jax.tree.map(lambda x: x[None], slope)
+        if self.kind == "roots":
+            cotangents = roots_of(objective, outputs, batch, key, self.num_roots)
+        return value, jax.vmap(lambda c: pull_back(c)[0])(cotangents)
+
+    def _alone(self) -> tuple[Any, ...]:
+        """`_keyed_batches` as micro-batches of batches of one."""
+        return tuple(
+            (jax.tree.map(lambda x: x[:, :, None], batches), keys) for batches, keys in self._keyed_batches()
+        )
+
+    def sketch(
+        self, key: Key, width: int, scale: LoraParams | None = None
+    ) -> tuple[Float[Array, " examples"], Float[Array, "rows size"]]:
         """Values (loss or log-odds) of the examples, and random projections of the rows; a backward pass each.
 
         Args:
             key: of the projections; equal for all row sets whose inner products are wanted.
             width: numbers that the longest axis of each leaf is projected to.
+            scale: what every row is multiplied by, number by number.
         """
 
-        def of_example(objective, params, projections, batch: Batch, key: Key):
-            outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-            value_of = partial(values_of, objective, self.kind)
-            value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
-            cotangents = jax.tree.map(lambda x: x[None], slope)
-            if self.kind == "roots":
-                cotangents = roots_of(objective, outputs, batch, key, self.num_roots)
-            return value, jax.vmap(lambda c: _project(axes, projections, pull_back(c)[0]))(cotangents)
+        def of_example(objective, params, projections, scale, batch: Batch, key: Key):
+            value, rows = self._rows_of_example(objective, params, batch, key)
+            if scale is not None:
+                rows = jax.tree.map(lambda x, s: x * s, rows, scale)
+            return value, jax.vmap(partial(_project, axes, projections))(rows)
 
         def of_stack(stack, *args):
             return [
@@ -97,14 +113,23 @@ class RowSet:
             ]
 
         axes, projections = _projections(self.params, key, width)
-        # Micro-batches of batches of one.
-        alone = tuple(
-            (jax.tree.map(lambda x: x[:, :, None], batches), keys) for batches, keys in self._keyed_batches()
-        )
-        stack = dataclasses.replace(self.stack, batches=alone)
-        parts = map_over_devices(of_stack, stack, self.objective, self.params, projections)
+        stack = dataclasses.replace(self.stack, batches=self._alone())
+        parts = map_over_devices(of_stack, stack, self.objective, self.params, projections, scale)
         rows = [sketch.reshape(-1, sketch.shape[-1]) for _, sketch in parts]
         return jnp.concatenate([value.reshape(-1) for value, _ in parts]), jnp.concatenate(rows)
+
+    def squares(self) -> LoraParams:
+        """`sum_i w_i row_i^2`, number by number, with the stack's weights, shared out among roots."""
+
+        def chunk(objective, params, keyed, weights):
+            rows = jax.vmap(lambda b, k: self._rows_of_example(objective, params, b, k)[1])(*keyed)
+            return jax.tree.map(
+                lambda x: jnp.einsum("bk...,b->...", x * x, weights, precision=_EXACT) / self.num_roots, rows
+            )
+
+        stack = dataclasses.replace(self.stack, batches=self._alone())
+        zero = trees.tree_zeros_like(self.params)
+        return sum_over_examples(chunk, stack, self.objective, self.params, zero=zero)[1]
 
     def combine(self, coefficients: Float[Array, " rows"]) -> LoraParams:
         """`sum_i a_i row_i`: one weighted backward pass."""

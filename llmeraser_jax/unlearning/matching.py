@@ -8,8 +8,8 @@ directions are kept and the `a_i` are solved for: the step is the solution of
 
 `C_R` the Gauss-Newton matrix of retained examples, `h_i` the gradient of row i's log-odds and `t_i` its share of
 the way left. In the dual that is `d = C^-1 H' a`, `(H C^-1 H' + kappa I) a = t`, with one gradient per row and
-step; C is factored into random rows, so that its inverse costs no further pass through the network where rows are
-stored, and a few where they do not fit into memory (`unlearning.matching_rows`).
+step; C is factored into random rows and shrunk towards its diagonal, so that its inverse costs no further pass
+through the network where rows are stored, and a few where they do not fit into memory (`unlearning.matching_rows`).
 
 A quadratic model does not see how retained rows change along the way. So restoration steps follow the K steps: the
 same constrained solve, with a fresh sample of retained rows constrained to their original loss. Forget rows that
@@ -78,6 +78,7 @@ class TargetMatching:
         max_standard_error: the first sample grows until the first step's standard error over its norm is at most
             this; inf never grows it.
         damping: rho, added to the curvature besides the L2 term's lambda.
+        shrinkage: of the curvature towards its diagonal: from 0, the sample's matrix, to 1, the diagonal alone.
         row_ridge: how far rows may miss their targets to spare the others: a ridge relative to their mean influence
             on themselves.
         restoration_steps: at most so many, in which fresh retained rows are constrained to their original loss.
@@ -94,6 +95,7 @@ class TargetMatching:
     refresh_every: int = 2
     max_standard_error: float = 0.2
     damping: float = 7e-3
+    shrinkage: float = 0.5
     row_ridge: float = 0.01
     restoration_steps: int = 5
     restoration_rows: int | None = None
@@ -105,6 +107,9 @@ class TargetMatching:
         check_at_least(self, num_steps=1, num_roots=1, refresh_every=1, restoration_rows=1)
         check_at_least(self, damping=0, row_ridge=0, restoration_steps=0, memory_budget_bytes=0)
         check_positive(self, "max_standard_error")
+        if not 0 <= self.shrinkage <= 1:
+            msg = f"shrinkage is {self.shrinkage}; it must lie between 0 and 1."
+            raise ValueError(msg)
         size = self.sample_size
         if not (size is None or size == "all" or (isinstance(size, int) and size >= 1)):
             msg = f"sample_size is {size!r}; it must be a whole number of at least 1, or 'all'."
@@ -183,13 +188,17 @@ class _Matching:
         default = int(np.clip(len(problem.named), 128, 256))
         self.restoration_rows = default if method.restoration_rows is None else method.restoration_rows
         self.least_constraints = min(_LEAST_CONSTRAINTS, self.restoration_rows, self.num_retained)
-        options = {"damping": method.damping, "row_ridge": method.row_ridge, "num_roots": method.num_roots}
+        names = ("damping", "shrinkage", "row_ridge", "num_roots")
+        options = {name: getattr(method, name) for name in names}
         self.stores = self.fit(0)
         self.rows: MatchingRows = (
             StoredRows(task.objective, workspace.mesh, **options)
             if self.stores
             else SketchedRows(task.objective, workspace.budget, seed=workspace.seed, **options)
         )
+        # Rows that are not stored take the first sample's passes twice: its diagonal comes before its sketches.
+        twice = not self.stores and method.shrinkage > 0
+        self.first_curvature_cost = (2 if twice else 1) * self.curvature_cost
         self.lay_out = workspace.micro_batches if self.stores else workspace.stack
         self.stack = self.lay_out(targets.examples, targets.indices)
 
@@ -287,8 +296,9 @@ class _Matching:
         wanted = max(_DEFAULT_STEPS, min(furthest, _MAX_STEPS))
         num_constraints = min(self.restoration_rows, self.num_retained) if method.restoration_steps else 0
         for num_steps in range(wanted, 2, -1):
-            samples = math.ceil(num_steps / method.refresh_every)
-            needed = (num_steps + 1) * GRADIENT * self.num_rows + samples * self.curvature_cost
+            refreshed = math.ceil(num_steps / method.refresh_every) - 1
+            needed = (num_steps + 1) * GRADIENT * self.num_rows + refreshed * self.curvature_cost
+            needed += self.first_curvature_cost
             needed += num_steps * self.rows.solve_cost(self.num_rows, self.num_sampled)
             if needed + self.restoration_cost(num_constraints) <= self.workspace.budget.left:
                 return num_steps
@@ -311,11 +321,12 @@ class _Matching:
             try:
                 if point is None:
                     # A step that cannot be looked at afterwards is not worth its rows.
-                    budget.reserve((FORWARD + GRADIENT) * self.num_rows + self.curvature_cost)
-                    point = self.measure(params, gradients=True)
+                    budget.reserve((FORWARD + GRADIENT) * self.num_rows + self.first_curvature_cost)
                 if not self.rows.has_curvature or (not restoring and step % method.refresh_every == 0):
                     budget.reserve(FORWARD * self.num_rows + self.curvature_cost)
                     self.add_curvature(params)
+                if point is None:
+                    point = self.measure(params, gradients=True)
                 constraints = self.draw_constraints(params) if restoring and self.num_retained else None
                 harmless = constraints is None or constraints.harm <= _HARM_BELOW
                 if restoring and harmless and self.off(point) <= _CORRECT_ABOVE:

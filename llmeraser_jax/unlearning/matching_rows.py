@@ -1,9 +1,13 @@
 """The constrained solve of target matching: with rows that are stored, or with rows that are computed when needed.
 
-Both solve `minimise 1/2 d'(C + mu I) d` subject to softly constrained rows `h_i . d = t_i`, with `C = U'WU` the
-factored Gauss-Newton matrix of sampled retained rows. `StoredRows` inverts C
-in the space of its rows, exactly. `SketchedRows` never holds a row. With `X = [H; -sqrt(W) U]`, the solution is
-`d = X'z / mu` where
+Both solve `minimise 1/2 d'(C + mu I) d` subject to softly constrained rows `h_i . d = t_i`, with C the factored
+Gauss-Newton matrix `U'WU` of sampled retained rows, shrunk towards its diagonal as covariances of few samples are
+(Ledoit and Wolf 2004): `C = (1 - s) U'WU + s diag(U'WU)`. A row per example says nothing of the directions that it
+leaves out; the diagonal does. With `D = s diag(U'WU) + mu I` and all rows multiplied by `D^-1/2`, the problem has
+C = (1 - s) U'WU and mu = 1. D is the first sample's.
+
+`StoredRows` inverts C in the space of its rows, exactly. `SketchedRows` never holds a row. With
+`X = [H; -sqrt(W) U]`, the solution is `d = X'z / mu` where
 
     (X X' / mu + diag(K, I)) z = (t, 0),     K the softness of the constraints.
 
@@ -29,11 +33,12 @@ from jax.sharding import Mesh
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import BlockCurvature, DualInverse, RowBlocks, example_rows, factorise
 from llmeraser_jax.curvature.factor import ROW_KINDS, RowKind
+from llmeraser_jax.curvature.row_blocks import scale_rows
 from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet
 from llmeraser_jax.losses import Objective, example_places
 from llmeraser_jax.parallel import replicate, to_host
 from llmeraser_jax.types import ExampleStack, LoraParams
-from llmeraser_jax.unlearning.budget import FORWARD_WITH_TANGENT, GRADIENT, Budget
+from llmeraser_jax.unlearning.budget import BACKWARD, FORWARD, FORWARD_WITH_TANGENT, GRADIENT, Budget
 from llmeraser_jax.unlearning.records import NoStepError
 
 _RETAIN_RIDGE = 0.1  # how softly retained rows are constrained, relative to their mean influence on themselves
@@ -48,9 +53,9 @@ class MatchingStep:
     Attributes:
         delta: the step.
         predicted: change of the rows' values, constraints on retained rows not among them.
-        rhs_norm: of the constraint combination `H'a`; of sketched rows that of the demand.
-        relative_residual: of the solve; nan of stored rows, until it is measured.
-        error_bound: on the step's relative error; nan where there is none.
+        rhs_norm: of the constraint combination `D^-1/2 H'a`; of sketched rows that of the demand.
+        relative_residual: of the solve, of rows times `D^-1/2`.
+        error_bound: on the step's relative error in the norm that D gives; nan where there is none.
         standard_error: of the step over its norm, from two halves of the curvature's sample.
     """
 
@@ -71,7 +76,7 @@ class MatchingRows(Protocol):
         ...
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, Any]:
-        """Values of a stack's examples in the order asked for, and their rows."""
+        """Values of a stack's examples in the order asked for, and their rows; after the first curvature."""
         ...
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
@@ -100,20 +105,40 @@ _rows = jax.jit(example_rows, static_argnames="num_roots")
 
 
 def stored_rows(
-    objective: Objective, params: LoraParams, stack: ExampleStack, kind: RowKind, key: jax.Array, num_roots: int = 1
+    objective: Objective,
+    params: LoraParams,
+    stack: ExampleStack,
+    kind: RowKind,
+    key: jax.Array,
+    *,
+    num_roots: int = 1,
+    scale: LoraParams | None = None,
 ) -> tuple[np.ndarray, RowBlocks]:
-    """Values of a stack's examples in the order asked for, and their rows, a block for every entry."""
+    """Values of a stack's examples in the order asked for, and their rows times `scale`, a block an entry."""
     which = np.asarray(ROW_KINDS.index(kind), np.int32)
-    found = [_rows(objective, params, entry, key, which, num_roots) for entry in stack.entries]
+    values, blocks = [], []
+    for entry in stack.entries:
+        found = _rows(objective, params, entry, key, which, num_roots)
+        values.append(found.values)
+        blocks.append(found.rows if scale is None else scale_rows(found.rows, scale))
     places = example_places(stack)
-    values = np.concatenate(to_host([part.values for part in found])).astype(np.float64)
-    return values[places], RowBlocks(tuple(part.rows for part in found), root_places(places, num_roots))
+    joined = np.concatenate(to_host(values)).astype(np.float64)
+    return joined[places], RowBlocks(tuple(blocks), root_places(places, num_roots))
 
 
 @jax.jit
 def _norms(product: LoraParams, rhs: LoraParams, delta: LoraParams) -> tuple[jax.Array, ...]:
     """Of `b`, `C delta - b` and `delta`."""
     return tuple(trees.tree_norm(tree) for tree in (rhs, trees.tree_sub(product, rhs), delta))
+
+
+@jax.jit
+def _inverse_root(squares: LoraParams, shrinkage: jax.Array, mu: jax.Array) -> LoraParams:
+    """`D^-1/2`."""
+    return jax.tree.map(lambda x: jax.lax.rsqrt((shrinkage * x + mu).astype(x.dtype)), squares)
+
+
+_times = jax.jit(lambda scale, v: jax.tree.map(lambda s, x: s * x, scale, v))
 
 
 def root_places(examples: np.ndarray, num_roots: int) -> np.ndarray:
@@ -129,11 +154,19 @@ class StoredRows:
     """Rows held on the device(s), each with a share of their numbers, and C inverted in their space."""
 
     def __init__(
-        self, objective: Objective, mesh: Mesh | None, *, damping: float, row_ridge: float, num_roots: int
+        self,
+        objective: Objective,
+        mesh: Mesh | None,
+        *,
+        damping: float,
+        shrinkage: float,
+        row_ridge: float,
+        num_roots: int,
     ):
-        self.mesh = mesh
-        self.objective, self.damping, self.row_ridge, self.num_roots = objective, damping, row_ridge, num_roots
+        self.mesh, self.objective = mesh, objective
+        self.damping, self.shrinkage, self.row_ridge, self.num_roots = damping, shrinkage, row_ridge, num_roots
         self.inverse: DualInverse | None = None
+        self.scale: LoraParams | None = None  # D^-1/2, which all rows are held times
 
     @property
     def has_curvature(self) -> bool:
@@ -142,7 +175,8 @@ class StoredRows:
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, RowBlocks]:
         """See `MatchingRows`; one backward pass each."""
-        return stored_rows(self.objective, params, stack, kind, jax.random.key(0))
+        assert self.has_curvature  # it scales rows
+        return stored_rows(self.objective, params, stack, kind, jax.random.key(0), scale=self.scale)
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
         """See `MatchingRows`.
@@ -154,11 +188,18 @@ class StoredRows:
             none = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), params)
             rows, weights, total = RowBlocks.whole(none), np.zeros(1), 1.0
         else:
-            _, rows = stored_rows(self.objective, params, stack, "roots", key, self.num_roots)
+            options = {"num_roots": self.num_roots, "scale": self.scale}
+            _, rows = stored_rows(self.objective, params, stack, "roots", key, **options)
             weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)]).astype(np.float64)
             total = float(weights.sum())
             weights = np.repeat(weights[example_places(stack)], self.num_roots) / self.num_roots
-        curvature = BlockCurvature.of(rows, weights, self.damping + self.objective.l2 * total)
+        mu = self.damping + self.objective.l2 * total
+        if stack is not None and self.shrinkage > 0:
+            if self.scale is None:
+                self.scale = _inverse_root(rows.squares(weights), self.shrinkage, mu)
+                rows = rows.scaled(self.scale)
+            weights, mu = (1 - self.shrinkage) * weights, 1.0
+        curvature = BlockCurvature.of(rows, weights, mu)
         if self.inverse is not None:
             curvature = self.inverse.curvature.joined(curvature)
         try:
@@ -206,12 +247,15 @@ class StoredRows:
         delta = _combined(rows, own / curvature.mu, curvature.rows, others / curvature.mu)
         rhs_norm, residual, norm = map(float, _norms(curvature.mv(delta), rows.combine(own), delta))
         return MatchingStep(
-            delta=replicate(delta, self.mesh),
+            delta=replicate(self._unscaled(delta), self.mesh),
             predicted=moves[:count],
             rhs_norm=rhs_norm,
             relative_residual=residual / rhs_norm,
             error_bound=residual / curvature.mu / norm,
         )
+
+    def _unscaled(self, delta: LoraParams) -> LoraParams:
+        return delta if self.scale is None else _times(self.scale, delta)
 
     def standard_error(self, rows: RowBlocks, demand: np.ndarray, step: MatchingStep) -> float:
         """Half the distance of the steps that two half samples give, over the step's norm."""
@@ -226,7 +270,7 @@ class StoredRows:
             for chosen in (half, ~half)
         ]
         own, others = ((one - other) / curvature.mu for one, other in zip(*(s[:2] for s in steps), strict=True))
-        distance = float(trees.tree_norm(_combined(rows, own, curvature.rows, others)))
+        distance = float(trees.tree_norm(self._unscaled(_combined(rows, own, curvature.rows, others))))
         return 0.5 * distance / float(trees.tree_norm(step.delta))
 
     def solve_cost(self, num_examples: int, num_sampled: int) -> float:
@@ -241,12 +285,14 @@ class _Sketched:
     Attributes:
         rows: what they are computed from.
         places: [m] where each is among all rows of the set, padding included.
-        sketches: [m, size], float64.
+        sketches: of the rows times `D^-1/2` [m, size], float64.
+        scale: `D^-1/2`; None is 1.
     """
 
     rows: RowSet
     places: np.ndarray
     sketches: np.ndarray
+    scale: LoraParams | None
 
     @property
     def num_examples(self) -> int:
@@ -254,11 +300,12 @@ class _Sketched:
         return len(self.places) // self.rows.num_roots
 
     def combine(self, coefficients: np.ndarray) -> LoraParams:
-        """`sum_i a_i row_i`."""
+        """`D^-1 sum_i a_i row_i`; without D the sum."""
         whole = np.zeros(self.rows.num_rows)
         whole[self.places] = coefficients
         dtype = jax.tree.leaves(self.rows.params)[0].dtype
-        return _combine(self.rows, jnp.asarray(whole, dtype))
+        combined = _combine(self.rows, jnp.asarray(whole, dtype))
+        return combined if self.scale is None else _times(self.scale, _times(self.scale, combined))
 
     def products(self, v: LoraParams) -> np.ndarray:
         """`row_i . v`."""
@@ -267,6 +314,7 @@ class _Sketched:
 
 _combine = jax.jit(RowSet.combine)
 _products = jax.jit(RowSet.products)
+_squares = jax.jit(RowSet.squares)
 sketch_rows = jax.jit(RowSet.sketch, static_argnames="width")
 
 
@@ -274,10 +322,19 @@ class SketchedRows:
     """Rows that are never stored."""
 
     def __init__(
-        self, objective: Objective, budget: Budget, *, damping: float, row_ridge: float, num_roots: int, seed: int
+        self,
+        objective: Objective,
+        budget: Budget,
+        *,
+        damping: float,
+        shrinkage: float,
+        row_ridge: float,
+        num_roots: int,
+        seed: int,
     ):
         self.objective, self.budget = objective, budget
-        self.damping, self.row_ridge, self.num_roots = damping, row_ridge, num_roots
+        self.damping, self.shrinkage, self.row_ridge, self.num_roots = damping, shrinkage, row_ridge, num_roots
+        self.scale: LoraParams | None = None
         self.sketch_key = jax.random.fold_in(jax.random.key(seed), 7)
         self.mu = damping + objective.l2
         self.samples: list[_Sketched] = []
@@ -288,25 +345,36 @@ class SketchedRows:
         self, params: LoraParams, stack: ExampleStack, kind: RowKind, key: jax.Array, num_roots: int = 1
     ) -> tuple[np.ndarray, _Sketched]:
         rows = RowSet(self.objective, params, stack, key, kind, num_roots)
-        values, sketches = sketch_rows(rows, self.sketch_key, width=SKETCH_WIDTH)
+        values, sketches = sketch_rows(rows, self.sketch_key, width=SKETCH_WIDTH, scale=self.scale)
         examples = example_places(stack)
         places = root_places(examples, num_roots)
         values = to_host(values).astype(np.float64)[examples]
-        return values, _Sketched(rows, places, to_host(sketches).astype(np.float64)[places])
+        return values, _Sketched(rows, places, to_host(sketches).astype(np.float64)[places], self.scale)
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, _Sketched]:
         """See `MatchingRows`; one backward pass each."""
+        assert self.has_curvature  # it scales rows
         return self._rows(params, stack, kind, jax.random.key(0))
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
-        """See `MatchingRows`."""
+        """See `MatchingRows`; the diagonal of the first sample takes its passes once more.
+
+        Raises:
+            BudgetSpent: those cannot be paid.
+        """
         self.has_curvature = True
         if stack is None:
             return
-        _, sample = self._rows(params, stack, "roots", key, self.num_roots)
         weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)]).astype(np.float64)
         self.mu = self.damping + self.objective.l2 * float(weights.sum())
-        own = np.repeat(weights, self.num_roots)[sample.places] / self.num_roots
+        if self.shrinkage > 0:
+            if self.scale is None:
+                self.budget.spend("curvature", (FORWARD + self.num_roots * BACKWARD) * len(example_places(stack)))
+                squares = _squares(RowSet(self.objective, params, stack, key, "roots", self.num_roots))
+                self.scale = _inverse_root(squares, self.shrinkage, self.mu)
+            self.mu = 1.0
+        _, sample = self._rows(params, stack, "roots", key, self.num_roots)
+        own = (1 - self.shrinkage) * np.repeat(weights, self.num_roots)[sample.places] / self.num_roots
         before = sum(map(len, self.weights))
         share = len(own) / (len(own) + before)
         self.weights = [*((1 - share) * w for w in self.weights), share * own]

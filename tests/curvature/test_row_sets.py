@@ -7,7 +7,7 @@ import pytest
 
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import example_rows
-from llmeraser_jax.curvature.factor import RowKind
+from llmeraser_jax.curvature.factor import RowKind, stacked_weights
 from llmeraser_jax.curvature.row_sets import RowSet
 from tests.curvature.problem import decoder_problem, relative_difference
 
@@ -42,6 +42,15 @@ def test_combinations_and_products_are_those_of_stored_rows(problem, kind, num_r
     assert relative_difference(combined, trees.combine_rows(coefficients, expected)) < 1e-12
     v = trees.tree_random_normal(jax.random.key(1), lora)
     np.testing.assert_allclose(jax.jit(RowSet.products)(rows, v), trees.rows_vdot(expected, v), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "num_roots"), KINDS)
+def test_squares_are_summed_with_the_weights_of_the_stack(problem, kind, num_roots):
+    objective, lora, stack = problem
+    found = RowSet(objective, lora, stack, KEY, kind, num_roots).squares()
+    weights = jnp.repeat(stacked_weights(stack) / num_roots, num_roots)
+    squares = jax.tree.map(lambda x: x**2, stored(problem, kind, num_roots).rows)
+    assert relative_difference(found, trees.combine_rows(weights, squares)) < 1e-12
 
 
 @pytest.mark.parametrize(("kind", "num_roots"), KINDS)

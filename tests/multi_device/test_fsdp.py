@@ -97,9 +97,9 @@ def test_rows_match_one_device_in_float64():
 def matching_step(mesh):
     """The solve of target matching: values of the rows, and the step that moves them."""
     objective, lora, stack = setup("float64", mesh)
-    rows = StoredRows(objective, mesh, damping=0.1, row_ridge=0.01, num_roots=1)
-    values, gradients = rows.measure(lora, stack, "log-odds")
+    rows = StoredRows(objective, mesh, damping=0.1, shrinkage=0.5, row_ridge=0.01, num_roots=1)
     rows.add_curvature(lora, stack, jax.random.key(5))
+    values, gradients = rows.measure(lora, stack, "log-odds")
     step = rows.solve(gradients, np.linspace(0.5, 2.0, len(values)), None)
     return values, step.delta, step.predicted
 

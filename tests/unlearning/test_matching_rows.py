@@ -16,7 +16,7 @@ from tests.unlearning.test_path_on_softmax import cross_entropy, logits
 from tests.unlearning.test_target_matching import root
 
 D, CLASSES = 40, 4
-OPTIONS = {"damping": 1e-2, "row_ridge": 0.01, "num_roots": 2}
+OPTIONS = {"damping": 1e-2, "shrinkage": 0.5, "row_ridge": 0.01, "num_roots": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,28 @@ def test_sketches_that_lose_nothing_give_the_step_of_stored_rows(head, monkeypat
     assert step.relative_residual < 1e-8
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
+def test_the_step_is_that_of_the_sample_shrunk_towards_its_diagonal(head, shrinkage):
+    params, targets, _, sample = head
+    options = {**OPTIONS, "shrinkage": shrinkage}
+    step = solve(StoredRows(objective(), None, **options), head, constraints=False)
+    _, blocks = matching_rows.stored_rows(objective(), params, sample, "roots", jax.random.key(2), num_roots=2)
+    _, normals = matching_rows.stored_rows(objective(), params, targets, "log-odds", jax.random.key(0))
+    u, h = (
+        np.concatenate([np.asarray(block["w"]).reshape(len(block["w"]), -1) for block in rows.blocks])[rows.places]
+        for rows in (blocks, normals)
+    )
+    sampled = u.T @ u / 80  # weights of 1/40, two roots each
+    matrix = (1 - shrinkage) * sampled + shrinkage * np.diag(np.diag(sampled))
+    matrix += (OPTIONS["damping"] + 1e-3 * 18 / 40) * np.eye(len(matrix))
+    influence = h @ np.linalg.solve(matrix, h.T)
+    ridge = OPTIONS["row_ridge"] * np.trace(influence) / len(h) * np.eye(len(h))
+    a = np.linalg.solve(influence + ridge, [1.0, -0.5, 2.0, 0.3, 0.7])
+    expected = np.linalg.solve(matrix, h.T @ a).reshape(D, CLASSES)
+    np.testing.assert_allclose(step.delta["w"], expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(step.predicted, influence @ a, rtol=1e-7)
+
+
 def test_joined_samples_weigh_as_with_stored_rows(head, monkeypatch):
     monkeypatch.setattr(matching_rows, "SKETCH_WIDTH", D)
     steps = []
@@ -109,9 +131,14 @@ def test_narrow_sketches_meet_the_constraints_all_the_same(head, monkeypatch):
 def test_directions_are_paid_before_they_are_computed(head):
     params, targets, _, sample = head
     rows = SketchedRows(objective(), Budget(10.0), seed=0, **OPTIONS)
+    with pytest.raises(BudgetSpent, match="no room"):
+        rows.add_curvature(params, sample, jax.random.key(2))
+    rows = SketchedRows(objective(), Budget(40.0), seed=0, **OPTIONS)
     rows.add_curvature(params, sample, jax.random.key(2))
+    diagonal = rows.budget.cost.total
+    assert diagonal == pytest.approx(18 * (1 + 2 * 2) / 3)
     _, normals = rows.measure(params, targets, "log-odds")
     with pytest.raises(BudgetSpent, match="no room"):
         rows.solve(normals, np.ones(5), None)
-    assert rows.budget.cost.total == 0
+    assert rows.budget.cost.total == diagonal
     assert rows.solve_cost(5, 7) == pytest.approx(3 * (5 * 5 / 3 + 18))

@@ -273,9 +273,9 @@ def test_cost_is_rows_roots_and_checks(memorised, restoration):
 def test_budget_ends_it_early_and_says_so(memorised):
     problem, params, calibration = make(memorised, "remove")
     whole = erase_head(problem, params, AUTO, calibration).cost.total
-    result = erase_head(problem, params, AUTO, calibration, 0.3, retraining_cost=whole)
+    result = erase_head(problem, params, AUTO, calibration, 0.4, retraining_cost=whole)
     receipt = receipt_of(result)
-    assert 0 < result.cost.total <= 0.3 * whole
+    assert 0 < result.cost.total <= 0.4 * whole
     assert "stopped early: the budget of" in receipt.outcome and len(receipt.steps) < 4
     with pytest.raises(UnlearningError, match="budget"):
         erase_head(problem, params, AUTO, calibration, 0.3, retraining_cost=1.0)
