@@ -46,6 +46,11 @@ def tree_axpy(scalar: float | Array, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda xi, yi: (scalar * xi + yi).astype(yi.dtype), x, y)
 
 
+def tree_multiply(a: PyTree, b: PyTree) -> PyTree:
+    """`a * b`, number by number; leaves broadcast, so that `b` may scale every one of many rows."""
+    return jax.tree.map(lambda x, y: x * y, a, b)
+
+
 def tree_zeros_like(a: PyTree) -> PyTree:
     """Zeros of the structure, shapes and dtypes of `a`."""
     return jax.tree.map(jnp.zeros_like, a)

@@ -97,15 +97,9 @@ def example_rows(
         kinds = ROW_KINDS if objective.output_root_fn is not None else ROW_KINDS[:2]
 
     def one(objective: Objective, params: LoraParams, kind: Array | np.ndarray, batch: Batch, key: Key):
-        def slopes(kind: RowKind, outputs: Outputs, batch: Batch, key: Key):
-            value_of = partial(values_of, objective, kind)
-            value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
-            if kind == "roots":
-                return value, roots_of(objective, outputs, batch, key, num_roots)
-            return value, jax.tree.map(lambda x: jnp.broadcast_to(x, (num_roots, *x.shape)), slope)
-
         outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-        value, cotangents = jax.lax.switch(kind, [partial(slopes, k) for k in kinds], outputs, batch, key)
+        branches = [partial(output_slopes, objective, k, num_roots) for k in kinds]
+        value, cotangents = jax.lax.switch(kind, branches, outputs, batch, key)
         return value, jax.vmap(lambda c: pull_back(c)[0])(cotangents)
 
     def of_batch(keyed, objective, params, kind):
@@ -125,6 +119,17 @@ def example_rows(
 def values_of(objective: Objective, kind: RowKind, outputs: Outputs, batch: Batch) -> Float[Array, " batch"]:
     """What rows of a kind are gradients of; of curvature rows the loss."""
     return (objective.output_log_odds if kind == "log-odds" else objective.output_loss_fn)(outputs, batch)
+
+
+def output_slopes(
+    objective: Objective, kind: RowKind, num_roots: int, outputs: Outputs, batch: Batch, key: Key
+) -> tuple[Float[Array, ""], Outputs]:
+    """Of a batch of one: its value, and what its rows are pulled back from, on a leading axis of `num_roots`."""
+    value_of = partial(values_of, objective, kind)
+    value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
+    if kind == "roots":
+        return value, roots_of(objective, outputs, batch, key, num_roots)
+    return value, jax.tree.map(lambda x: jnp.broadcast_to(x, (num_roots, *x.shape)), slope)
 
 
 def roots_of(objective: Objective, outputs: Outputs, batch: Batch, key: Key, num_roots: int) -> Outputs:

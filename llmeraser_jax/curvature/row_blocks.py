@@ -17,6 +17,7 @@ from llmeraser_jax.types import LoraParams
 
 _gram = jax.jit(trees.rows_gram)
 _products = jax.jit(trees.rows_vdot)
+multiply = jax.jit(trees.tree_multiply)
 
 
 @jax.jit
@@ -25,14 +26,8 @@ def _with_combination(total: LoraParams, coefficients: jax.Array, rows: LoraPara
 
 
 @jax.jit
-def scale_rows(rows: LoraParams, scale: LoraParams) -> LoraParams:
-    """Every row times `scale`, number by number; leaves [m, ...]."""
-    return jax.tree.map(lambda x, s: x * s, rows, scale)
-
-
-@jax.jit
 def _with_squares(total: LoraParams, weights: jax.Array, rows: LoraParams) -> LoraParams:
-    return trees.tree_add(total, trees.combine_rows(weights, jax.tree.map(lambda x: x * x, rows)))
+    return trees.tree_add(total, trees.combine_rows(weights, trees.tree_multiply(rows, rows)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +93,7 @@ class RowBlocks:
 
     def scaled(self, scale: LoraParams) -> RowBlocks:
         """Every row times `scale`, number by number."""
-        return RowBlocks(tuple(scale_rows(block, scale) for block in self.blocks), self.places)
+        return RowBlocks(tuple(multiply(block, scale) for block in self.blocks), self.places)
 
     def _zero(self) -> LoraParams:
         return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self.blocks[0])

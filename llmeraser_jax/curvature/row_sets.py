@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llmeraser_jax import trees
-from llmeraser_jax.curvature.factor import RowKind, example_keys, roots_of, values_of
+from llmeraser_jax.curvature.factor import RowKind, example_keys, output_slopes, roots_of, values_of
 from llmeraser_jax.losses import Objective, sum_over_examples
 from llmeraser_jax.parallel import map_over_devices
 from llmeraser_jax.types import Batch, ExampleStack, Key, LoraParams
@@ -77,11 +77,7 @@ class RowSet:
     def _rows_of_example(self, objective: Objective, params: LoraParams, batch: Batch, key: Key):
         """The value of a batch of one, and its rows, leaves [roots, ...]."""
         outputs, pull_back = jax.vjp(lambda p: objective.outputs(p, batch), params)
-        value_of = partial(values_of, objective, self.kind)
-        value, slope = jax.value_and_grad(lambda o: jnp.sum(value_of(o, batch)))(outputs)
-        cotangents = jax.tree.map(lambda x: x[None], slope)
-        if self.kind == "roots":
-            cotangents = roots_of(objective, outputs, batch, key, self.num_roots)
+        value, cotangents = output_slopes(objective, self.kind, self.num_roots, outputs, batch, key)
         return value, jax.vmap(lambda c: pull_back(c)[0])(cotangents)
 
     def _alone(self) -> tuple[Any, ...]:
@@ -104,7 +100,7 @@ class RowSet:
         def of_example(objective, params, projections, scale, batch: Batch, key: Key):
             value, rows = self._rows_of_example(objective, params, batch, key)
             if scale is not None:
-                rows = jax.tree.map(lambda x, s: x * s, rows, scale)
+                rows = trees.tree_multiply(rows, scale)
             return value, jax.vmap(partial(_project, axes, projections))(rows)
 
         def of_stack(stack, *args):
@@ -123,9 +119,8 @@ class RowSet:
 
         def chunk(objective, params, keyed, weights):
             rows = jax.vmap(lambda b, k: self._rows_of_example(objective, params, b, k)[1])(*keyed)
-            return jax.tree.map(
-                lambda x: jnp.einsum("bk...,b->...", x * x, weights, precision=_EXACT) / self.num_roots, rows
-            )
+            squares = jax.tree.map(lambda x: jnp.sum(x * x, axis=1), rows)
+            return trees.combine_rows(weights / self.num_roots, squares)
 
         stack = dataclasses.replace(self.stack, batches=self._alone())
         zero = trees.tree_zeros_like(self.params)

@@ -188,8 +188,7 @@ class _Matching:
         default = int(np.clip(len(problem.named), 128, 256))
         self.restoration_rows = default if method.restoration_rows is None else method.restoration_rows
         self.least_constraints = min(_LEAST_CONSTRAINTS, self.restoration_rows, self.num_retained)
-        names = ("damping", "shrinkage", "row_ridge", "num_roots")
-        options = {name: getattr(method, name) for name in names}
+        options = {name: getattr(method, name) for name in ("damping", "shrinkage", "row_ridge", "num_roots")}
         self.stores = self.fit(0)
         self.rows: MatchingRows = (
             StoredRows(task.objective, workspace.mesh, **options)
@@ -322,11 +321,11 @@ class _Matching:
                 if point is None:
                     # A step that cannot be looked at afterwards is not worth its rows.
                     budget.reserve((FORWARD + GRADIENT) * self.num_rows + self.first_curvature_cost)
-                if not self.rows.has_curvature or (not restoring and step % method.refresh_every == 0):
+                    self.add_curvature(params)  # it scales the rows
+                    point = self.measure(params, gradients=True)
+                elif not restoring and step % method.refresh_every == 0:
                     budget.reserve(FORWARD * self.num_rows + self.curvature_cost)
                     self.add_curvature(params)
-                if point is None:
-                    point = self.measure(params, gradients=True)
                 constraints = self.draw_constraints(params) if restoring and self.num_retained else None
                 harmless = constraints is None or constraints.harm <= _HARM_BELOW
                 if restoring and harmless and self.off(point) <= _CORRECT_ABOVE:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -33,7 +34,7 @@ from jax.sharding import Mesh
 from llmeraser_jax import trees
 from llmeraser_jax.curvature import BlockCurvature, DualInverse, RowBlocks, example_rows, factorise
 from llmeraser_jax.curvature.factor import ROW_KINDS, RowKind
-from llmeraser_jax.curvature.row_blocks import scale_rows
+from llmeraser_jax.curvature.row_blocks import multiply
 from llmeraser_jax.curvature.row_sets import SKETCH_WIDTH, RowSet
 from llmeraser_jax.losses import Objective, example_places
 from llmeraser_jax.parallel import replicate, to_host
@@ -69,11 +70,6 @@ class MatchingStep:
 
 class MatchingRows(Protocol):
     """Rows of the targets, of retained constraints and of the curvature, and the solve with them."""
-
-    @property
-    def has_curvature(self) -> bool:
-        """Whether there is one to solve with."""
-        ...
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, Any]:
         """Values of a stack's examples in the order asked for, and their rows; after the first curvature."""
@@ -120,7 +116,7 @@ def stored_rows(
     for entry in stack.entries:
         found = _rows(objective, params, entry, key, which, num_roots)
         values.append(found.values)
-        blocks.append(found.rows if scale is None else scale_rows(found.rows, scale))
+        blocks.append(found.rows if scale is None else multiply(found.rows, scale))
     places = example_places(stack)
     joined = np.concatenate(to_host(values)).astype(np.float64)
     return joined[places], RowBlocks(tuple(blocks), root_places(places, num_roots))
@@ -138,9 +134,6 @@ def _inverse_root(squares: LoraParams, shrinkage: jax.Array, mu: jax.Array) -> L
     return jax.tree.map(lambda x: jax.lax.rsqrt((shrinkage * x + mu).astype(x.dtype)), squares)
 
 
-_times = jax.jit(lambda scale, v: jax.tree.map(lambda s, x: s * x, scale, v))
-
-
 def root_places(examples: np.ndarray, num_roots: int) -> np.ndarray:
     """Where the roots of examples at these places are, several for each."""
     return (examples[:, None] * num_roots + np.arange(num_roots)).reshape(-1)
@@ -150,32 +143,47 @@ def _combined(rows: RowBlocks, own: np.ndarray, curvature_rows: RowBlocks, other
     return curvature_rows.combine(others, rows.combine(own))
 
 
-class StoredRows:
+class _ShrunkRows:
+    """What both kinds of rows are solved with, and the scale that shrinkage gives them.
+
+    Attributes:
+        scale: `D^-1/2`, which all rows are multiplied by; None is 1.
+    """
+
+    def __init__(self, objective: Objective, *, damping: float, shrinkage: float, row_ridge: float, num_roots: int):
+        self.objective = objective
+        self.damping, self.shrinkage, self.row_ridge, self.num_roots = damping, shrinkage, row_ridge, num_roots
+        self.scale: LoraParams | None = None
+
+    def shrunk(
+        self, weights: np.ndarray, total: float, squares: Callable[[], LoraParams]
+    ) -> tuple[np.ndarray, float]:
+        """The weights W and mu of the scaled problem; the first call with shrinkage sets the scale.
+
+        Args:
+            weights: of a sample's rows, before.
+            total: of its examples, which the L2 term counts by.
+            squares: computes `diag(U'WU)`.
+        """
+        mu = self.damping + self.objective.l2 * total
+        if self.shrinkage == 0:
+            return weights, mu
+        if self.scale is None:
+            self.scale = _inverse_root(squares(), self.shrinkage, mu)
+        return (1 - self.shrinkage) * weights, 1.0
+
+
+class StoredRows(_ShrunkRows):
     """Rows held on the device(s), each with a share of their numbers, and C inverted in their space."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        mesh: Mesh | None,
-        *,
-        damping: float,
-        shrinkage: float,
-        row_ridge: float,
-        num_roots: int,
-    ):
-        self.mesh, self.objective = mesh, objective
-        self.damping, self.shrinkage, self.row_ridge, self.num_roots = damping, shrinkage, row_ridge, num_roots
+    def __init__(self, objective: Objective, mesh: Mesh | None, **options: Any):
+        super().__init__(objective, **options)
+        self.mesh = mesh
         self.inverse: DualInverse | None = None
-        self.scale: LoraParams | None = None  # D^-1/2, which all rows are held times
-
-    @property
-    def has_curvature(self) -> bool:
-        """Whether there is one to solve with."""
-        return self.inverse is not None
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, RowBlocks]:
         """See `MatchingRows`; one backward pass each."""
-        assert self.has_curvature  # it scales rows
+        assert self.inverse is not None  # the curvature scales rows
         return stored_rows(self.objective, params, stack, kind, jax.random.key(0), scale=self.scale)
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
@@ -186,19 +194,16 @@ class StoredRows:
         """
         if stack is None:
             none = jax.tree.map(lambda x: np.zeros((1, *x.shape), x.dtype), params)
-            rows, weights, total = RowBlocks.whole(none), np.zeros(1), 1.0
+            rows, weights, mu = RowBlocks.whole(none), np.zeros(1), self.damping + self.objective.l2
         else:
+            unscaled = self.scale is None
             options = {"num_roots": self.num_roots, "scale": self.scale}
             _, rows = stored_rows(self.objective, params, stack, "roots", key, **options)
             weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)]).astype(np.float64)
-            total = float(weights.sum())
-            weights = np.repeat(weights[example_places(stack)], self.num_roots) / self.num_roots
-        mu = self.damping + self.objective.l2 * total
-        if stack is not None and self.shrinkage > 0:
-            if self.scale is None:
-                self.scale = _inverse_root(rows.squares(weights), self.shrinkage, mu)
+            own = np.repeat(weights[example_places(stack)], self.num_roots) / self.num_roots
+            weights, mu = self.shrunk(own, float(weights.sum()), lambda: rows.squares(own))
+            if unscaled and self.scale is not None:
                 rows = rows.scaled(self.scale)
-            weights, mu = (1 - self.shrinkage) * weights, 1.0
         curvature = BlockCurvature.of(rows, weights, mu)
         if self.inverse is not None:
             curvature = self.inverse.curvature.joined(curvature)
@@ -255,7 +260,7 @@ class StoredRows:
         )
 
     def _unscaled(self, delta: LoraParams) -> LoraParams:
-        return delta if self.scale is None else _times(self.scale, delta)
+        return delta if self.scale is None else multiply(delta, self.scale)
 
     def standard_error(self, rows: RowBlocks, demand: np.ndarray, step: MatchingStep) -> float:
         """Half the distance of the steps that two half samples give, over the step's norm."""
@@ -305,7 +310,7 @@ class _Sketched:
         whole[self.places] = coefficients
         dtype = jax.tree.leaves(self.rows.params)[0].dtype
         combined = _combine(self.rows, jnp.asarray(whole, dtype))
-        return combined if self.scale is None else _times(self.scale, _times(self.scale, combined))
+        return combined if self.scale is None else multiply(multiply(combined, self.scale), self.scale)
 
     def products(self, v: LoraParams) -> np.ndarray:
         """`row_i . v`."""
@@ -318,25 +323,14 @@ _squares = jax.jit(RowSet.squares)
 sketch_rows = jax.jit(RowSet.sketch, static_argnames="width")
 
 
-class SketchedRows:
+class SketchedRows(_ShrunkRows):
     """Rows that are never stored."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        budget: Budget,
-        *,
-        damping: float,
-        shrinkage: float,
-        row_ridge: float,
-        num_roots: int,
-        seed: int,
-    ):
-        self.objective, self.budget = objective, budget
-        self.damping, self.shrinkage, self.row_ridge, self.num_roots = damping, shrinkage, row_ridge, num_roots
-        self.scale: LoraParams | None = None
+    def __init__(self, objective: Objective, budget: Budget, *, seed: int, **options: Any):
+        super().__init__(objective, **options)
+        self.budget = budget
         self.sketch_key = jax.random.fold_in(jax.random.key(seed), 7)
-        self.mu = damping + objective.l2
+        self.mu = self.damping + objective.l2
         self.samples: list[_Sketched] = []
         self.weights: list[np.ndarray] = []
         self.has_curvature = False
@@ -353,7 +347,7 @@ class SketchedRows:
 
     def measure(self, params: LoraParams, stack: ExampleStack, kind: RowKind) -> tuple[np.ndarray, _Sketched]:
         """See `MatchingRows`; one backward pass each."""
-        assert self.has_curvature  # it scales rows
+        assert self.has_curvature  # which scales rows
         return self._rows(params, stack, kind, jax.random.key(0))
 
     def add_curvature(self, params: LoraParams, stack: ExampleStack | None, key: jax.Array) -> None:
@@ -362,19 +356,20 @@ class SketchedRows:
         Raises:
             BudgetSpent: those cannot be paid.
         """
-        self.has_curvature = True
         if stack is None:
+            self.has_curvature = True
             return
+
+        def squares() -> LoraParams:
+            self.budget.spend("curvature", (FORWARD + self.num_roots * BACKWARD) * len(examples))
+            return _squares(RowSet(self.objective, params, stack, key, "roots", self.num_roots))
+
+        examples = example_places(stack)
         weights = np.concatenate([w.reshape(-1) for w in to_host(stack.weights)]).astype(np.float64)
-        self.mu = self.damping + self.objective.l2 * float(weights.sum())
-        if self.shrinkage > 0:
-            if self.scale is None:
-                self.budget.spend("curvature", (FORWARD + self.num_roots * BACKWARD) * len(example_places(stack)))
-                squares = _squares(RowSet(self.objective, params, stack, key, "roots", self.num_roots))
-                self.scale = _inverse_root(squares, self.shrinkage, self.mu)
-            self.mu = 1.0
+        own = np.repeat(weights[examples], self.num_roots) / self.num_roots
+        own, self.mu = self.shrunk(own, float(weights.sum()), squares)
+        self.has_curvature = True
         _, sample = self._rows(params, stack, "roots", key, self.num_roots)
-        own = (1 - self.shrinkage) * np.repeat(weights, self.num_roots)[sample.places] / self.num_roots
         before = sum(map(len, self.weights))
         share = len(own) / (len(own) + before)
         self.weights = [*((1 - share) * w for w in self.weights), share * own]

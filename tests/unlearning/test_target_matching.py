@@ -283,6 +283,16 @@ def test_budget_ends_it_early_and_says_so(memorised):
         erase_head(problem, params, AUTO, calibration, 0.3)
 
 
+def test_rows_that_are_not_stored_ask_for_their_diagonal_in_advance(memorised):
+    problem, params, calibration = make(memorised, "remove")
+    method = dataclasses.replace(MATCHING, memory_budget_bytes=0)
+    # A look at four rows with gradients and after the step, and the passes over 32 sampled rows twice.
+    with pytest.raises(UnlearningError, match="takes up to 69"):
+        erase_head(problem, params, method, calibration, 1.0, retraining_cost=60.0)
+    spent = erase_head(problem, params, MATCHING, calibration, 1.0, retraining_cost=60.0).cost.curvature
+    assert spent == 32
+
+
 def look(task: UnlearningTask, after):
     """The validity check of a change, whatever made it."""
     workspace = Workspace(chunk_size=8)
